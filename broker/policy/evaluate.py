@@ -1,0 +1,87 @@
+"""The decision: one pure function over the snapshot, the call and what the ledger knows."""
+
+from dataclasses import dataclass
+
+from broker.policy.schema import ParameterSchema
+from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot, Tool
+from broker.policy.types import ALLOW, Code, Decision, ToolCall, Verdict, Violation, deny
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the ledger knows that bears on one call."""
+
+    revoked: bool = False
+
+
+def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Decision:
+    """Whether this principal may call anything at all: the first two steps of the precedence, before a byte is parsed.
+
+    1. revoked → `agent_revoked`
+    2. no manifest of that name → `agent_unknown`
+    """
+    if view.revoked:
+        return deny(Code.AGENT_REVOKED, f"agent {agent_name!r} is revoked")
+    agent = snapshot.agents.get(agent_name)
+    if agent is None:
+        return deny(Code.AGENT_UNKNOWN, "no manifest names this agent" if agent_name else "the request carries no valid identity")
+    return agent
+
+
+def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision:
+    """Decide on a recognised call of an admitted agent. First that applies:
+
+    3. the tool is not in the agent's manifest → `tool_not_declared`
+    4. a protocol's own housekeeping → allow
+    5. the operation is not in the catalog or not in the manifest → `operation_not_declared`
+    6. the parameters break the catalog's schema, then the manifest's → `params_invalid`
+    7. the manifest asks for approval → `approval_required`
+    8. allow
+    """
+    grants = agent.tools.get(call.tool)
+    tool = snapshot.tools[call.tool]
+    if grants is None:
+        return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=f"{agent.rule}/spec/tools")
+    if call.housekeeping:
+        return ALLOW
+    operation = tool.operations.get(call.operation) if call.operation else None
+    if operation is None:
+        return deny(Code.OPERATION_NOT_DECLARED, f"{call.label} is no operation of {tool.name!r}", rule=f"{tool.rule}/spec/operations")
+    grant = grants.get(operation.name)
+    if grant is None:
+        return _not_granted(agent, tool, operation)
+    if violations := _violations(call, operation, grant):
+        return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
+    if grant.approval:
+        return Decision(Verdict.DENY, Code.APPROVAL_REQUIRED, f"{tool.name}/{operation.name} waits for a human's approval", grant.rule)
+    return ALLOW
+
+
+def _not_granted(agent: Agent, tool: Tool, operation: Operation) -> Decision:
+    return deny(
+        Code.OPERATION_NOT_DECLARED,
+        f"agent {agent.name!r} does not list {tool.name}/{operation.name}",
+        rule=f"{agent.rule}/spec/tools/{tool.name}/operations",
+    )
+
+
+def _violations(call: ToolCall, operation: Operation, grant: Grant) -> tuple[Violation, ...]:
+    for schemas in (operation.schemas, grant.schemas):
+        found: list[Violation] = []
+        for location, schema in schemas.items():
+            found.extend(_at(call, location, schema))
+        if found:
+            return tuple(found)
+    return ()
+
+
+def _at(call: ToolCall, location: str, schema: ParameterSchema) -> tuple[Violation, ...]:
+    if location not in call.params:
+        return (Violation(f"/{location}", schema.rule, f"the request has no {location}, but the operation's schema asks for one"),)
+    return schema.violations(call.params[location], location)
+
+
+def _summary(violations: tuple[Violation, ...]) -> str:
+    first = violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    return f"{first.pointer}: {first.message}{more}"

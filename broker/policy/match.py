@@ -1,0 +1,127 @@
+"""Paths: read in exactly one way or refused, then matched against templates.
+
+Law: refuse, don't repair. A path with more than one reading (`//`, `/../`, `%2f`, `;p`, a second layer of percent-encoding) never
+reaches a template, because the upstream might take the other reading. The path that was judged is, byte for byte, the path sent.
+"""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+# pchar and "/" of RFC 3986 section 3.3, without ";": servers disagree on whether path parameters are part of a segment.
+_PLAIN = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,=:@/]|%[0-9A-Fa-f]{2})*\Z")
+# After decoding: nothing that a second decoder, a file system or a log would read as structure.
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f/\\%;]")
+
+
+class PathError(ValueError):
+    """The path can be read in more than one way; the message says why."""
+
+
+def split_path(path: str) -> tuple[str, ...]:
+    """Decoded segments of a raw path that begins with `/`; `/` alone is no segments. Raises `PathError`.
+
+    A trailing slash is a last, empty segment: `/a/` is not `/a`.
+    """
+    if not path.startswith("/"):
+        raise PathError("the path does not begin with /")
+    if path == "/":
+        return ()
+    if not _PLAIN.match(path):
+        raise PathError("the path has a character that must not stand there raw (RFC 3986 section 3.3), or path parameters")
+    raw = path[1:].split("/")
+    if "%" in path:
+        return tuple(_decode(segment) for segment in _no_empty(raw))
+    return tuple(_no_dots(segment) for segment in _no_empty(raw))
+
+
+def _no_empty(segments: list[str]) -> list[str]:
+    if "" in segments[:-1]:
+        raise PathError("the path has an empty segment (//)")
+    return segments
+
+
+def _no_dots(segment: str) -> str:
+    if segment in (".", ".."):
+        raise PathError("the path has a dot segment (/./ or /../)")
+    return segment
+
+
+def _decode(segment: str) -> str:
+    try:
+        decoded = unquote_to_bytes(segment).decode("utf-8")
+    except UnicodeDecodeError:
+        raise PathError("the path's percent-encoding is not UTF-8") from None
+    if _AMBIGUOUS.search(decoded):
+        raise PathError("the path encodes a slash, a backslash, a percent sign, a semicolon or a control character")
+    return _no_dots(decoded)
+
+
+_VARIABLE = re.compile(r"\{(\+?)([A-Za-z_][A-Za-z0-9_]*)\}\Z")
+
+
+class TemplateError(ValueError):
+    """The template itself is wrong; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class PathTemplate:
+    """A path with variables: `{name}` is one segment, `{+name}` (RFC 6570 reserved expansion), only last, one or more.
+
+    `parts` holds a literal segment as `(None, text)` and a variable as `(name, "" or "+")`.
+    """
+
+    text: str
+    parts: tuple[tuple[str | None, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "PathTemplate":
+        """Read a template. Raises `TemplateError`."""
+        if not text.startswith("/") or "?" in text or "#" in text:
+            raise TemplateError("a path template begins with / and has no query or fragment")
+        parts: list[tuple[str | None, str]] = []
+        segments = text[1:].split("/") if text != "/" else []
+        for index, segment in enumerate(segments):
+            parts.append(_part(segment, last=index == len(segments) - 1))
+        names = [name for name, _ in parts if name is not None]
+        if len(names) != len(set(names)):
+            raise TemplateError("a path template names each variable once")
+        return cls(text, tuple(parts))
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Sorts templates so that the more specific one is tried first: literals before variables before rests."""
+        return tuple(0 if name is None else 1 if kind == "" else 2 for name, kind in self.parts)
+
+    def match(self, segments: tuple[str, ...]) -> dict[str, str] | None:
+        """The variables' values, or None when the path is not of this shape."""
+        if len(segments) < len(self.parts):
+            return None
+        values: dict[str, str] = {}
+        for index, (name, kind) in enumerate(self.parts):
+            if name is None:
+                if segments[index] != kind:
+                    return None
+            elif kind == "+":
+                values[name] = "/".join(segments[index:])
+                return values if values[name] else None
+            elif segments[index]:
+                values[name] = segments[index]
+            else:
+                return None
+        return values if len(segments) == len(self.parts) else None
+
+
+def _part(segment: str, *, last: bool) -> tuple[str | None, str]:
+    if variable := _VARIABLE.match(segment):
+        rest, name = variable.groups()
+        if rest and not last:
+            raise TemplateError(f"{{+{name}}} takes the rest of the path, so it stands last")
+        return name, rest
+    if "{" in segment or "}" in segment:
+        raise TemplateError(f"a variable is a whole segment, such as /{{name}}/, not {segment!r}")
+    try:
+        split_path(f"/{segment}")
+    except PathError as error:
+        raise TemplateError(str(error)) from None
+    return None, segment

@@ -1,0 +1,124 @@
+"""JSON Schema 2020-12 over one location of a call's parameters.
+
+Law: a schema never reaches out (no remote `$ref`), never takes more than linear time in the value (patterns run on a finite
+automaton, others are refused), and its messages never quote the value it judged.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jsonschema
+import jsonschema_rs
+
+from broker.policy.types import Json, Violation
+
+_LINEAR = jsonschema_rs.RegexOptions()
+_MASK = "the value"
+
+
+class SchemaError(ValueError):
+    """The schema itself is wrong. `pointer` (RFC 6901) says where in it."""
+
+    def __init__(self, pointer: str, message: str) -> None:
+        super().__init__(message)
+        self.pointer = pointer
+        self.message = message
+
+
+class ParameterSchema:
+    """A compiled schema and where it stands (`rule`: `file#pointer`).
+
+    Building one costs a compilation; judging a typical value costs less than a microsecond. Raises `SchemaError`.
+    """
+
+    __slots__ = ("_validator", "rule", "source", "types")
+
+    def __init__(self, source: Mapping[str, Any], rule: str) -> None:
+        self.source = dict(source)
+        self.rule = rule
+        _check(self.source)
+        self._validator = _compile(self.source)
+        self.types = _property_types(self.source)
+
+    def violations(self, value: Json, location: str) -> tuple[Violation, ...]:
+        """Every rule that `value` breaks, empty when it is valid. `location` begins each pointer."""
+        if self._validator.is_valid(value):
+            return ()
+        return tuple(
+            Violation(
+                pointer=_pointer(location, error.instance_path),
+                rule=self.rule + _pointer("", error.schema_path),
+                message=error.message,
+            )
+            for error in self._validator.iter_errors(value)
+        )
+
+
+def _pointer(start: str, path: list[str | int]) -> str:
+    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    head = f"/{start}" if start else ""
+    return head + "".join(f"/{part}" for part in escaped)
+
+
+def _check(source: dict[str, Any]) -> None:
+    _refuse_references(source, ())
+    try:
+        jsonschema.Draft202012Validator.check_schema(source)
+    except jsonschema.SchemaError as error:
+        raise SchemaError(_pointer("", list(error.absolute_path)), error.message) from None
+
+
+def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            here = (*path, key)
+            if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
+                raise SchemaError(_pointer("", list(here)), f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…")
+            if key in ("$id", "$schema"):
+                raise SchemaError(_pointer("", list(here)), f"{key} is not used here: every schema is JSON Schema 2020-12; take it out")
+            if key not in ("const", "enum", "default", "examples"):
+                _refuse_references(value, here)
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _refuse_references(value, (*path, index))
+
+
+def _compile(source: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
+    try:
+        return jsonschema_rs.Draft202012Validator(source, mask=_MASK, pattern_options=_LINEAR, offline=True)
+    except (jsonschema_rs.ValidationError, ValueError) as error:
+        path = getattr(error, "instance_path", [])
+        message = getattr(error, "message", str(error))
+        if path and path[-1] in ("pattern", "patternProperties"):
+            message = "the pattern is not a regular expression that runs in linear time; avoid look-around and back-references"
+        raise SchemaError(_pointer("", list(path)), message) from None
+
+
+def _property_types(source: Mapping[str, Any]) -> Mapping[str, str]:
+    properties = source.get("properties", {})
+    return {name: sub["type"] for name, sub in properties.items() if isinstance(sub, dict) and isinstance(sub.get("type"), str)}
+
+
+def typed(value: str, kind: str) -> Json:
+    """A query's or path's text as the JSON type that its schema names, where it is written canonically; else the text itself.
+
+    Text that stays text then fails the schema, so nothing is guessed: `007`, `1e3` and `TRUE` are not numbers or booleans.
+    """
+    if kind == "integer" and _is_integer(value):
+        return int(value)
+    if kind == "number" and _is_number(value):
+        return float(value) if "." in value else int(value)
+    if kind == "boolean" and value in ("true", "false"):
+        return value == "true"
+    return value
+
+
+def _is_integer(value: str) -> bool:
+    digits = value.removeprefix("-")
+    # 18 digits: beyond that, JSON readers disagree on the value (RFC 8259 section 6).
+    return digits.isascii() and digits.isdigit() and len(digits) <= 18 and (digits == "0" or digits[0] != "0") and value != "-0"
+
+
+def _is_number(value: str) -> bool:
+    whole, dot, fraction = value.partition(".")
+    return _is_integer(whole) and (not dot or (fraction.isascii() and fraction.isdigit() and len(fraction) <= 15))

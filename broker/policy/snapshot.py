@@ -1,0 +1,140 @@
+"""The compiled configuration: manifests, catalog and platform policy, frozen under one revision.
+
+Law: a snapshot is the seam between configuration and run time. Nothing in it changes after it was built, one exchange sees one
+snapshot, and whatever is not in it is denied.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from broker.policy.match import PathTemplate
+from broker.policy.schema import ParameterSchema
+from broker.policy.types import Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The only place a tool's calls go to. `base_path` has no trailing slash and is empty for the root."""
+
+    scheme: str
+    host: str
+    port: int
+    base_path: str = ""
+
+    @property
+    def authority(self) -> str:
+        """`host` or `host:port`, as a client writes it: without the scheme's default port (RFC 9110 section 4.2)."""
+        default = {"http": 80, "https": 443}[self.scheme]
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == default else f"{host}:{self.port}"
+
+    @property
+    def host_port(self) -> str:
+        """`host:port`, as in a CONNECT request's target."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """How a tool's endpoint is reached: its own trust roots (PEM; empty: the system's) and the private ranges it may live in."""
+
+    ca_pem: str = ""
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialSpec:
+    """Which credential a tool's calls get: the issuer's word, its settings, and where the credential goes.
+
+    `settings` is the issuer's part of the catalog entry, checked by the issuer when the snapshot was compiled. It holds
+    references to secrets, never a secret. `header` is lower-case; `template` has one `{}`.
+    """
+
+    issuer: str
+    settings: Mapping[str, object]
+    header: str = "authorization"
+    template: str = "Bearer {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing a tool can do, from the catalog.
+
+    `method` and `template` are how REST recognises it, `alias` the MCP tool name. `schemas` maps a location to the catalog's
+    schema. `max_body` is in bytes. `rule` is where it stands, `file#pointer`.
+    """
+
+    name: str
+    effect: Effect
+    rule: str
+    data: tuple[str, ...] = ()
+    method: str = ""
+    template: PathTemplate | None = None
+    alias: str = ""
+    schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
+    max_body: int = 1_048_576
+    credential: CredentialSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A catalog entry: one endpoint and its operations, by name."""
+
+    name: str
+    owner: str
+    protocol: str
+    endpoint: Endpoint
+    rule: str
+    operations: Mapping[str, Operation]
+    upstream: Upstream = Upstream()
+
+    @property
+    def max_body(self) -> int:
+        """The largest body that any of its operations takes, in bytes."""
+        return max((operation.max_body for operation in self.operations.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """An agent's right to one operation: the manifest's schemas (each ANDed with the catalog's), and what else it asks for."""
+
+    rule: str
+    schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
+    approval: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A principal: who it is, who answers for it, and what it may do. `tools` maps tool → operation → grant."""
+
+    name: str
+    owner: str
+    oncall: str
+    rule: str
+    tools: Mapping[str, Mapping[str, Grant]]
+    spiffe: str = ""
+    token: bool = False
+    namespace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySnapshot:
+    """Everything that decides, under one `revision` (`sha256:` of the content).
+
+    `hosts` maps (scheme, host, port) to the tools there (several only when their base paths don't nest). `trust_bundles` maps a
+    SPIFFE trust domain to its X.509 authorities (PEM). `max_ttl` bounds every issued credential, in seconds.
+    """
+
+    revision: str
+    agents: Mapping[str, Agent]
+    tools: Mapping[str, Tool]
+    hosts: Mapping[tuple[str, str, int], tuple[Tool, ...]]
+    by_spiffe: Mapping[str, Agent]
+    trust_bundles: Mapping[str, str] = field(default_factory=dict)
+    max_ttl: int = 3600
+    environment: str = ""
+
+
+EMPTY = PolicySnapshot(revision="none", agents={}, tools={}, hosts={}, by_spiffe={})
+"""What is in force before any configuration was loaded: nobody may do anything."""

@@ -1,0 +1,170 @@
+"""The words of the core: what an agent asked for, and what was decided.
+
+Law: everything here is frozen, and nothing here reads anything. A decision is a value; its `code` is stable and doubles as a
+metric label.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+"""A parsed JSON value (RFC 8259)."""
+
+
+class Effect(StrEnum):
+    """What an operation does to the world, as the catalog declares it."""
+
+    READ = "read"
+    WRITE = "write"
+    DESTRUCTIVE = "destructive"
+
+
+class Door(StrEnum):
+    """The way by which a request reached Envoy."""
+
+    PROXY = "proxy"
+    BASE_URL = "base-url"
+    NAMESPACE = "namespace"
+
+
+class Verdict(StrEnum):
+    """What the broker does with a call."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    HOLD = "hold"
+    WOULD_DENY = "would_deny"
+
+
+class Code(StrEnum):
+    """Why a call was denied. Stable: programs, dashboards and manifests' tests match on these words."""
+
+    AGENT_UNKNOWN = "agent_unknown"
+    AGENT_REVOKED = "agent_revoked"
+    HOST_NOT_DECLARED = "host_not_declared"
+    AUTHORITY_MISMATCH = "authority_mismatch"
+    TOOL_NOT_DECLARED = "tool_not_declared"
+    OPERATION_NOT_DECLARED = "operation_not_declared"
+    PARAMS_INVALID = "params_invalid"
+    BODY_MALFORMED = "body_malformed"
+    BODY_TOO_LARGE = "body_too_large"
+    ENCODING_NOT_ALLOWED = "encoding_not_allowed"
+    PROTOCOL_VIOLATION = "protocol_violation"
+    FLOW_FORBIDDEN = "flow_forbidden"
+    APPROVAL_REQUIRED = "approval_required"
+    APPROVAL_REJECTED = "approval_rejected"
+    RATE_LIMITED = "rate_limited"
+    CONCURRENCY_LIMITED = "concurrency_limited"
+    STEPS_EXHAUSTED = "steps_exhausted"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    CREDENTIAL_UNAVAILABLE = "credential_unavailable"
+    RESPONSE_BLOCKED = "response_blocked"
+    AUDIT_UNAVAILABLE = "audit_unavailable"
+    LEDGER_UNAVAILABLE = "ledger_unavailable"
+    UPSTREAM_UNTRUSTED = "upstream_untrusted"
+    INTERNAL_FAULT = "internal_fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One rule that a call's parameters break.
+
+    `pointer` is an RFC 6901 pointer into the call's parameters, by location (`/body/title`, `/path/owner`, `/query/page`,
+    `/arguments/query`). `rule` is where the broken rule stands, `file#pointer`. `message` never quotes the value.
+    """
+
+    pointer: str
+    rule: str
+    message: str
+
+
+_NO_PARAMS: Mapping[str, Json] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An HTTP request as Envoy will send it, without its body.
+
+    `path` begins with `/`, is raw (still percent-encoded), carries no query and is relative to the tool's base path. `query` is
+    raw, without `?`. Header names are lower-case; repeated headers appear repeatedly.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: tuple[tuple[str, str], ...]
+
+    def header(self, name: str) -> str | None:
+        """The first value of a header (`name` in lower case), or None."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a header, in order."""
+        return [value for key, value in self.headers if key == name]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What an agent tries to do, as a protocol adapter recognised it.
+
+    `operation` is a name from the catalog; None when the request matches no operation of the tool. `housekeeping` marks the
+    methods by which a protocol keeps itself alive (MCP `initialize`, `ping`, …): they pass for every agent that holds the tool.
+    `params` maps a location (`path`, `query`, `body`, `arguments`) to its value. `label` names what was tried for people
+    ("POST /repos/acme/web/issues", "tools/call search_pages"). `correlation` is the protocol's own request ID, for its denial.
+    """
+
+    tool: str
+    operation: str | None
+    params: Mapping[str, Json] = field(default=_NO_PARAMS)
+    housekeeping: bool = False
+    label: str = ""
+    correlation: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that could not be read as a call in exactly one way. `code` says which law it broke.
+
+    `correlation` as in `ToolCall`, where the request got far enough to show one. `protocol_code` is the protocol's own error
+    number for it, if the protocol reserves one (MCP header mismatch: -32020).
+    """
+
+    code: Code
+    detail: str
+    violations: tuple[Violation, ...] = ()
+    correlation: Json = None
+    protocol_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The broker's word on one call, with its reason.
+
+    `rule` is where the decisive rule stands (`file#pointer`), empty for an allow that no single rule decided. `detail` is one
+    sentence for people. `code` is None exactly when the verdict is `allow`.
+    """
+
+    verdict: Verdict
+    code: Code | None = None
+    detail: str = ""
+    rule: str = ""
+    violations: tuple[Violation, ...] = ()
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request goes on to the upstream."""
+        return self.verdict in (Verdict.ALLOW, Verdict.WOULD_DENY)
+
+
+ALLOW = Decision(Verdict.ALLOW)
+
+
+def deny(code: Code, detail: str, *, rule: str = "", violations: tuple[Violation, ...] = ()) -> Decision:
+    """A denial with its stable code and one sentence of reason."""
+    return Decision(Verdict.DENY, code, detail, rule, violations)

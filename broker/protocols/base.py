@@ -1,0 +1,53 @@
+"""What every protocol adapter offers, and the types that it speaks in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.policy.snapshot import Grant, Operation, Tool
+from broker.policy.types import Decision, Json, Refusal, Request, ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP answer that the broker gives itself. Header names are lower-case; `content-length` is Envoy's to add."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+class ResponseFilter(Protocol):
+    """Rewrites an answer as it streams by. Fed chunk by chunk in order; holds no more than one message."""
+
+    def feed(self, chunk: bytes, *, last: bool) -> bytes:
+        """What the agent gets in place of `chunk`; may be empty while a message is incomplete. Raises `ResponseBlocked`."""
+
+
+class ResponseBlocked(ValueError):
+    """The answer can't be passed on safely; the stream is cut. The message says why."""
+
+
+class Adapter(Protocol):
+    """One protocol. All methods are pure and total: bad input is a `Refusal`, never an exception."""
+
+    name: str
+    locations: frozenset[str]
+    """The parameter locations that a catalog entry of this protocol may give schemas for."""
+
+    def body_limit(self, tool: Tool, request: Request) -> int | Refusal:
+        """The largest body to accept for this request, in bytes, judged by its head alone; or why it needs no body to be refused."""
+
+    def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
+        """Read the whole request. `body` is empty when there is none."""
+
+    def denial(self, problem: Mapping[str, Json], decision: Decision | Refusal, correlation: Json) -> Reply | None:
+        """The denial in this protocol's own shape, or None where the plain problem body (RFC 9457) is right."""
+
+    def response_filter(self, tool: Tool, grants: Mapping[str, Grant], call: ToolCall, content_type: str) -> ResponseFilter | None:
+        """What the answer to an allowed call must pass through, or None to leave it untouched (and unread)."""
+
+
+def by_alias(tool: Tool, alias: str) -> Operation | None:
+    """The operation whose MCP tool name is `alias`."""
+    return next((operation for operation in tool.operations.values() if operation.alias == alias), None)
