@@ -30,7 +30,9 @@ class Wire:
 
 
 def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Decision:
-    """The tool that a request is for and the path relative to its base, or the denial. First that applies:
+    """The tool that a request is for and the path relative to its base, or the denial.
+
+    First that applies:
 
     1. base-url: the first path segment is the tool's name.
     2. the authority is not a declared endpoint for this scheme → `host_not_declared`
@@ -50,6 +52,9 @@ def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Deci
         if relative is not None:
             return _agreed(wire, tool, relative)
     return deny(Code.OPERATION_NOT_DECLARED, f"{wire.authority} is declared, but no tool there has this path")
+
+
+_PORT_DIGITS = 5
 
 
 def connect_target(snapshot: PolicySnapshot, target: str) -> tuple[Tool, ...]:
@@ -74,7 +79,7 @@ def split_authority(scheme: str, authority: str) -> tuple[str, int]:
         host, port = authority, {"http": "80", "https": "443"}.get(scheme, "")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not (port.isascii() and port.isdigit()) or len(port) > 5 or port[0] == "0":
+    if not (port.isascii() and port.isdigit()) or len(port) > _PORT_DIGITS or port[0] == "0":
         return host, -1
     return host, int(port)
 
@@ -83,7 +88,9 @@ def _tunnel_mismatch(wire: Wire, tools: tuple[Tool, ...]) -> Decision | None:
     host, port = split_authority(wire.scheme, wire.authority)
     shown = f"[{host}]" if ":" in host else host
     if wire.connect_host != f"{shown}:{port}":
-        return deny(Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}")
+        return deny(
+            Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}"
+        )
     if wire.scheme == "https" and wire.sni != host and not (wire.sni == "" and tools and _is_ip(host)):
         return deny(Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but TLS was opened to {wire.sni!r}")
     return None
@@ -112,5 +119,8 @@ def _by_name(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Decisio
 
 def _agreed(wire: Wire, tool: Tool, relative: str) -> tuple[Tool, str] | Decision:
     if wire.route_tool != tool.name:
-        return deny(Code.AUTHORITY_MISMATCH, f"this is a request for {tool.name!r}, but its route leads to {wire.route_tool or 'nowhere'!r}")
+        return deny(
+            Code.AUTHORITY_MISMATCH,
+            f"this is a request for {tool.name!r}, but its route leads to {wire.route_tool or 'nowhere'!r}",
+        )
     return tool, relative

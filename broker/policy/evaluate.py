@@ -29,7 +29,9 @@ def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Deci
 
 
 def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision:
-    """Decide on a recognised call of an admitted agent. First that applies:
+    """Decide on a recognised call of an admitted agent.
+
+    First that applies, after the steps of `admit`:
 
     3. the tool is not in the agent's manifest → `tool_not_declared`
     4. a protocol's own housekeeping → allow
@@ -41,19 +43,25 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
     grants = agent.tools.get(call.tool)
     tool = snapshot.tools[call.tool]
     if grants is None:
-        return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=f"{agent.rule}/spec/tools")
+        return deny(
+            Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=f"{agent.rule}/spec/tools"
+        )
     if call.housekeeping:
         return ALLOW
     operation = tool.operations.get(call.operation) if call.operation else None
     if operation is None:
-        return deny(Code.OPERATION_NOT_DECLARED, f"{call.label} is no operation of {tool.name!r}", rule=f"{tool.rule}/spec/operations")
+        return deny(
+            Code.OPERATION_NOT_DECLARED, f"{call.label} is no operation of {tool.name!r}", rule=f"{tool.rule}/spec/operations"
+        )
     grant = grants.get(operation.name)
     if grant is None:
         return _not_granted(agent, tool, operation)
     if violations := _violations(call, operation, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
     if grant.approval:
-        return Decision(Verdict.DENY, Code.APPROVAL_REQUIRED, f"{tool.name}/{operation.name} waits for a human's approval", grant.rule)
+        return Decision(
+            Verdict.DENY, Code.APPROVAL_REQUIRED, f"{tool.name}/{operation.name} waits for a human's approval", grant.rule
+        )
     return ALLOW
 
 
@@ -77,7 +85,9 @@ def _violations(call: ToolCall, operation: Operation, grant: Grant) -> tuple[Vio
 
 def _at(call: ToolCall, location: str, schema: ParameterSchema) -> tuple[Violation, ...]:
     if location not in call.params:
-        return (Violation(f"/{location}", schema.rule, f"the request has no {location}, but the operation's schema asks for one"),)
+        return (
+            Violation(f"/{location}", schema.rule, f"the request has no {location}, but the operation's schema asks for one"),
+        )
     return schema.violations(call.params[location], location)
 
 

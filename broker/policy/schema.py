@@ -73,9 +73,13 @@ def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
         for key, value in node.items():
             here = (*path, key)
             if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
-                raise SchemaError(_pointer("", list(here)), f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…")
+                raise SchemaError(
+                    _pointer("", list(here)), f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…"
+                )
             if key in ("$id", "$schema"):
-                raise SchemaError(_pointer("", list(here)), f"{key} is not used here: every schema is JSON Schema 2020-12; take it out")
+                raise SchemaError(
+                    _pointer("", list(here)), f"{key} is not used here: every schema is JSON Schema 2020-12; take it out"
+                )
             if key not in ("const", "enum", "default", "examples"):
                 _refuse_references(value, here)
     elif isinstance(node, list):
@@ -113,12 +117,21 @@ def typed(value: str, kind: str) -> Json:
     return value
 
 
+# Beyond that, JSON readers disagree on the value (RFC 8259 section 6).
+_MAX_DIGITS = 15
+
+
 def _is_integer(value: str) -> bool:
     digits = value.removeprefix("-")
-    # 18 digits: beyond that, JSON readers disagree on the value (RFC 8259 section 6).
-    return digits.isascii() and digits.isdigit() and len(digits) <= 18 and (digits == "0" or digits[0] != "0") and value != "-0"
+    return (
+        digits.isascii()
+        and digits.isdigit()
+        and len(digits) <= _MAX_DIGITS
+        and (digits == "0" or digits[0] != "0")
+        and value != "-0"
+    )
 
 
 def _is_number(value: str) -> bool:
     whole, dot, fraction = value.partition(".")
-    return _is_integer(whole) and (not dot or (fraction.isascii() and fraction.isdigit() and len(fraction) <= 15))
+    return _is_integer(whole) and (not dot or (fraction.isascii() and fraction.isdigit() and len(fraction) <= _MAX_DIGITS))

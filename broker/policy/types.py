@@ -7,8 +7,6 @@ metric label.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
-
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 """A parsed JSON value (RFC 8259)."""
@@ -81,9 +79,6 @@ class Violation:
     message: str
 
 
-_NO_PARAMS: Mapping[str, Json] = MappingProxyType({})
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """An HTTP request as Envoy will send it, without its body.
@@ -121,7 +116,7 @@ class ToolCall:
 
     tool: str
     operation: str | None
-    params: Mapping[str, Json] = field(default=_NO_PARAMS)
+    params: Mapping[str, Json] = field(default_factory=dict)
     housekeeping: bool = False
     label: str = ""
     correlation: Json = None

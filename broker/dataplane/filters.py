@@ -1,0 +1,207 @@
+"""The HTTP filters that every call passes, in order: identity (tunnels only), the processor, the gate, the router.
+
+Law: `failure_mode_allow` is never set. ext_proc lets a request through when its gRPC stream ends cleanly without an answer, so
+the processor alone does not guard: the gate after it wants proof, per request, that the processor decided.
+"""
+
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, MetadataFilter
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRules
+from envoy_data_plane.envoy.config.core.v3 import ApiVersion, DataSource, SubstitutionFormatString
+from envoy_data_plane.envoy.config.rbac.v3 import (
+    MetadataSource,
+    Permission,
+    Policy,
+    Principal,
+    PrincipalSet,
+    Rbac,
+    RbacAction,
+    SourcedMetadata,
+)
+from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher
+from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
+    CommonGrpcAccessLogConfig,
+    HttpGrpcAccessLogConfig,
+    TcpGrpcAccessLogConfig,
+)
+from envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 import (
+    FilterStateValue,
+    FilterStateValueSharedWithUpstream,
+)
+from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthz
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ExternalProcessor,
+    MetadataOptions,
+    MetadataOptionsMetadataNamespaces,
+    ProcessingMode,
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
+from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as RbacFilter
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.http.set_filter_state.v3 import Config as SetFilterState
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.type.matcher.v3 import (
+    MetadataMatcher,
+    MetadataMatcherPathSegment,
+    StringMatcher,
+    ValueMatcher,
+)
+from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
+
+from broker.dataplane import site
+from broker.dataplane.proto import any_of, grpc_to, seconds
+
+EXT_PROC = "envoy.filters.http.ext_proc"
+
+# Longer than any decision takes (microseconds) and than an issuer may take; a hung processor holds a call this long, then 503.
+MESSAGE_TIMEOUT_S = 2.0
+# What the processor may ask for when an issuer is slow.
+MAX_MESSAGE_TIMEOUT_S = 30.0
+
+
+def call_filters() -> list[HttpFilter]:
+    """For calls: processor, gate, router."""
+    return [_ext_proc(), _gate(tunnels=False), _router()]
+
+
+def proxy_filters() -> list[HttpFilter]:
+    """For the explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls."""
+    return [_ext_authz(), _identity_state(), _ext_proc(), _gate(tunnels=True), _router()]
+
+
+def _filter(name: str, config: object) -> HttpFilter:
+    return HttpFilter(name=name, typed_config=any_of(config))  # type: ignore[arg-type]  # every config is a message
+
+
+def _ext_proc() -> HttpFilter:
+    send, body = ProcessingModeHeaderSendMode, ProcessingModeBodySendMode
+    mode = ProcessingMode(
+        request_header_mode=send.SEND,
+        request_body_mode=body.BUFFERED,
+        request_trailer_mode=send.SKIP,
+        response_header_mode=send.SEND,
+        response_body_mode=body.NONE,
+        # Keeps the gRPC stream open while the answer streams, at no cost per chunk, so that an abort cuts it.
+        response_trailer_mode=send.SEND,
+    )
+    observed = ProcessingMode(
+        request_header_mode=send.SEND,
+        request_body_mode=body.BUFFERED,
+        response_header_mode=send.SEND,
+        response_body_mode=body.STREAMED,
+        response_trailer_mode=send.SEND,
+    )
+    return _filter(
+        EXT_PROC,
+        ExternalProcessor(
+            grpc_service=grpc_to(site.PROCESSOR),
+            failure_mode_allow=False,
+            processing_mode=mode,
+            allow_mode_override=True,
+            allowed_override_modes=[observed],
+            message_timeout=seconds(MESSAGE_TIMEOUT_S),
+            max_message_timeout=seconds(MAX_MESSAGE_TIMEOUT_S),
+            request_attributes=list(site.ATTRIBUTES),
+            response_attributes=list(site.RESPONSE_ATTRIBUTES),
+            mutation_rules=HeaderMutationRules(allow_all_routing=False, allow_envoy=True, disallow_is_error=True),
+            metadata_options=MetadataOptions(
+                receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[site.GATE_NAMESPACE]),
+            ),
+            status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+        ),
+    )
+
+
+def _ext_authz() -> HttpFilter:
+    return _filter(
+        site.EXT_AUTHZ,
+        ExtAuthz(
+            grpc_service=grpc_to(site.PROCESSOR, timeout=MESSAGE_TIMEOUT_S),
+            transport_api_version=ApiVersion.V3,
+            failure_mode_allow=False,
+            status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+        ),
+    )
+
+
+def _identity_state() -> HttpFilter:
+    values = {
+        site.STATE_AGENT: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:agent)%",
+        site.STATE_TOKEN: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:token)%",
+        site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%",
+    }
+    return _filter(
+        "envoy.filters.http.set_filter_state",
+        SetFilterState(on_request_headers=[_carried(key, source) for key, source in values.items()]),
+    )
+
+
+def _carried(key: str, source: str) -> FilterStateValue:
+    return FilterStateValue(
+        object_key=key,
+        factory_key="envoy.string",
+        format_string=SubstitutionFormatString(text_format_source=DataSource(inline_string=source), omit_empty_values=True),
+        shared_with_upstream=FilterStateValueSharedWithUpstream.ONCE,
+        skip_if_empty=True,
+    )
+
+
+def _proof(namespace: str) -> Principal:
+    matcher = MetadataMatcher(
+        filter=namespace,
+        path=[MetadataMatcherPathSegment(key=site.GATE_KEY)],
+        value=ValueMatcher(string_match=StringMatcher(exact=site.GATE_ALLOW)),
+    )
+    return Principal(sourced_metadata=SourcedMetadata(metadata_matcher=matcher, metadata_source=MetadataSource.DYNAMIC))
+
+
+def _method_is_connect() -> Principal:
+    return Principal(header=HeaderMatcher(name=":method", string_match=StringMatcher(exact="CONNECT")))
+
+
+def _gate(*, tunnels: bool) -> HttpFilter:
+    principals = [_proof(site.GATE_NAMESPACE)]
+    if tunnels:
+        principals.append(Principal(and_ids=PrincipalSet(ids=[_method_is_connect(), _proof(site.EXT_AUTHZ)])))
+    rules = Rbac(action=RbacAction.ALLOW, policies={"decided": Policy(permissions=[Permission(any=True)], principals=principals)})
+    return _filter("envoy.filters.http.rbac", RbacFilter(rules=rules))
+
+
+def _router() -> HttpFilter:
+    # CVE-2025-64763: bytes sent after CONNECT and before its 200 could be read as a request of the tunnel.
+    return _filter("envoy.filters.http.router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
+
+
+def http_access_log() -> AccessLog:
+    """What Envoy refused before the processor decided (framing, HTTP/1.0, upgrades) reaches the record this way.
+
+    Requests that carry the processor's word are left out: they are recorded already.
+    """
+    decided = MetadataMatcher(
+        filter=site.GATE_NAMESPACE,
+        path=[MetadataMatcherPathSegment(key=site.GATE_KEY)],
+        value=ValueMatcher(present_match=True),
+        invert=True,
+    )
+    return AccessLog(
+        name="processor",
+        filter=AccessLogFilter(metadata_filter=MetadataFilter(matcher=decided, match_if_key_not_found=True)),
+        typed_config=any_of(
+            HttpGrpcAccessLogConfig(common_config=_log_to("http"), additional_response_headers_to_log=[site.DECISION_HEADER])
+        ),
+    )
+
+
+def connection_access_log() -> AccessLog:
+    """Connections that no filter chain takes: an SNI that is not declared, or no TLS where TLS is spoken."""
+    return AccessLog(name="processor", typed_config=any_of(TcpGrpcAccessLogConfig(common_config=_log_to("connection"))))
+
+
+def _log_to(name: str) -> CommonGrpcAccessLogConfig:
+    return CommonGrpcAccessLogConfig(
+        log_name=name,
+        grpc_service=grpc_to(site.PROCESSOR),
+        transport_api_version=ApiVersion.V3,
+        buffer_flush_interval=seconds(0.2),
+        filter_state_objects_to_log=[site.STATE_AGENT, site.STATE_CONNECT_HOST],
+    )

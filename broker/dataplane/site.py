@@ -1,0 +1,71 @@
+"""Where this Envoy stands: its addresses, its way to the processor, and the names both sides must agree on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Listener names. A route is named `<listener>/<tool>`, so that one request attribute tells the processor both.
+PROXY = "proxy"
+BASE_URL = "base-url"
+INNER = "inner"
+INNER_ADDRESSES = "inner-ip"
+
+# Clusters of the bootstrap.
+PROCESSOR = "processor"
+
+# Filter state that carries identity from the CONNECT request to the calls inside its tunnel.
+STATE_AGENT = "broker.agent"
+STATE_TOKEN = "broker.token"  # noqa: S105 - the name of a key; its value is the token's ID and times, never the token
+STATE_CONNECT_HOST = "broker.connect_host"
+
+# Dynamic metadata by which the processor proves to the gate that it decided.
+GATE_NAMESPACE = "broker"
+GATE_KEY = "decision"
+GATE_ALLOW = "allow"
+EXT_AUTHZ = "envoy.filters.http.ext_authz"
+
+# Request attributes (CEL) that reach the processor with a stream's first message.
+ATTRIBUTES = (
+    "xds.route_name",
+    "connection.requested_server_name",
+    "connection.uri_san_peer_certificate",
+    f"filter_state['{STATE_AGENT}']",
+    f"filter_state['{STATE_TOKEN}']",
+    f"filter_state['{STATE_CONNECT_HOST}']",
+)
+RESPONSE_ATTRIBUTES = ("response.code_details",)
+
+# Headers by which a door proves an agent's identity.
+TOKEN_HEADER = "x-broker-token"  # noqa: S105 - a header's name
+DECISION_HEADER = "x-broker-decision-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One Envoy's surroundings. Addresses are `(host, port)`; paths are absolute.
+
+    `processor_socket` is the Unix socket of ext_proc, ext_authz, xDS and access logs; `admin_socket` is Envoy's own admin API;
+    `system_roots` is a PEM file with the trust roots for tools without their own.
+    """
+
+    proxy: tuple[str, int]
+    base_url: tuple[str, int]
+    processor_socket: str
+    admin_socket: str
+    system_roots: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A certificate chain and its private key, both PEM."""
+
+    chain: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """What Envoy shows to agents: a leaf per declared HTTPS host name, one for all IP addresses, one for its own door."""
+
+    hosts: Mapping[str, Leaf]
+    addresses: Leaf | None
+    door: Leaf
