@@ -1,0 +1,97 @@
+"""Who is calling: agent tokens and SPIFFE IDs. What an agent says of itself in any other way is never believed.
+
+Law: a token is signed, lives at most an hour, is never stored, and can be taken back: the ledger of revocations knows, for each
+agent, the moment before which its tokens no longer count.
+"""
+
+import base64
+import binascii
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+MAX_TOKEN_S = 3600
+_AUDIENCE = "envoy-tool-broker"
+_TYPE = "broker-agent+jwt"  # RFC 8725 section 3.11: explicit typing, so that no other JWT of ours passes as a token
+_CACHED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A proven identity: the agent's name, and the token's birth and end (seconds since the epoch; 0 where there is no token)."""
+
+    agent: str
+    issued: float = 0
+    expires: float = 0
+
+    def encode(self) -> str:
+        """The token's times, as they travel in Envoy's filter state through a tunnel."""
+        return f"{self.issued:.0f}.{self.expires:.0f}" if self.expires else ""
+
+    @classmethod
+    def decode(cls, agent: str, times: str) -> "Principal":
+        """The reverse of `encode`. Only Envoy's filter state may be passed in here."""
+        issued, _, expires = times.partition(".")
+        return cls(agent, float(issued or 0), float(expires or 0))
+
+
+class TokenAuthority:
+    """Signs and checks agent tokens (JWT, RFC 7519, EdDSA). Checking costs about 0.1 ms, so results are cached."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self._public = key.public_key()
+        self._seen: dict[bytes, Principal] = {}
+
+    def mint(self, agent: str, now: float, ttl: int = MAX_TOKEN_S) -> str:
+        """A token for `agent`, valid for `ttl` seconds, at most an hour."""
+        claims = {
+            "iss": _AUDIENCE,
+            "aud": _AUDIENCE,
+            "sub": agent,
+            "iat": int(now),
+            "exp": int(now) + min(ttl, MAX_TOKEN_S),
+            "jti": secrets.token_hex(8),
+        }
+        return jwt.encode(claims, self._key, algorithm="EdDSA", headers={"typ": _TYPE})
+
+    def check(self, token: str, now: float) -> Principal | None:
+        """Who the token speaks for, or None when it proves nothing."""
+        digest = hashlib.sha256(token.encode()).digest()
+        principal = self._seen.get(digest)
+        if principal is None:
+            principal = self._verify(token)
+            if principal is None:
+                return None
+            if len(self._seen) >= _CACHED:
+                self._seen.clear()
+            self._seen[digest] = principal
+        return principal if principal.issued - 1 <= now < principal.expires else None
+
+    def _verify(self, token: str) -> Principal | None:
+        try:
+            if jwt.get_unverified_header(token).get("typ") != _TYPE:
+                return None
+            # Times are checked by `check`, against the caller's clock and also for cached tokens.
+            options: Any = {"require": ["sub", "iat", "exp", "aud", "iss"], "verify_exp": False, "verify_iat": False}
+            claims = jwt.decode(token, self._public, algorithms=["EdDSA"], audience=_AUDIENCE, issuer=_AUDIENCE, options=options)
+            principal = Principal(str(claims["sub"]), float(claims["iat"]), float(claims["exp"]))
+        except (jwt.PyJWTError, ValueError, TypeError):
+            return None
+        return principal if principal.expires - principal.issued <= MAX_TOKEN_S else None
+
+
+def proxy_credentials(header: str | None) -> tuple[str, str] | None:
+    """`(name, token)` of a Proxy-Authorization header (RFC 7617 Basic), or None."""
+    scheme, _, encoded = (header or "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        name, colon, token = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return None
+    return (name, token) if colon else None

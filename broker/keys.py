@@ -1,0 +1,77 @@
+"""Private keys on disk: made at first need, mode 0600, in a folder of mode 0700.
+
+Law: a key file that others can read is refused, not repaired: someone may have read it already.
+"""
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from broker.errors import BrokerError
+
+_OTHERS = 0o077
+
+
+class KeyFileError(BrokerError):
+    """A key file can't be used as it is."""
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made with mode 0700 where it is missing."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file of mode 0600 in one step: readers see the old content or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    draft.rename(path)
+
+
+def ed25519(path: Path) -> Ed25519PrivateKey:
+    """The Ed25519 key at `path`, made if it is missing. Raises `KeyFileError`."""
+    key = _load(path)
+    if key is None:
+        key = Ed25519PrivateKey.generate()
+        write_private(path, pem(key))
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{path} holds no Ed25519 key", "move it away to have a new one made")
+    return key
+
+
+def p256(path: Path) -> EllipticCurvePrivateKey:
+    """The P-256 key at `path`, made if it is missing. Raises `KeyFileError`."""
+    key = _load(path)
+    if key is None:
+        key = generate_private_key(SECP256R1())
+        write_private(path, pem(key))
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise KeyFileError(f"{path} holds no P-256 key", "move it away to have a new one made")
+    return key
+
+
+def pem(key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
+    """PKCS 8, unencrypted: the file's mode protects it."""
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def public_pem(key: Ed25519PrivateKey) -> bytes:
+    """SubjectPublicKeyInfo."""
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _load(path: Path) -> object | None:
+    if not path.exists():
+        return None
+    if path.stat().st_mode & _OTHERS:
+        raise KeyFileError(f"{path} can be read by others", "replace the key, or chmod 600 it if you know nobody read it")
+    try:
+        return serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except ValueError as error:
+        raise KeyFileError(f"{path} is no private key ({error})", "move it away to have a new one made") from error
