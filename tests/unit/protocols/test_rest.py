@@ -14,9 +14,9 @@ JSON = (("content-type", "application/json"),)
 FORM = (("content-type", "application/x-www-form-urlencoded"),)
 
 
-def _operation(name: str, method: str, path: str, max_body: int = 100, **schemas: Any) -> Operation:
+def _operation(name: str, method: str, text: str, /, max_body: int = 100, **schemas: Any) -> Operation:
     compiled = {location: ParameterSchema(schema, f"tools/t.yaml#/{name}") for location, schema in schemas.items()}
-    template = PathTemplate.parse(path)
+    template = PathTemplate.parse(text)
     return Operation(name, Effect.WRITE, "rule", method=method, template=template, schemas=compiled, max_body=max_body)
 
 

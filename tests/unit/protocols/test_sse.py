@@ -1,5 +1,7 @@
 """Events come out whole, in order and byte for byte, however the stream was cut."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_reads_events(stream: bytes, data: list[bytes]) -> None:
 def test_no_cut_changes_a_byte_or_a_datum(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
     events = Events()
-    found = [event for start, end in zip(edges, edges[1:], strict=False) for event in events.feed(STREAM[start:end])]
+    found = [event for start, end in pairwise(edges) for event in events.feed(STREAM[start:end])]
     assert b"".join(found) == STREAM
     assert [d for e in found if (d := data_of(e))] == [b'{\n"a": "\xc3\xa9"}', b"no space"]
 
@@ -51,13 +53,12 @@ def test_a_finished_event_is_not_held_back() -> None:
     assert events.feed(b"\ndata: b\n\n") == [b"\ndata: b\n\n"]
 
 
-@pytest.mark.parametrize("chunk", [1000, 10_000_000])
-def test_an_endless_event_is_blocked(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_event_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT", 10_000)
     events = Events()
+    assert events.feed(b"x" * 10_000) == []
     with pytest.raises(ResponseBlocked, match="longer than 10000 bytes"):
-        for _ in range(12):
-            events.feed(b"x" * chunk)
+        events.feed(b"x")
 
 
 def test_a_whole_event_that_is_too_long_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
