@@ -1,0 +1,227 @@
+"""Strict YAML: bytes in, plain JSON-like data with positions out.
+
+Laws: a file means one thing in YAML 1.1, in YAML 1.2 and to the person who reviews it, or it is refused. Data is built from the
+parser's events: tags are never constructed, aliases never expanded, and nesting is bounded before anything recurses.
+Problems are collected; only broken syntax ends a file early. Bad input is a finding, never an exception.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from broker.manifest.findings import Finding
+from broker.policy.types import Json
+
+MAX_BYTES = 1_048_576
+"""The largest file, in bytes: a thousand times a typical manifest, and little enough to parse in a second."""
+MAX_DEPTH = 64
+"""The deepest nesting: four times what a deep parameter schema needs, and far below any recursion limit."""
+_MAX_DIGITS = 18  # beyond that, JSON readers disagree on an integer's value (RFC 8259 section 6)
+
+Pointer = tuple[str | int, ...]
+"""A place in a document: keys and indices from its root."""
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_PLAIN: Mapping[str, Json] = {"": None, "~": None, "null": None, "true": True, "false": False}
+_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?\Z")
+# What YAML 1.1 or 1.2 would read as a number, besides the plain decimals above: signs, octal, hexadecimal, binary, underscores,
+# exponents, bare dots, base 60 (1:30), infinities and not-a-number.
+_NUMBER_LIKE = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:e[-+]?[0-9]+)?|\.[0-9][0-9_]*(?:e[-+]?[0-9]+)?|0x[0-9a-f_]+|0o[0-7_]+|0b[01_]+"
+    r"|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?|\.inf|\.nan)\Z",
+    re.IGNORECASE,
+)
+# YAML's own set (1.2 section 5.1) without what reviewers can't see: NEL and the Unicode line breaks, which YAML 1.1 and 1.2 read
+# differently, byte-order marks, and the bidirectional controls.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One YAML document: its data, and where each value and each key stands (line and column from 1)."""
+
+    data: dict[str, Json]
+    start: tuple[int, int]
+    values: Mapping[Pointer, tuple[int, int]]
+    keys: Mapping[Pointer, tuple[int, int]]
+
+    def at(self, pointer: Pointer, *, key: bool = False) -> tuple[int, int]:
+        """Where a value stands, or the key that names it; for a place that is not there, the nearest one around it."""
+        first, second = (self.keys, self.values) if key else (self.values, self.keys)
+        for end in range(len(pointer), 0, -1):
+            place = first.get(pointer[:end]) or second.get(pointer[:end])
+            if place:
+                return place
+            first = second = self.keys  # what is missing is missing in the mapping that this key names
+        return self.start
+
+
+def read(file: str, content: bytes) -> tuple[tuple[Document, ...], tuple[Finding, ...]]:
+    """The documents of one file (those that are mappings), and everything that is wrong with its YAML."""
+    text, findings = _decode(file, content)
+    if findings:
+        return (), findings
+    reader = _Reader(file, text)
+    documents = tuple(reader.documents())
+    if not reader.seen and not reader.findings:
+        reader.note((1, 1), "yaml_empty", "the file holds no document", "begin it with apiVersion: broker/v1, or delete it")
+    return documents, tuple(reader.findings)
+
+
+def _decode(file: str, content: bytes) -> tuple[str, tuple[Finding, ...]]:
+    if len(content) > MAX_BYTES:
+        advice = "split it into several files"
+        return "", (Finding(file, 1, 1, "yaml_size", f"the file is larger than {MAX_BYTES} bytes", advice),)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode("utf-8")
+        line, column = _position(before, len(before))
+        return "", (Finding(file, line, column, "yaml_encoding", "this is not UTF-8", "save the file as UTF-8"),)
+    if text.startswith("\ufeff"):
+        advice = "save the file as UTF-8 without BOM"
+        return "", (Finding(file, 1, 1, "yaml_encoding", "the file begins with a byte-order mark", advice),)
+    return text, tuple(_characters(file, text))
+
+
+def _characters(file: str, text: str) -> Iterator[Finding]:
+    for found in _FORBIDDEN.finditer(text):
+        line, column = _position(text, found.start())
+        message = f"the character U+{ord(found[0]):04X} is invisible or not allowed in YAML"
+        yield Finding(file, line, column, "yaml_character", message, "delete it, or write it as an escape in double quotes")
+    if "\t" in text:
+        for number, line_text in enumerate(text.split("\n"), 1):
+            if (at := line_text.find("\t")) >= 0:
+                advice = r"indent with spaces; in a string write \t between double quotes"
+                yield Finding(file, number, at + 1, "yaml_tab", "this is a tab", advice)
+
+
+def _position(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - (text.rfind("\n", 0, offset) + 1) + 1
+
+
+class _TooDeepError(ValueError):
+    """Nesting passed `MAX_DEPTH`; the rest of the file is not read."""
+
+
+class _Reader:
+    """Turns one file's events into documents and notes what is wrong on the way."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.findings: list[Finding] = []
+        self.seen = False
+        self._file = file
+        self._loader = _Loader(text)
+        self._values: dict[Pointer, tuple[int, int]] = {}
+        self._keys: dict[Pointer, tuple[int, int]] = {}
+
+    def note(self, place: tuple[int, int], code: str, message: str, advice: str) -> None:
+        self.findings.append(Finding(self._file, *place, code, message, advice))
+
+    def documents(self) -> Iterator[Document]:
+        try:
+            while not self._loader.check_event(yaml.StreamEndEvent):
+                event = self._loader.get_event()
+                if isinstance(event, yaml.DocumentStartEvent):
+                    self.seen = True
+                    yield from self._document()
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            problem = getattr(error, "problem", None) or "this can't be read"
+            self.note(place, "yaml_syntax", f"this is not YAML: {problem}", "correct the indentation, brackets or quotes here")
+        except _TooDeepError:
+            self.note(self._place, "yaml_depth", f"nesting is deeper than {MAX_DEPTH} levels", "flatten it")
+        finally:
+            self._loader.dispose()
+
+    def _document(self) -> Iterator[Document]:
+        self._values, self._keys = {}, {}
+        event = self._loader.get_event()
+        start = _start(event)
+        data = self._node(event, ())
+        if isinstance(data, dict):
+            yield Document(data, start, self._values, self._keys)
+        elif data is None:
+            self.note(start, "yaml_empty", "the document is empty", "begin it with apiVersion: broker/v1, or delete its ---")
+        else:
+            self.note(start, "yaml_not_mapping", "the document is not a mapping", "begin it with apiVersion: broker/v1")
+
+    def _node(self, event: Any, pointer: Pointer) -> Json:
+        place = self._values[pointer] = _start(event)
+        if len(pointer) > MAX_DEPTH:
+            self._place = place
+            raise _TooDeepError
+        if isinstance(event, yaml.AliasEvent):
+            self.note(place, "yaml_alias", f"*{event.anchor} is an alias", "write the value out: a review must see what applies")
+            return None
+        if event.anchor is not None:
+            self.note(place, "yaml_anchor", f"&{event.anchor} is an anchor", "take it out, and write the value where it is used")
+        if event.tag is not None:
+            self.note(place, "yaml_tag", "tags such as !!str have no meaning here", "take the tag out; quote a string instead")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, place)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(pointer)
+        return self._mapping(pointer)
+
+    def _sequence(self, pointer: Pointer) -> Json:
+        items: list[Json] = []
+        while not isinstance(event := self._loader.get_event(), yaml.SequenceEndEvent):
+            items.append(self._node(event, (*pointer, len(items))))
+        return items
+
+    def _mapping(self, pointer: Pointer) -> Json:
+        data: dict[str, Json] = {}
+        while not isinstance(event := self._loader.get_event(), yaml.MappingEndEvent):
+            place = _start(event)
+            key = self._key(event, place, pointer)
+            if key in data:
+                self.note(place, "yaml_duplicate_key", f"the key {key!r} stands here twice", "keep one of the two")
+            here = (*pointer, key)
+            self._keys[here] = place
+            value = self._node(self._loader.get_event(), here)
+            data.setdefault(key, value)
+        return data
+
+    def _key(self, event: Any, place: tuple[int, int], pointer: Pointer) -> str:
+        before = len(self.findings)
+        key = self._node(event, (*pointer, ""))
+        if event.__class__ is yaml.ScalarEvent and event.implicit[0] and event.value == "<<":
+            self.note(place, "yaml_merge", "<< is a merge key", "write the fields out: a review must see what applies")
+        if isinstance(key, str):
+            return key
+        if len(self.findings) == before:
+            self.note(place, "yaml_key", "this key is not a string", "put it in quotes")
+        return f"?{place}"
+
+    def _scalar(self, event: Any, place: tuple[int, int]) -> Json:
+        text: str = event.value
+        if not event.implicit[0]:  # quoted, a block, or tagged
+            return text
+        if text in _PLAIN:
+            return _PLAIN[text]
+        if text.lower() in _WORDS:
+            advice = 'write true, false or null; if it is a string, put it in quotes: "…"'
+            self.note(place, "yaml_boolean", f"YAML readers disagree on whether {text} is a string", advice)
+        elif text[0] in "-+.0123456789":
+            return self._number(text, place)
+        return text
+
+    def _number(self, text: str, place: tuple[int, int]) -> Json:
+        if (found := _NUMBER.match(text)) and len(text) <= _MAX_DIGITS:
+            return float(text) if found[1] else int(text)
+        if _NUMBER_LIKE.match(text):
+            advice = "write a plain decimal number; if it is a string, put it in quotes"
+            self.note(place, "yaml_number", f"YAML readers disagree on the value of {text[:40]}", advice)
+        return text
+
+
+def _start(event: Any) -> tuple[int, int]:
+    mark = event.start_mark
+    return mark.line + 1, mark.column + 1
