@@ -14,6 +14,9 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from broker.policy.snapshot import PolicySnapshot
+from broker.policy.types import Code, Decision, Door, deny
+
 MAX_TOKEN_S = 3600
 _AUDIENCE = "envoy-tool-broker"
 _TYPE = "broker-agent+jwt"  # RFC 8725 section 3.11: explicit typing, so that no other JWT of ours passes as a token
@@ -95,3 +98,55 @@ def proxy_credentials(header: str | None) -> tuple[str, str] | None:
     except (binascii.Error, ValueError):
         return None
     return (name, token) if colon else None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a request brings to prove who sends it, by the door it came through. Only Envoy fills `peer_uri` and `carried`.
+
+    `peer_uri` is the URI SAN of a verified client certificate. `carried` is `(agent, times)` from the tunnel's filter state.
+    """
+
+    door: Door
+    peer_uri: str = ""
+    carried: tuple[str, str] | None = None
+    proxy_authorization: str | None = None
+    token: str | None = None
+
+
+def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthority, now: float) -> Principal | Decision:
+    """Who sends a request.
+
+    First that applies:
+
+    1. inside a tunnel: the identity that opened it, while its token lasts
+    2. a verified client certificate: the agent with that SPIFFE ID
+    3. a token in the door's own header, for an agent whose manifest takes tokens
+    4. nobody → `agent_unknown`
+    """
+    if evidence.carried is not None:
+        principal = Principal.decode(*evidence.carried)
+        return _unknown("the token behind this tunnel has ended") if 0 < principal.expires <= now else principal
+    if evidence.peer_uri:
+        agent = snapshot.by_spiffe.get(evidence.peer_uri)
+        return Principal(agent.name) if agent else _unknown("no manifest names this SPIFFE ID")
+    if evidence.door is Door.PROXY:
+        name, token = proxy_credentials(evidence.proxy_authorization) or ("", "")
+    else:
+        name, token = "", evidence.token or ""
+    if not token:
+        return _unknown("the request carries no identity")
+    return _by_token(name, tokens.check(token, now), snapshot)
+
+
+def _by_token(name: str, principal: Principal | None, snapshot: PolicySnapshot) -> Principal | Decision:
+    if principal is None or name not in ("", principal.agent):
+        return _unknown("the token is not valid, has ended, or is another agent's")
+    agent = snapshot.agents.get(principal.agent)
+    if agent is not None and not agent.token:
+        return _unknown("this agent's manifest takes no tokens")
+    return principal
+
+
+def _unknown(detail: str) -> Decision:
+    return deny(Code.AGENT_UNKNOWN, detail)

@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from broker.dataplane.routes import is_address
 from broker.dataplane.site import Certificates, Leaf
-from broker.keys import p256, pem
+from broker.keys import KeyFileError, p256, pem
 from broker.policy.snapshot import PolicySnapshot
 
 _ROOT_DAYS = 3650
@@ -26,14 +26,15 @@ _BACKDATE = timedelta(hours=1)
 
 
 class PlatformCA:
-    """The root in `folder`: `ca.key` (0600) and `ca.pem`, made at first use. `now` is seconds since the epoch."""
+    """The root: its key (mode 0600) and its certificate, made at first use. `now` is seconds since the epoch."""
 
-    def __init__(self, folder: Path, now: float) -> None:
-        self.certificate_path = folder / "ca.pem"
-        self._key = p256(folder / "ca.key")
-        if not self.certificate_path.exists():
-            self.certificate_path.write_bytes(_root(self._key, now).public_bytes(serialization.Encoding.PEM))
-        self._root = x509.load_pem_x509_certificate(self.certificate_path.read_bytes())
+    def __init__(self, key: Path, certificate: Path, now: float) -> None:
+        self._key = p256(key)
+        if not certificate.exists():
+            certificate.write_bytes(_root(self._key, now).public_bytes(serialization.Encoding.PEM))
+        self._root = x509.load_pem_x509_certificate(certificate.read_bytes())
+        if self._root.public_key() != self._key.public_key():
+            raise KeyFileError(f"{certificate} is not the certificate of {key}", "move both away to have new ones made")
 
     def certify(self, snapshot: PolicySnapshot, door_hosts: Iterable[str], now: float) -> Certificates:
         """Leaves for every declared HTTPS host, under a fresh intermediate that can certify nothing else."""

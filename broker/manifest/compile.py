@@ -52,14 +52,14 @@ class Vocabulary:
 class Source:
     """One document: where it stands, its data in canonical JSON, and the kind that it is.
 
-    `whole` is False where parts that are wrong were left out of `model`, so that the rest can still be checked.
+    `cut` names the parts that are wrong and were left out of `model`, so that the rest can still be checked.
     """
 
     file: str
     document: Document
     canonical: str
     model: models.Kind
-    whole: bool = True
+    cut: tuple[Pointer, ...] = ()
 
     def rule(self, *pointer: str | int) -> str:
         """`file#pointer` (RFC 6901)."""
@@ -82,8 +82,8 @@ class _Work:
     schemas: dict[str, ParameterSchema] = field(default_factory=dict)
 
 
-# What may only follow from a part that was left out because it was wrong.
-_CONSEQUENCES = frozenset({"credential_invalid", "match_invalid", "endpoint_plaintext"})
+# What may only follow from a part below that was left out because it was wrong.
+_CONSEQUENCES = frozenset({"credential_invalid", "match_invalid"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class _Scope:
     source: Source
 
     def error(self, pointer: Pointer, code: str, why: str, *, key: bool = False) -> None:
-        if self.source.whole or code not in _CONSEQUENCES:
+        if code not in _CONSEQUENCES or not any(cut[: len(pointer)] == pointer for cut in self.source.cut):
             self._add(self.source.document.at(pointer, key=key), code, why, "error")
 
     def warn(self, pointer: Pointer, code: str, why: str) -> None:
@@ -378,8 +378,7 @@ def _agent(scope: _Scope, meta: models.Metadata, spec: models.AgentSpec, tools: 
 
 def _limits(scope: _Scope, here: Pointer, limits: models.Limits | None) -> None:
     if limits is not None:
-        words = ", ".join(sorted(limits.model_fields_set)) or "none"
-        scope.warn(here, "not_enforced", f"limits are not enforced yet ({words}); don't rely on them")
+        scope.warn(here, "not_enforced", "limits are not enforced yet; don't rely on them")
 
 
 def _grants(scope: _Scope, name: str, part: models.AgentTool, tool: Tool | None) -> Mapping[str, Grant]:

@@ -65,9 +65,9 @@ REMEDY = "put it into the environment or a file, name that as secret: {env: NAME
 """What to do about a `secret_literal`."""
 
 
-def is_known_secret(text: str) -> bool:
-    """Whether the text holds a credential of a well-known form."""
-    return _KNOWN_SECRET.search(text) is not None
+def redacted(text: str) -> str:
+    """The text without credentials of well-known forms."""
+    return _KNOWN_SECRET.sub("[redacted]", text)
 
 
 def _literal(where: str) -> PydanticCustomError:
@@ -81,7 +81,7 @@ def _reference(value: object) -> object:
 
 
 def _template(value: str) -> str:
-    if is_known_secret(value) or _TOKEN_LIKE.search(value):
+    if redacted(value) != value or _TOKEN_LIKE.search(value):
         raise _literal("the template")
     if value.count("{}") != 1 or not value.isascii() or not value.isprintable():
         raise invalid('a template is one line of ASCII with {} once, where the credential goes, such as "Bearer {}"')

@@ -5,8 +5,8 @@ Law: only a folder that can't be listed raises. Whatever is in it, the answer is
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
 from broker.manifest.compile import Declared, Source, Vocabulary, compile_policy
-from broker.manifest.fields import CUSTOM_CODES, REMEDY, is_known_secret
+from broker.manifest.fields import CUSTOM_CODES, REMEDY, redacted
 from broker.manifest.findings import Finding
 from broker.manifest.models import KINDS, Kind
 from broker.manifest.strict_yaml import MAX_BYTES, Document, Pointer, read
@@ -103,7 +103,7 @@ def load_texts(
         advice = "write platform.yaml, tools/*.yaml and agents/*.yaml"
         findings.append(Finding(".", 1, 1, "manifests_missing", "there is no manifest here", advice))
     snapshot, problems, references = compile_policy(sources, words or vocabulary(), lambda name: _bytes(base / name), declared)
-    findings = sorted({*findings, *problems})
+    findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *problems)})
     failed = any(finding.severity == "error" for finding in findings)
     files = tuple(base / name for name in (*sorted(texts), *references))
     return Loaded(None if failed else snapshot, tuple(findings), files)
@@ -139,13 +139,14 @@ def _typed(file: str, document: Document, seen: set[tuple[int, int]]) -> tuple[S
     findings += [
         found for found in (_invalid(file, document, error) for error in errors) if (found.line, found.column) not in seen
     ]
-    rest = canonical
+    rest, cut = canonical, []
     for _ in range(_ROUNDS):
-        if not errors or model:
+        if model:
             break
-        rest = _without(rest, errors)
+        cut += [_cut(error) for error in errors]
+        rest = _without(rest, [_cut(error) for error in errors])
         model, errors = _validated(KINDS[kind], rest)
-    return (Source(file, document, canonical, model, whole=rest == canonical) if model else None), findings
+    return (Source(file, document, canonical, model, tuple(cut)) if model else None), findings
 
 
 def _validated(kind: type[Kind], text: str) -> tuple[Kind | None, list[ErrorDetails]]:
@@ -174,15 +175,20 @@ def _invalid(file: str, document: Document, error: ErrorDetails) -> Finding:
     if error["type"] == "secret_literal":
         return Finding(file, *place, "secret_literal", error["msg"], REMEDY)
     code = error["type"] if error["type"] in CUSTOM_CODES else "field_invalid"
-    sentence = re.sub(r"^Input should", "it should", error["msg"])
-    return Finding(file, *place, code, f"{name} is not right: {sentence}", "see the reference of this kind")
+    sentence, _, advice = re.sub(r"^(Input|String|Value) should", "it should", error["msg"]).partition("; ")
+    return Finding(file, *place, code, f"{name} is not right: {sentence}", advice or "see the reference of this kind")
 
 
-def _without(text: str, errors: list[ErrorDetails]) -> str:
-    """The document without what is wrong: the value, or what lacks a field."""
+def _cut(error: ErrorDetails) -> Pointer:
+    """What to leave out: the wrong value, or what lacks a field."""
+    pointer, _ = _pointer(error)
+    return pointer[:-1] if error["type"] == "missing" else pointer
+
+
+def _without(text: str, pointers: Iterable[Pointer]) -> str:
     data = json.loads(text)
-    pointers = {_pointer(error)[0][: -1 if error["type"] == "missing" else None] for error in errors}
-    for pointer in sorted(pointers, key=str, reverse=True):
+    # The last first, so that no index shifts before its turn.
+    for pointer in sorted(set(pointers), key=lambda parts: [(isinstance(part, str), part) for part in parts], reverse=True):
         _delete(data, pointer)
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
@@ -202,7 +208,7 @@ def _delete(data: Json, pointer: Pointer) -> None:
 
 def _secrets(data: Json, pointer: Pointer) -> Iterator[Pointer]:
     if isinstance(data, str):
-        if is_known_secret(data):
+        if redacted(data) != data:
             yield pointer
     elif isinstance(data, dict):
         for key, value in data.items():

@@ -155,7 +155,9 @@ class Identity(Model):
     @model_validator(mode="after")
     def _any(self) -> "Identity":
         if self.spiffe is None and self.namespace is None and not self.token:
-            raise PydanticCustomError("identity_missing", "the agent has no identity, so no call could be known as its own")
+            raise PydanticCustomError(
+                "identity_missing", "no call could be known as its own; write token: true, a spiffe ID or a namespace"
+            )
         return self
 
 

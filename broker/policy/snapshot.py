@@ -117,6 +117,11 @@ class Agent:
     token: bool = False
     namespace: str = ""
 
+    @property
+    def described(self) -> dict[str, str]:
+        """Who it is and who answers for it, as the record shows it."""
+        return {"name": self.name, "spiffe": self.spiffe, "owner": self.owner, "oncall": self.oncall}
+
 
 @dataclass(frozen=True, slots=True)
 class PolicySnapshot:

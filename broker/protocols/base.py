@@ -36,7 +36,7 @@ class Adapter(Protocol):
     """The parameter locations that a catalog entry of this protocol may give schemas for."""
 
     def body_limit(self, tool: Tool, request: Request) -> int | Refusal:
-        """The largest body to accept for this request, in bytes, judged by its head alone; or why it needs no body to be refused."""
+        """The largest body to accept for this request, in bytes, judged by its head alone; or why it is refused without."""
 
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """Read the whole request. `body` is empty when there is none."""
@@ -44,7 +44,9 @@ class Adapter(Protocol):
     def denial(self, problem: Mapping[str, Json], decision: Decision | Refusal, correlation: Json) -> Reply | None:
         """The denial in this protocol's own shape, or None where the plain problem body (RFC 9457) is right."""
 
-    def response_filter(self, tool: Tool, grants: Mapping[str, Grant], call: ToolCall, content_type: str) -> ResponseFilter | None:
+    def response_filter(
+        self, tool: Tool, grants: Mapping[str, Grant], call: ToolCall, content_type: str
+    ) -> ResponseFilter | None:
         """What the answer to an allowed call must pass through, or None to leave it untouched (and unread)."""
 
 

@@ -1,0 +1,134 @@
+"""Events in, commands out: the words between one exchange and whatever carries it.
+
+Law: plain frozen values; nothing here knows gRPC, Envoy's protos or the clock.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+
+from broker.audit import AuditSink
+from broker.credentials.base import CredentialUnavailable, Issuer, Lease, Occasion
+from broker.identity import Evidence, TokenAuthority
+from broker.ledger.revocations import Revocations
+from broker.policy.agreement import Wire
+from broker.policy.snapshot import PolicySnapshot
+from broker.policy.types import Request
+from broker.protocols.base import Adapter, Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The outside, as interfaces. `snapshot` gives the one in force now; `random_id` gives a new decision ID."""
+
+    snapshot: Callable[[], PolicySnapshot]
+    adapters: Mapping[str, Adapter]
+    issuers: Mapping[str, Issuer]
+    audit: AuditSink
+    tokens: TokenAuthority
+    revocations: Revocations
+    now: Callable[[], float]
+    mono_ns: Callable[[], int]
+    random_id: Callable[[], str]
+    decided: Callable[[str, str], None]
+    """Told each verdict and code, for the metrics."""
+
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request's head. `request.path` is the whole raw path as the agent sent it; `has_body` is False when the head is all."""
+
+    wire: Wire
+    request: Request
+    evidence: Evidence
+    has_body: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    """The whole body, as it will be sent."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """The answer to `Issue`: a lease, or why there is none."""
+
+    lease: Lease | CredentialUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """An answer's head. `details` is Envoy's word for where it came from; `via_upstream` for a real answer."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    details: str
+    has_body: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseChunk:
+    """A part of the answer's body."""
+
+    data: bytes
+    last: bool
+
+
+Event = RequestHead | RequestBody | Issued | ResponseHead | ResponseChunk
+
+
+# Commands.
+
+
+@dataclass(frozen=True, slots=True)
+class WantBody:
+    """Hold the request until its whole body is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Ask the issuer, which may take time; come back with `Issued`."""
+
+    issuer: Issuer
+    occasion: Occasion
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Let the request go, with proof for the gate. `path` replaces the request's path and query where it is not None."""
+
+    set_headers: tuple[tuple[str, str], ...]
+    remove_headers: tuple[str, ...]
+    path: str | None
+    decision_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Leave the answer as it is and do not look at its body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """Stream the answer's body by, chunk for chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Pass this on in place of the chunk."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Break the stream now."""
+
+
+Command = WantBody | Issue | Send | Reply | Pass | Observe | Replace | Cut
+Steps = Generator[Command, Event, None]

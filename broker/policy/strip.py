@@ -1,0 +1,68 @@
+"""What an agent says of itself, and what it brings along, is taken off before anyone judges or sends the request.
+
+Law: removal looks at the name as a lenient server would: case is gone already, and `_` reads as `-` (CGI and WSGI fold both).
+"""
+
+from dataclasses import dataclass
+from urllib.parse import unquote_plus
+
+from broker.policy.snapshot import Tool
+from broker.policy.types import Request
+
+# Credentials of the agent's own; identity claims; and headers by which a server takes another method or path than the one judged.
+_HEADERS = frozenset(
+    {
+        "authorization", "proxy-authorization", "cookie", "api-key", "apikey", "x-api-key", "x-goog-api-key", "x-auth-token",
+        "x-access-token", "x-amz-security-token", "private-token", "job-token", "x-vault-token", "x-agent-id", "x-run-id",
+        "x-real-ip", "x-client-ip", "true-client-ip", "forwarded", "via", "x-http-method", "x-http-method-override",
+        "x-method-override",
+        "x-original-url", "x-original-host", "x-rewrite-url", "proxy-connection",
+    }
+)  # fmt: skip
+_PREFIXES = ("x-broker-", "x-forwarded-", "x-envoy-")
+
+_QUERY = frozenset(
+    {
+        "access_token", "api_key", "apikey", "api-key", "x-api-key", "auth_token", "authtoken", "authorization", "client_secret",
+        "oauth_token", "private_token", "token", "key", "password", "secret",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stripped:
+    """The request as it may be judged. `removed` names the headers to take off, as they were sent."""
+
+    request: Request
+    removed: tuple[str, ...]
+    query_changed: bool
+
+
+def strip(tool: Tool, request: Request, path: str) -> Stripped:
+    """The request without the agent's own credentials and claims; `path` is the path relative to the tool.
+
+    A credential-like query parameter stays only where an operation of the tool declares a query parameter of that name.
+    """
+    removed = tuple(sorted({name for name, _ in request.headers if is_stripped(name)}))
+    headers = tuple(pair for pair in request.headers if pair[0] not in removed) if removed else request.headers
+    query = _without_credentials(tool, request.query) if request.query else ""
+    return Stripped(Request(request.method, path, query, headers), removed, query_changed=query != request.query)
+
+
+def is_stripped(name: str) -> bool:
+    """Whether a header (lower-case name) never goes upstream as the agent sent it."""
+    plain = name.replace("_", "-")
+    return plain in _HEADERS or plain.startswith(_PREFIXES)
+
+
+def _without_credentials(tool: Tool, query: str) -> str:
+    kept = [pair for pair in query.split("&") if not _is_credential(tool, pair)]
+    return "&".join(kept)
+
+
+def _is_credential(tool: Tool, pair: str) -> bool:
+    name = unquote_plus(pair.partition("=")[0])
+    if name.lower() not in _QUERY:
+        return False
+    schemas = (operation.schemas.get("query") for operation in tool.operations.values())
+    return not any(schema and name in schema.source.get("properties", {}) for schema in schemas)

@@ -1,0 +1,95 @@
+"""Envoy's access log, as far as it tells what the processor never saw: requests and connections refused below it."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsResponse
+from envoy.service.accesslog.v3.als_pb2_grpc import AccessLogServiceServicer
+from google.protobuf.wrappers_pb2 import StringValue
+
+from broker.audit import AuditUnavailable
+from broker.audit.record import Attempt, decision_record
+from broker.dataplane import site
+from broker.events import Services
+from broker.policy.types import Code, Decision, deny
+
+log = logging.getLogger(__name__)
+
+# Envoy's response code details that have a code of ours; every other refusal of Envoy's is a protocol violation.
+_CODES: Mapping[str, Code] = {
+    "request_payload_too_large": Code.BODY_TOO_LARGE,
+    "ext_proc_error": Code.INTERNAL_FAULT,
+    "ext_authz_error": Code.INTERNAL_FAULT,
+    "rbac_access_denied": Code.INTERNAL_FAULT,
+    "filter_chain_not_found": Code.HOST_NOT_DECLARED,
+}
+
+
+class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated without types
+    """Writes a denial for each refusal that has none yet."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def StreamAccessLogs(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[Any],
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+    ) -> Any:
+        """One of Envoy's access log streams."""
+        async for message in request_iterator:
+            for entry in message.http_logs.log_entry:
+                self._http(entry)
+            for entry in message.tcp_logs.log_entry:
+                self._connection(entry)
+        return StreamAccessLogsResponse()
+
+    def _http(self, entry: Any) -> None:
+        if site.DECISION_HEADER in entry.response.response_headers:
+            return
+        request, common = entry.request, entry.common_properties
+        details = entry.response.response_code_details
+        self._record(
+            common,
+            deny(_code(details), f"Envoy refused the request: {details or 'no details'}"),
+            method=_METHODS.get(request.request_method, ""),
+            host=request.authority,
+            path=request.path.partition("?")[0],
+        )
+
+    def _connection(self, entry: Any) -> None:
+        common = entry.common_properties
+        details = common.connection_termination_details or common.upstream_transport_failure_reason
+        if not common.response_flags.no_route_found and "filter_chain_not_found" not in details:
+            return
+        sni = common.tls_properties.tls_sni_hostname
+        what = f"TLS was opened to {sni!r}, which is not declared" if sni else "TLS was opened without a declared name"
+        self._record(common, deny(Code.HOST_NOT_DECLARED, what), method="", host=sni, path="")
+
+    def _record(self, common: Any, decision: Decision, *, method: str, host: str, path: str) -> None:
+        services = self._services
+        snapshot = services.snapshot()
+        carried = common.filter_state_objects.get(site.STATE_AGENT)
+        agent = snapshot.agents.get(_text(carried)) if carried is not None else None
+        attempt = Attempt(
+            services.random_id(), snapshot.revision, agent.described if agent else {}, method=method, host=host, path=path
+        )
+        try:
+            services.audit.append(decision_record(services.now(), services.mono_ns(), attempt, decision))
+        except AuditUnavailable as error:
+            log.error("a refusal of Envoy's could not be recorded: %s", error)  # noqa: TRY400 - no trace needed
+        services.decided(decision.verdict, decision.code or "")
+
+
+_METHODS = {1: "GET", 2: "HEAD", 3: "POST", 4: "PUT", 5: "DELETE", 6: "CONNECT", 7: "OPTIONS", 8: "TRACE", 9: "PATCH"}
+
+
+def _code(details: str) -> Code:
+    return next((code for mark, code in _CODES.items() if mark in details), Code.PROTOCOL_VIOLATION)
+
+
+def _text(packed: Any) -> str:
+    value = StringValue()
+    return value.value if packed.Unpack(value) else ""

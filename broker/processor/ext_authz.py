@@ -1,0 +1,51 @@
+"""ext_authz: who may open which tunnel (CONNECT)."""
+
+from typing import Any
+
+import grpc
+from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
+from envoy.service.auth.v3.external_auth_pb2 import CheckResponse, DeniedHttpResponse, OkHttpResponse
+from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationServicer
+from google.protobuf.struct_pb2 import Struct
+from google.rpc.code_pb2 import PERMISSION_DENIED
+
+from broker.dataplane import site
+from broker.events import Services
+from broker.identity import Evidence
+from broker.policy.types import Door
+from broker.protocols.base import Reply
+from broker.tunnel import Open, authorize
+
+
+class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated without types
+    """Answers Envoy's check of each CONNECT."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ARG002, N802
+        """Open, with the identity that the tunnel carries, or refused with a problem body."""
+        attributes = request.attributes
+        http = attributes.request.http
+        evidence = Evidence(
+            door=Door.PROXY,
+            # Filled by Envoy from a verified client certificate only; a plain connection has none.
+            peer_uri=attributes.source.principal,
+            proxy_authorization=http.headers.get("proxy-authorization"),
+        )
+        outcome = authorize(self._services, evidence, http.host)
+        return _refused(outcome) if isinstance(outcome, Reply) else _opened(outcome)
+
+
+def _opened(outcome: Open) -> Any:
+    metadata = Struct()
+    metadata[site.GATE_KEY] = site.GATE_ALLOW
+    metadata["agent"] = outcome.principal.agent
+    metadata["token"] = outcome.principal.encode()
+    return CheckResponse(status={"code": 0}, ok_response=OkHttpResponse(), dynamic_metadata=metadata)
+
+
+def _refused(reply: Reply) -> Any:
+    headers = [HeaderValueOption(header=HeaderValue(key=name, value=value)) for name, value in reply.headers]
+    denied = DeniedHttpResponse(status={"code": reply.status}, headers=headers, body=reply.body.decode())
+    return CheckResponse(status={"code": PERMISSION_DENIED}, denied_response=denied)

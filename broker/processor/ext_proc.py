@@ -1,0 +1,44 @@
+"""The driver of exchanges: one gRPC stream of Envoy's ext_proc is one exchange."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorServicer
+
+from broker.credentials.base import CredentialUnavailable
+from broker.events import Command, Cut, Issue, Issued, Services
+from broker.exchange import Exchange
+from broker.processor.convert import event_of, response_of, unchanged
+
+
+class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
+    """Feeds what Envoy sends to the exchange and writes what it commands. Holds no state between streams."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def Process(self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
+        """One HTTP request, from its headers to the end of its answer."""
+        exchange = Exchange(self._services)
+        try:
+            async for message in request_iterator:
+                event = event_of(message)
+                if event is None:
+                    await context.write(unchanged(message))
+                    continue
+                command: Command = exchange.handle(event)
+                if isinstance(command, Issue):
+                    command = exchange.handle(await _issued(command))
+                if isinstance(command, Cut):
+                    await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
+                await context.write(response_of(command, message))
+        finally:
+            exchange.close()
+
+
+async def _issued(command: Issue) -> Issued:
+    try:
+        return Issued(await command.issuer.issue(command.occasion, command.now))
+    except CredentialUnavailable as error:
+        return Issued(error)

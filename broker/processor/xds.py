@@ -1,0 +1,109 @@
+"""ADS: Envoy's configuration, state of the world, over the same socket.
+
+Law: what was accepted stays in force until something else is accepted. A refused configuration is reported in Envoy's words.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceServicer
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from broker.dataplane.compile import Resources
+
+log = logging.getLogger(__name__)
+
+_CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+_LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
+_ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+# What is pointed at goes before what points (Envoy, "xDS protocol: eventual consistency considerations").
+_ORDER = (_CLUSTER, _LISTENER, _ROUTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    version: str
+    resources: tuple[Any, ...]
+
+
+def _typed(url: str, messages: Sequence[Any]) -> _Typed:
+    packed = tuple(AnyMessage(type_url=url, value=bytes(message)) for message in messages)
+    digest = hashlib.sha256(b"\0".join(each.value for each in packed)).hexdigest()[:16]
+    return _Typed(digest, packed)
+
+
+@dataclass(slots=True)
+class _Subscription:
+    """One Envoy's view: per type, the version sent and the version accepted."""
+
+    sent: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, str] = field(default_factory=dict)
+    nonce: int = 0
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generated without types
+    """Serves the newest configuration. `on_verdict(error)` hears each answer: None when Envoy has accepted all of the newest."""
+
+    def __init__(self, on_verdict: Callable[[str | None], None]) -> None:
+        self._on_verdict = on_verdict
+        self._types: dict[str, _Typed] = {}
+        self._changed = asyncio.Event()
+
+    def publish(self, resources: Resources) -> None:
+        """Make this the configuration. Types whose content is the same are not sent again."""
+        contents = (resources.clusters, resources.listeners, resources.routes)
+        self._types = {url: _typed(url, messages) for url, messages in zip(_ORDER, contents, strict=True)}
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def StreamAggregatedResources(  # noqa: N802
+        self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """One Envoy, for as long as it stays."""
+        subscription = _Subscription()
+        pusher = asyncio.create_task(self._push(subscription, context))
+        try:
+            async for request in request_iterator:
+                self._hear(subscription, request)
+                await self._send(subscription, request.type_url, context)
+        finally:
+            pusher.cancel()
+
+    async def _push(self, subscription: _Subscription, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        while True:
+            await self._changed.wait()
+            for url in _ORDER:
+                if url in subscription.sent:
+                    await self._send(subscription, url, context)
+
+    def _hear(self, subscription: _Subscription, request: Any) -> None:
+        if request.HasField("error_detail"):
+            message = request.error_detail.message
+            log.error("Envoy refused the new configuration and keeps the old one: %s", message)
+            self._on_verdict(message)
+            return
+        if not request.response_nonce:
+            subscription.sent[request.type_url] = ""
+            return
+        subscription.accepted[request.type_url] = request.version_info
+        if all(subscription.accepted.get(url) == typed.version for url, typed in self._types.items()):
+            self._on_verdict(None)
+
+    async def _send(self, subscription: _Subscription, url: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with subscription.writing:
+            typed = self._types.get(url)
+            if typed is None or subscription.sent.get(url) == typed.version:
+                return
+            subscription.sent[url] = typed.version
+            subscription.nonce += 1
+            nonce = str(subscription.nonce)
+            await context.write(
+                DiscoveryResponse(version_info=typed.version, type_url=url, resources=typed.resources, nonce=nonce)
+            )

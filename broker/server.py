@@ -1,0 +1,254 @@
+"""The composition root: the only place that knows every part. It wires them, watches the manifests, and stops in order."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import orjson
+from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
+from envoy.service.auth.v3.external_auth_pb2_grpc import add_AuthorizationServicer_to_server
+from envoy.service.discovery.v3.ads_pb2_grpc import add_AggregatedDiscoveryServiceServicer_to_server
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
+from prometheus_client import CollectorRegistry, Counter
+
+from broker import clock
+from broker.admin import api
+from broker.audit import AuditUnavailable, chain
+from broker.audit.log import AuditLog
+from broker.audit.record import config_record, revocation_record
+from broker.credentials.jwt import JwtIssuer, jwks
+from broker.credentials.static import StaticIssuer
+from broker.dataplane.compile import resources
+from broker.dataplane.site import Certificates, Site
+from broker.errors import BrokerError
+from broker.events import Services
+from broker.identity import TokenAuthority
+from broker.keys import ed25519, public_pem
+from broker.ledger.revocations import Revocations
+from broker.manifest.load import Loaded, load
+from broker.pki import PlatformCA
+from broker.policy.snapshot import EMPTY, PolicySnapshot
+from broker.processor.access_log import AccessLog
+from broker.processor.ext_authz import ExtAuthz
+from broker.processor.ext_proc import ExtProc
+from broker.processor.xds import Ads
+from broker.protocols.registry import ADAPTERS
+from broker.state import State
+
+log = logging.getLogger(__name__)
+
+# A change of the manifests is in force within a second: this is how often the folder is looked at.
+_WATCH_S = 0.25
+_SYNC_S = 1.0
+_RECERTIFY_S = 86_400.0
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator chooses. Addresses are `(host, port)`."""
+
+    manifests: Path
+    state: State
+    site: Site
+    admin: tuple[str, int]
+
+
+Announce = Callable[[dict[str, Any]], None]
+
+
+class Server:
+    """The processor, the configuration service and the admin API. `announce` hears of each configuration and its fate."""
+
+    def __init__(self, settings: Settings, announce: Announce) -> None:
+        self._settings = settings
+        self._announce = announce
+        state, now = settings.state, clock.now()
+        self._snapshot = EMPTY
+        self._loaded: Loaded | None = None
+        self._refused: str | None = "Envoy has not asked for its configuration yet"
+        self._certified: tuple[frozenset[str], float, Certificates] | None = None
+        audit_key, jwt_key = ed25519(state.keys / "audit.key"), ed25519(state.keys / "jwt.key")
+        (state.keys / "audit.pub.pem").write_bytes(public_pem(audit_key))
+        self._ca = PlatformCA(state.keys / "ca.key", state.ca, now)
+        self._audit = AuditLog(state.audit, audit_key, now, clock.mono_ns())
+        self._revocations = Revocations()
+        self._revocations.replay(_revocation_records(state.audit))
+        self._registry = CollectorRegistry()
+        decisions = Counter("broker_decisions", "Decisions, by verdict and code.", ["verdict", "code"], registry=self._registry)
+        self._services = Services(
+            snapshot=lambda: self._snapshot,
+            adapters=ADAPTERS,
+            issuers={"static": StaticIssuer(), "jwt": JwtIssuer(jwt_key)},
+            audit=self._audit,
+            tokens=TokenAuthority(ed25519(state.keys / "tokens.key")),
+            revocations=self._revocations,
+            now=clock.now,
+            mono_ns=clock.mono_ns,
+            random_id=lambda: secrets.token_hex(10),
+            decided=lambda verdict, code: decisions.labels(verdict, code).inc(),
+        )
+        self._jwks = jwks(jwt_key)
+        self._ads = Ads(self._heard)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Raises `BrokerError` where it can't start."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await self._reload()
+        server = await self._listen()
+        facts = api.Facts(self._readiness, lambda: self._snapshot.revision, self._registry, self._jwks)
+        admin, admin_task = api.serve(api.public(facts), address=self._settings.admin)
+        control, control_task = api.serve(
+            api.control(self._agent, self._revoke_tokens), socket=str(self._settings.state.control_socket)
+        )
+        background = [asyncio.create_task(self._watch()), asyncio.create_task(self._sync())]
+        self._announce({"event": "listening", "revision": self._snapshot.revision})
+        await stop.wait()
+        for task in background:
+            task.cancel()
+        await server.stop(_GRACE_S)
+        admin.should_exit = control.should_exit = True
+        await asyncio.gather(admin_task, control_task)
+        with contextlib.suppress(AuditUnavailable):
+            self._audit.sync(clock.now())
+        self._audit.close()
+
+    async def _listen(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
+        add_ExternalProcessorServicer_to_server(ExtProc(self._services), server)
+        add_AuthorizationServicer_to_server(ExtAuthz(self._services), server)
+        add_AggregatedDiscoveryServiceServicer_to_server(self._ads, server)
+        add_AccessLogServiceServicer_to_server(AccessLog(self._services), server)
+        path = self._settings.state.processor_socket
+        # The audit log's lock is held: nobody else serves this state, so a socket that is there is a dead broker's.
+        path.unlink(missing_ok=True)
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+        path.chmod(0o600)
+        return server
+
+    # Configuration.
+
+    async def _watch(self) -> None:
+        seen = await asyncio.to_thread(self._signature)
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = await asyncio.to_thread(self._signature)
+            if now != seen:
+                seen = now
+                await self._reload()
+            elif self._certified and clock.now() - self._certified[1] > _RECERTIFY_S:
+                await self._publish(self._snapshot)
+
+    def _signature(self) -> tuple[tuple[str, int, int, int], ...]:
+        found = []
+        files = self._loaded.files if self._loaded else ()
+        for path in sorted({*self._settings.manifests.rglob("*"), *files}):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
+        return tuple(found)
+
+    async def _reload(self) -> None:
+        try:
+            loaded = await asyncio.to_thread(load, self._settings.manifests)
+        except BrokerError as error:
+            self._report(f"the manifests can't be read: {error}")
+            return
+        self._loaded = loaded
+        if loaded.snapshot is None:
+            for finding in loaded.findings:
+                log.error("%s", finding)
+            self._report(f"{sum(f.severity == 'error' for f in loaded.findings)} errors in the manifests, see the log")
+            return
+        if loaded.snapshot.revision == self._snapshot.revision:
+            return
+        await self._publish(loaded.snapshot)
+        self._record(config_record(clock.now(), clock.mono_ns(), "configuration in force", loaded.snapshot.revision))
+        self._snapshot = loaded.snapshot
+        log.info("revision %s is in force", loaded.snapshot.revision)
+
+    def _report(self, what: str) -> None:
+        log.error("%s; revision %s stays in force", what, self._snapshot.revision)
+        self._announce({"event": "refused", "error": what})
+        self._record(config_record(clock.now(), clock.mono_ns(), f"refused: {what}", self._snapshot.revision))
+
+    async def _publish(self, snapshot: PolicySnapshot) -> None:
+        self._ads.publish(await asyncio.to_thread(self._compile, snapshot))
+
+    def _compile(self, snapshot: PolicySnapshot) -> Any:
+        return resources(snapshot, self._settings.site, self._certificates(snapshot))
+
+    def _certificates(self, snapshot: PolicySnapshot) -> Certificates:
+        hosts = frozenset(tool.endpoint.host for tool in snapshot.tools.values() if tool.endpoint.scheme == "https")
+        now = clock.now()
+        if self._certified is None or self._certified[0] != hosts or now - self._certified[1] > _RECERTIFY_S:
+            doors = {"localhost", "127.0.0.1", self._settings.site.proxy[0]}
+            self._certified = (hosts, now, self._ca.certify(snapshot, doors, now))
+        return self._certified[2]
+
+    def _heard(self, error: str | None) -> None:
+        self._refused = error
+        if error is None:
+            self._announce({"event": "accepted", "revision": self._snapshot.revision})
+        else:
+            self._announce({"event": "refused", "error": error})
+            self._record(config_record(clock.now(), clock.mono_ns(), f"Envoy refused: {error}", self._snapshot.revision))
+
+    # The rest.
+
+    def _readiness(self) -> list[str]:
+        reasons = []
+        if self._snapshot is EMPTY:
+            reasons.append("no configuration is in force")
+        if self._refused:
+            reasons.append(f"Envoy: {self._refused}")
+        return reasons
+
+    def _agent(self, name: str) -> dict[str, Any]:
+        agent = self._snapshot.agents.get(name)
+        return {"agent": agent.described, "token": agent.token} if agent else {}
+
+    def _revoke_tokens(self, agent: str) -> None:
+        now = clock.now()
+        record = revocation_record(now, clock.mono_ns(), {"name": agent}, "tokens revoked by an operator")
+        self._audit.append({**record, "revoked": {"tokens_until": now}})
+        self._revocations.revoke_tokens(agent, now)
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(_SYNC_S)
+            try:
+                await asyncio.to_thread(self._audit.sync, clock.now())
+            except AuditUnavailable as error:
+                log.error("%s", error)  # noqa: TRY400 - it says all there is
+
+    def _record(self, record: dict[str, Any]) -> None:
+        try:
+            self._audit.append(record)
+        except AuditUnavailable as error:
+            log.error("%s", error)  # noqa: TRY400 - it says all there is
+
+
+def _revocation_records(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for path, _ in chain.segments(folder):
+        with path.open("rb") as lines:
+            found.extend(orjson.loads(line) for line in lines if b'"event":"revocation"' in line)
+    return found
+
+
+def announce_json(event: dict[str, Any]) -> None:
+    """One line of JSON on stdout, for the process that started this one."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, orjson.dumps(event) + b"\n")
