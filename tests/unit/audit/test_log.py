@@ -337,3 +337,28 @@ def test_any_json_record_comes_back_and_verifies(tmp_path_factory, records):
     canonical = [orjson.dumps(entry, option=orjson.OPT_SORT_KEYS) for entry in written]
     assert lines(folder) == canonical
     assert_whole(folder, len(records))
+
+
+def test_a_record_missing_after_the_checkpoint_is_noticed_too(folder):
+    with opened(folder) as log:
+        for number in range(5):
+            log.append({"n": number})
+    path = next(folder.glob("*.jsonl"))
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:3] + kept[4:]))
+    with pytest.raises(AuditTampered, match="record 3 is not the one that the next one follows"):
+        opened(folder)
+
+
+def test_a_deleted_log_denies(folder):
+    with opened(folder) as log:
+        log.append({})
+        next(folder.glob("*.jsonl")).unlink()
+        with pytest.raises(AuditUnavailable, match="deleted or changed by something else"):
+            log.append({})
+
+
+def test_a_folder_that_others_could_read_is_closed_to_them(folder):
+    folder.mkdir(mode=0o755)
+    opened(folder).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
