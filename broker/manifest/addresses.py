@@ -29,9 +29,7 @@ def parse_endpoint(text: str) -> Endpoint:
     """
     for character, name in (("@", "user information"), ("?", "a query"), ("#", "a fragment"), ("*", "a wildcard")):
         if character in text:
-            raise AddressError(
-                f"an endpoint has no {name.removeprefix('a ')}", f"take {name} out: an endpoint is one exact place"
-            )
+            raise AddressError(f"an endpoint is one exact place, without {name}; take it out")
     found = _ENDPOINT.match(text)
     if not found:
         raise AddressError("this is no http or https endpoint; write it as https://host[:port][/base/path]")

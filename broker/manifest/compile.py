@@ -113,7 +113,8 @@ def compile_policy(
     `read` gives a file's bytes by its name relative to the manifests folder, or raises `OSError`.
     """
     work = _Work(words, read, declared)
-    scopes = _unique([_Scope(work, source) for source in sources])
+    scopes = [_Scope(work, source) for source in sources]
+    _names(scopes)
     tools: dict[str, Tool] = {}
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
     for scope in scopes:
@@ -147,15 +148,14 @@ def _revision(sources: Iterable[Source], pems: Mapping[str, str]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _unique(scopes: Iterable[_Scope]) -> list[_Scope]:
-    first: dict[tuple[str, str], _Scope] = {}
+def _names(scopes: Iterable[_Scope]) -> None:
+    first: dict[tuple[str, str], Source] = {}
     for scope in scopes:
         kind, name = type(scope.source.model).__name__, scope.source.model.metadata.name
-        other = first.setdefault((kind, name), scope)
-        if other is not scope:
-            why = f"{other.source.file} already has a {kind} named {name!r}; rename one of the two"
+        other = first.setdefault((kind, name), scope.source)
+        if other is not scope.source:
+            why = f"{other.file} already has a {kind} named {name!r}; rename one of the two"
             scope.error(("metadata", "name"), "name_duplicate", why)
-    return list(first.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------- catalog
@@ -331,7 +331,8 @@ def _settle(scope: _Scope, tool: Tool, hosts: dict[tuple[str, str, int], tuple[T
     place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
     neighbours = hosts.get(place, ())
     for other in neighbours:
-        if _nested(tool.endpoint, other.endpoint) or _nested(other.endpoint, tool.endpoint):
+        nest = _nested(tool.endpoint, other.endpoint) or _nested(other.endpoint, tool.endpoint)
+        if nest and other.name != tool.name:
             why = f"{other.name!r} is at the same host and their base paths nest; make them one tool, or move one base path"
             scope.error(("spec", "endpoint"), "endpoint_overlap", why)
     hosts[place] = (*neighbours, tool)
@@ -415,13 +416,16 @@ def _grant(scope: _Scope, here: Pointer, spec: models.GrantSpec, tool: Tool | No
 
 
 def _platform(scopes: Iterable[_Scope]) -> tuple[models.PlatformSpec, dict[str, str]]:
-    found = [(scope, scope.source.model.spec) for scope in scopes if isinstance(scope.source.model, models.Platform)]
-    for scope, _ in found[1:]:
-        why = f"{found[0][0].source.file} already is the platform policy; make them one"
-        scope.error(("kind",), "platform_duplicate", why)
-    if not found:
-        return models.PlatformSpec.model_construct(), {}
-    scope, spec = found[0]
+    found: list[tuple[models.PlatformSpec, dict[str, str]]] = []
+    for scope in scopes:
+        if isinstance(scope.source.model, models.Platform):
+            if found:
+                scope.error(("kind",), "platform_duplicate", "there is a platform policy already; make them one")
+            found.append((scope.source.model.spec, _bundles(scope, scope.source.model.spec)))
+    return found[0] if found else (models.PlatformSpec.model_construct(), {})
+
+
+def _bundles(scope: _Scope, spec: models.PlatformSpec) -> dict[str, str]:
     for part in ("teams", "prices", "containment", "flow", "alerts"):
         if getattr(spec, part) is not None:
             scope.warn(("spec", part), "not_enforced", f"{part} is not enforced yet; don't rely on it")
@@ -433,4 +437,4 @@ def _platform(scopes: Iterable[_Scope]) -> tuple[models.PlatformSpec, dict[str, 
         except AddressError as error:
             scope.error(here, "spiffe_invalid", str(error), key=True)
         bundles[domain] = _pem(scope, (*here, "file"), bundle.file)
-    return spec, bundles
+    return bundles

@@ -214,7 +214,7 @@ class _Reader:
         return text
 
     def _number(self, text: str, place: tuple[int, int]) -> Json:
-        if (found := _NUMBER.match(text)) and len(text) <= _MAX_DIGITS:
+        if (found := _NUMBER.match(text)) and len(text.lstrip("-")) <= _MAX_DIGITS:
             return float(text) if found[1] else int(text)
         if _NUMBER_LIKE.match(text):
             advice = "write a plain decimal number; if it is a string, put it in quotes"

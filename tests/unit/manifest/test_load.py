@@ -1,0 +1,220 @@
+"""What a right folder becomes, and what may and may not change its revision."""
+
+import datetime as dt
+import os
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from broker.errors import UsageError
+from broker.manifest.load import load, load_texts
+from broker.policy.types import Effect
+
+TOOLS = b"""
+apiVersion: broker/v1
+kind: Tool
+metadata: {name: github, owner: team-devex}
+spec:
+  protocol: rest
+  endpoint: https://api.github.com
+  credential: {issuer: jwt, ttl: 5m, scopes: [repo], as: {header: x-api-key, template: "{}"}}
+  operations:
+    issues.create:
+      match: {method: POST, path: "/repos/{owner}/{repo}/issues"}
+      effect: write
+      data: [source-code]
+      max_body: 64KiB
+      params:
+        path: {properties: {owner: {type: string}, repo: {type: string}}}
+        body: {type: object, required: [title], properties: {title: {type: string}}, additionalProperties: false}
+---
+apiVersion: broker/v1
+kind: Tool
+metadata: {name: wiki, owner: team-docs}
+spec:
+  protocol: mcp
+  endpoint: http://wiki.internal.example/mcp
+  upstream: {addresses: [127.0.0.0/8, "::1/128"]}
+  operations:
+    search_pages: {effect: read, params: {arguments: {type: object}}}
+    pages/delete: {match: {tool: delete_page}, effect: destructive}
+"""
+AGENT = b"""
+apiVersion: broker/v1
+kind: Agent
+metadata: {name: refund-bot, owner: team-payments, oncall: payments-primary}
+spec:
+  identity: {spiffe: spiffe://acme.example/agents/refund-bot, token: true}
+  tools:
+    github:
+      operations:
+        issues.create:
+          params: {path: {properties: {owner: {const: acme}}}}
+          approval: {approvers: 1}
+    wiki: {operations: {pages/delete: {}}}
+"""
+PLATFORM = b"""
+apiVersion: broker/v1
+kind: Platform
+metadata: {name: acme, owner: platform}
+spec:
+  environment: production
+  credentials: {max_ttl: 10m}
+  identity: {trust_bundles: {acme.example: {file: certs/acme.pem}}}
+"""
+
+
+def certificate(name, key):
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 7, start, start + dt.timedelta(days=1))
+    return builder.sign(key, None).public_bytes(Encoding.PEM)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    key = ed25519.Ed25519PrivateKey.generate()
+    for name in ("tools", "agents", "certs", "schema", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tools/all.yaml").write_bytes(TOOLS)
+    (tmp_path / "agents/refund-bot.yml").write_bytes(AGENT)
+    (tmp_path / "platform.yaml").write_bytes(PLATFORM)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "certs/acme.pem").write_bytes(b"# ours\n" + private + certificate("one", key))
+    (tmp_path / "schema/tool.yaml").write_bytes(b"not read")
+    (tmp_path / ".git/x.yaml").write_bytes(b"not read")
+    return tmp_path
+
+
+def test_a_right_folder_becomes_a_snapshot(folder):
+    loaded = load(folder)
+    snapshot = loaded.snapshot
+    assert [(finding.code, finding.severity) for finding in loaded.findings] == [("not_enforced", "warning")]
+    assert {path.relative_to(folder).as_posix() for path in loaded.files} == {
+        "tools/all.yaml",
+        "agents/refund-bot.yml",
+        "platform.yaml",
+        "certs/acme.pem",
+    }
+    create = snapshot.tools["github"].operations["issues.create"]
+    assert (create.method, create.template.text, create.effect) == ("POST", "/repos/{owner}/{repo}/issues", Effect.WRITE)
+    assert (create.rule, create.max_body, create.data) == (
+        "tools/all.yaml#/spec/operations/issues.create",
+        65536,
+        ("source-code",),
+    )
+    assert dict(create.credential.settings) == {"ttl": 300, "scopes": ["repo"]}
+    assert (create.credential.issuer, create.credential.header, create.credential.template) == ("jwt", "x-api-key", "{}")
+    assert create.schemas["body"].rule == "tools/all.yaml#/spec/operations/issues.create/params/body"
+    wiki = snapshot.tools["wiki"]
+    assert {name: operation.alias for name, operation in wiki.operations.items()} == {
+        "search_pages": "search_pages",
+        "pages/delete": "delete_page",
+    }
+    assert wiki.operations["pages/delete"].rule == "tools/all.yaml#/spec/operations/pages~1delete"
+    assert wiki.upstream.addresses == ("127.0.0.0/8", "::1/128")
+    assert snapshot.hosts["http", "wiki.internal.example", 80] == (wiki,)
+
+
+def test_an_agent_holds_its_grants_and_nothing_else(folder):
+    snapshot = load(folder).snapshot
+    agent = snapshot.by_spiffe["spiffe://acme.example/agents/refund-bot"]
+    assert agent is snapshot.agents["refund-bot"]
+    assert (agent.owner, agent.oncall, agent.token, agent.rule) == (
+        "team-payments",
+        "payments-primary",
+        True,
+        "agents/refund-bot.yml#",
+    )
+    grant = agent.tools["github"]["issues.create"]
+    assert grant.approval
+    assert grant.schemas["path"].violations({"owner": "evil"}, "path")[0].pointer == "/path/owner"
+    assert {name: set(grants) for name, grants in agent.tools.items()} == {"github": {"issues.create"}, "wiki": {"pages/delete"}}
+
+
+def test_two_places_with_one_schema_keep_their_own_rules():
+    schema = b"params: {path: {properties: {owner: {const: acme}}}}"
+    texts = {"t.yaml": TOOLS, "a.yaml": AGENT, "b.yaml": AGENT.replace(b"refund-bot", b"other-bot")}
+    assert schema in AGENT
+    agents = load_texts(texts, Path()).snapshot.agents
+    rules = {agent.tools["github"]["issues.create"].schemas["path"].rule.partition("#")[0] for agent in agents.values()}
+    assert rules == {"a.yaml", "b.yaml"}
+
+
+def test_the_platform_part_is_compiled_and_only_certificates_enter(folder):
+    snapshot = load(folder).snapshot
+    assert (snapshot.environment, snapshot.max_ttl) == ("production", 600)
+    bundle = snapshot.trust_bundles["acme.example"]
+    assert bundle.startswith("-----BEGIN CERTIFICATE-----")
+    assert "PRIVATE" not in bundle
+    assert "ours" not in bundle
+
+
+def test_comments_formatting_and_file_names_do_not_change_the_revision(folder):
+    before = load(folder).snapshot.revision
+    (folder / "tools/all.yaml").rename(folder / "zzz.yaml")
+    tools = TOOLS.replace(b"{name: wiki, owner: team-docs}", b"# a comment\n  owner: 'team-docs'\n  name: \"wiki\"\n")
+    (folder / "zzz.yaml").write_bytes(tools)
+    (folder / "certs/acme.pem").write_bytes((folder / "certs/acme.pem").read_bytes() + b"\n# more\n")
+    assert load(folder).snapshot.revision == before
+    assert before.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        pytest.param("tools/all.yaml", b"64KiB", b"63KiB", id="a bound in the catalog"),
+        pytest.param("agents/refund-bot.yml", b"const: acme", b"const: acne", id="a value in a manifest"),
+        pytest.param("platform.yaml", b"10m", b"11m", id="the platform policy"),
+    ],
+)
+def test_every_change_of_meaning_changes_the_revision(folder, file, old, new):
+    before = load(folder).snapshot.revision
+    (folder / file).write_bytes((folder / file).read_bytes().replace(old, new))
+    assert load(folder).snapshot.revision != before
+
+
+def test_another_certificate_changes_the_revision(folder):
+    before = load(folder).snapshot.revision
+    (folder / "certs/acme.pem").write_bytes(certificate("two", ed25519.Ed25519PrivateKey.generate()))
+    assert load(folder).snapshot.revision != before
+
+
+def test_unsafe_plaintext_is_accepted_with_a_warning():
+    tools = TOOLS.replace(b'upstream: {addresses: [127.0.0.0/8, "::1/128"]}', b"unsafe_plaintext: true")
+    loaded = load_texts({"t.yaml": tools}, Path())
+    assert [(finding.code, finding.severity, finding.line) for finding in loaded.findings] == [
+        ("unsafe_plaintext", "warning", 25)
+    ]
+    assert loaded.snapshot is not None
+
+
+def test_shadow_mode_is_enforced_and_says_so():
+    loaded = load_texts({"t.yaml": TOOLS, "a.yaml": AGENT.replace(b"  tools:", b"  mode: shadow\n  tools:", 1)}, Path())
+    assert [finding.code for finding in loaded.findings] == ["not_enforced", "not_enforced"]
+    assert loaded.snapshot is not None
+
+
+def test_a_folder_that_is_not_there_is_wrong_usage(tmp_path):
+    with pytest.raises(UsageError, match="there is no folder"):
+        load(tmp_path / "none")
+
+
+def test_an_empty_folder_is_an_error_so_that_a_lost_mount_changes_nothing(tmp_path):
+    loaded = load(tmp_path)
+    assert (loaded.snapshot, [finding.code for finding in loaded.findings]) == (None, ["manifests_missing"])
+
+
+def test_what_is_no_readable_file_is_a_finding(folder):
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "gone.yaml").symlink_to(folder / "nowhere")
+    loaded = load(folder)
+    assert loaded.snapshot is None
+    assert [(finding.file, finding.code) for finding in loaded.findings if finding.severity == "error"] == [
+        ("gone.yaml", "file_unreadable"),
+        ("pipe.yaml", "file_unreadable"),
+    ]
