@@ -65,10 +65,11 @@ class _Intermediate:
         )
 
     def leaf(self, hosts: list[str]) -> Leaf:
-        builder = _builder(_name(hosts[0][:64]), self.certificate.subject, self._leaf_key, self._now, LEAF_DAYS)
+        # No subject, so the names stand in a critical SAN (RFC 5280 section 4.2.1.6), and no common name meets the constraints.
+        builder = _builder(x509.Name([]), self.certificate.subject, self._leaf_key, self._now, LEAF_DAYS)
         certificate = (
             builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+            .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())

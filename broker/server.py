@@ -33,6 +33,7 @@ from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.keys import ed25519, public_pem
 from broker.ledger.revocations import Revocations
+from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
 from broker.pki import PlatformCA
 from broker.policy.snapshot import EMPTY, PolicySnapshot
@@ -167,8 +168,8 @@ class Server:
             return
         self._loaded = loaded
         if loaded.snapshot is None:
-            for finding in loaded.findings:
-                log.error("%s", finding)
+            for line in FORMATS["text"](loaded.findings).splitlines():
+                log.error("%s", line)
             self._report(f"{sum(f.severity == 'error' for f in loaded.findings)} errors in the manifests, see the log")
             return
         if loaded.snapshot.revision == self._snapshot.revision:

@@ -13,6 +13,7 @@ import orjson
 from broker.cli import options
 from broker.dataplane.site import Site
 from broker.errors import BrokerError
+from broker.manifest.findings import FORMATS
 from broker.manifest.load import load
 from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
@@ -57,8 +58,7 @@ def shown(address: tuple[str, int]) -> str:
 
 def _checked(manifests: Path) -> PolicySnapshot:
     loaded = load(manifests)
-    for finding in loaded.findings:
-        click.echo(str(finding), err=True)
+    click.echo(FORMATS["text"](loaded.findings), err=True, nl=False)
     if loaded.snapshot is None:
         raise _Refused("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
     return loaded.snapshot

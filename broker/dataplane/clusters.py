@@ -60,7 +60,8 @@ def cluster(tool: Tool, system_roots: str) -> Cluster:
     return Cluster(
         name=tool_cluster(tool),
         type=ClusterDiscoveryType.STRICT_DNS,
-        dns_lookup_family=ClusterDnsLookupFamily.ALL,
+        # Each address is a host of its own here: with ALL, half the calls fail where IPv6 resolves but leads nowhere.
+        dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED,
         connect_timeout=seconds(5),
         # A name that can't be resolved must not keep the listeners closed.
         wait_for_warm_on_init=False,

@@ -1,0 +1,82 @@
+"""One broker with four tools and three agents, shared by the tests that only send calls."""
+
+import shutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import stack
+
+SECRET = "sk_live_upstream-secret-0123456789"
+
+TITLE = {"type": "string", "maxLength": 20}
+OPERATIONS = {
+    "items.list": {"match": {"method": "GET", "path": "/items"}, "effect": "read"},
+    "items.get": {"match": {"method": "GET", "path": "/items/{id}"}, "effect": "read"},
+    "items.create": {
+        "match": {"method": "POST", "path": "/items"},
+        "effect": "write",
+        "params": {
+            "body": {"type": "object", "required": ["title"], "properties": {"title": TITLE}, "additionalProperties": False}
+        },
+    },
+    "items.delete": {"match": {"method": "DELETE", "path": "/items/{id}"}, "effect": "destructive"},
+    "items.upload": {"match": {"method": "PUT", "path": "/items/{id}"}, "effect": "write", "max_body": 1000},
+}
+LOOPBACK = {"addresses": ["127.0.0.0/8", "::1/128"]}
+STATIC = {"issuer": "static", "secret": {"env": "UPSTREAM_SECRET"}}
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[SimpleNamespace]:
+    folder = stack.short_folder()
+    ca = stack.TestCA()
+    (folder / "manifests").mkdir()
+    (folder / "manifests" / "ca.pem").write_text(ca.pem)
+    spiffe = stack.TestCA()
+    (folder / "manifests" / "spiffe.pem").write_text(spiffe.pem)
+    plain = stack.Upstream()
+    secure = stack.Upstream(ca.issue(folder / "certs", "localhost"))
+    other = stack.Upstream(ca.issue(folder / "certs", "127.0.0.1"))
+    trusted = {"ca": "ca.pem", **LOOPBACK}
+    granted = {"items.list": {}, "items.get": {"params": {"path": {"properties": {"id": {"pattern": "^[a-z0-9]+$"}}}}}}
+    writer = {**granted, "items.create": {}, "items.upload": {}}
+    stack.write_manifests(
+        folder / "manifests",
+        stack.platform(identity={"trust_bundles": {"acme.example": {"file": "spiffe.pem"}}}),
+        stack.tool("plain", f"http://127.0.0.1:{plain.port}", OPERATIONS, upstream=LOOPBACK, credential=STATIC),
+        stack.tool("secure", f"https://localhost:{secure.port}", OPERATIONS, upstream=trusted, credential=STATIC),
+        stack.tool("other", f"https://127.0.0.1:{other.port}/v1", OPERATIONS, upstream=trusted),
+        stack.agent("reader", {name: {"operations": granted} for name in ("plain", "secure")}),
+        stack.agent("writer", {name: {"operations": writer} for name in ("plain", "secure", "other")}),
+        stack.agent("nobody", {}),
+        stack.agent("mutual", {"secure": {"operations": granted}}, identity={"spiffe": "spiffe://acme.example/agents/mutual"}),
+    )
+    broker = stack.Broker(folder / "manifests", folder / "state", {"UPSTREAM_SECRET": SECRET})
+    certificate = spiffe.issue(folder / "certs", uri="spiffe://acme.example/agents/mutual")
+    stranger = spiffe.issue(folder / "certs", uri="spiffe://acme.example/agents/stranger")
+    forged = stack.TestCA().issue(folder / "certs", uri="spiffe://acme.example/agents/mutual")
+    yield SimpleNamespace(
+        broker=broker,
+        plain=plain,
+        secure=secure,
+        other=other,
+        folder=folder,
+        ca=ca,
+        svid=certificate,
+        stranger=stranger,
+        forged=forged,
+        secret=SECRET,
+    )
+    broker.stop()
+    for upstream in (plain, secure, other):
+        upstream.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> None:
+    if "world" in request.fixturenames:
+        found = request.getfixturevalue("world")
+        for upstream in (found.plain, found.secure, found.other):
+            upstream.seen.clear()
