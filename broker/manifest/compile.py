@@ -321,7 +321,7 @@ def _path_variables(scope: _Scope, here: Pointer, schema: Mapping[str, Any], tem
     for word in ("properties", "required"):
         part = schema.get(word)
         for index, name in enumerate(part if isinstance(part, dict | list) else ()):
-            if name not in names:
+            if isinstance(name, str) and name not in names:
                 why = f"the path {template.text} has no variable {name!r}; correct the name here or in match.path"
                 pointer = (*here, word, name if isinstance(part, dict) else index)
                 scope.error(pointer, "schema_param_unknown", why, key=isinstance(part, dict))

@@ -6,6 +6,7 @@ Law: only a folder that can't be listed raises. Whatever is in it, the answer is
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,17 +194,11 @@ def _without(text: str, pointers: Iterable[Pointer]) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
-def _delete(data: Json, pointer: Pointer) -> None:
-    for part in pointer[:-1]:
-        if isinstance(data, dict):
-            data = data.get(str(part))
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+def _delete(data: Any, pointer: Pointer) -> None:
+    with suppress(LookupError, TypeError):  # what held it may be gone already
+        for part in pointer[:-1]:
             data = data[part]
-    last = pointer[-1:]
-    if isinstance(data, dict) and last:
-        data.pop(str(last[0]), None)
-    elif isinstance(data, list) and last and isinstance(last[0], int) and last[0] < len(data):
-        del data[last[0]]
+        del data[pointer[-1]]
 
 
 def _secrets(data: Json, pointer: Pointer) -> Iterator[Pointer]:

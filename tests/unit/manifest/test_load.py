@@ -218,3 +218,19 @@ def test_what_is_no_readable_file_is_a_finding(folder):
         ("gone.yaml", "file_unreadable"),
         ("pipe.yaml", "file_unreadable"),
     ]
+
+
+@pytest.mark.parametrize("value", ["5", "[]", "{}", "null", "[[a]]", "{a: {b: [c]}}", '"x"'])
+def test_a_value_of_any_shape_anywhere_is_judged_without_a_fault(value):
+    texts = {"t.yaml": TOOLS, "a.yaml": AGENT}
+    for name, text in texts.items():
+        lines = [line for line in text.decode().split("\n") if ": " in line]
+        for line in lines:
+            head, _, _ = line.partition(": ")
+            loaded = load_texts({**texts, name: text.replace(line.encode(), f"{head}: {value}".encode(), 1)}, Path())
+            assert (loaded.snapshot is None) == any(finding.severity == "error" for finding in loaded.findings)
+
+
+def test_a_schema_that_requires_what_is_no_name_is_a_finding():
+    tools = TOOLS.replace(b"path: {properties: {owner", b"path: {required: [[a]], properties: {owner")
+    assert [finding.code for finding in load_texts({"t.yaml": tools}, Path()).findings] == ["schema_invalid"]
