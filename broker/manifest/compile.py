@@ -9,9 +9,8 @@ import hashlib
 import ipaddress
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -19,90 +18,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker.manifest import models
 from broker.manifest.addresses import AddressError, check_spiffe, check_trust_domain, parse_endpoint
 from broker.manifest.fields import Schema
-from broker.manifest.findings import Finding, Severity
+from broker.manifest.findings import Finding
+from broker.manifest.scope import Declared, Scope, Source, Vocabulary, Work
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.policy.match import PathTemplate, TemplateError
 from broker.policy.schema import ParameterSchema, SchemaError
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Grant, Operation, PolicySnapshot, Tool, Upstream
-
-
-class AdapterWords(Protocol):
-    """What the compiler asks of a protocol adapter."""
-
-    locations: frozenset[str]
-
-
-class IssuerWords(Protocol):
-    """What the compiler asks of an issuer."""
-
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """What is wrong with a catalog entry's settings, each as a sentence with its remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The protocols and issuers that this broker has, by their words."""
-
-    adapters: Mapping[str, AdapterWords]
-    issuers: Mapping[str, IssuerWords]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One document: where it stands, its data in canonical JSON, and the kind that it is.
-
-    `cut` names the parts that are wrong and were left out of `model`, so that the rest can still be checked.
-    """
-
-    file: str
-    document: Document
-    canonical: str
-    model: models.Kind
-    cut: tuple[Pointer, ...] = ()
-
-    def rule(self, *pointer: str | int) -> str:
-        """`file#pointer` (RFC 6901)."""
-        return f"{self.file}#" + "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in pointer)
-
-
-Declared = Mapping[str, frozenset[str]]
-"""Tool name → operation names, as written, right or wrong: so that one mistake in the catalog is reported once, not per agent."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What one compilation knows and gathers."""
-
-    words: Vocabulary
-    read: Callable[[str], bytes]
-    declared: Declared
-    findings: list[Finding] = field(default_factory=list)
-    pems: dict[str, str] = field(default_factory=dict)
-    schemas: dict[str, ParameterSchema] = field(default_factory=dict)
-
-
-# What may only follow from a part below that was left out because it was wrong.
-_CONSEQUENCES = frozenset({"credential_invalid", "match_invalid"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """One document at work. `why` is what happened and what to do, joined by a semicolon."""
-
-    work: _Work
-    source: Source
-
-    def error(self, pointer: Pointer, code: str, why: str, *, key: bool = False) -> None:
-        if code not in _CONSEQUENCES or not any(cut[: len(pointer)] == pointer for cut in self.source.cut):
-            self._add(self.source.document.at(pointer, key=key), code, why, "error")
-
-    def warn(self, pointer: Pointer, code: str, why: str) -> None:
-        self._add(self.source.document.at(pointer, key=True), code, why, "warning")
-
-    def _add(self, place: tuple[int, int], code: str, why: str, severity: Severity) -> None:
-        message, _, advice = why.partition("; ")
-        self.work.findings.append(Finding(self.source.file, *place, code, message, advice, severity))
 
 
 def compile_policy(
@@ -112,8 +33,8 @@ def compile_policy(
 
     `read` gives a file's bytes by its name relative to the manifests folder, or raises `OSError`.
     """
-    work = _Work(words, read, declared)
-    scopes = [_Scope(work, source) for source in sources]
+    work = Work(words, read, declared)
+    scopes = [Scope(work, source) for source in sources]
     _names(scopes)
     tools: dict[str, Tool] = {}
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
@@ -148,7 +69,7 @@ def _revision(sources: Iterable[Source], pems: Mapping[str, str]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _names(scopes: Iterable[_Scope]) -> None:
+def _names(scopes: Iterable[Scope]) -> None:
     first: dict[tuple[str, str], Source] = {}
     for scope in scopes:
         kind, name = type(scope.source.model).__name__, scope.source.model.metadata.name
@@ -161,7 +82,7 @@ def _names(scopes: Iterable[_Scope]) -> None:
 # ------------------------------------------------------------------------------------------------------------------- catalog
 
 
-def _tool(scope: _Scope, meta: models.Metadata, spec: models.ToolSpec) -> Tool | None:
+def _tool(scope: Scope, meta: models.Metadata, spec: models.ToolSpec) -> Tool | None:
     if spec.protocol not in scope.work.words.adapters:
         why = f"no adapter speaks {spec.protocol!r}; write one of: {', '.join(sorted(scope.work.words.adapters))}"
         scope.error(("spec", "protocol"), "protocol_unknown", why)
@@ -177,7 +98,7 @@ def _tool(scope: _Scope, meta: models.Metadata, spec: models.ToolSpec) -> Tool |
     return Tool(meta.name, meta.owner, spec.protocol, endpoint, scope.source.rule(), MappingProxyType(operations), upstream)
 
 
-def _plaintext(scope: _Scope, spec: models.ToolSpec) -> None:
+def _plaintext(scope: Scope, spec: models.ToolSpec) -> None:
     addresses = spec.upstream.addresses
     if addresses and all(ipaddress.ip_network(address).is_loopback for address in addresses):
         return
@@ -192,7 +113,7 @@ def _plaintext(scope: _Scope, spec: models.ToolSpec) -> None:
         scope.error(("spec", "endpoint"), "endpoint_plaintext", why)
 
 
-def _credential(scope: _Scope, spec: models.Credential | None) -> CredentialSpec | None:
+def _credential(scope: Scope, spec: models.Credential | None) -> CredentialSpec | None:
     if spec is None:
         return None
     here = ("spec", "credential")
@@ -206,7 +127,7 @@ def _credential(scope: _Scope, spec: models.Credential | None) -> CredentialSpec
     return CredentialSpec(spec.issuer, MappingProxyType(settings), spec.placement.header, spec.placement.template)
 
 
-def _pem(scope: _Scope, pointer: Pointer, name: str | None) -> str:
+def _pem(scope: Scope, pointer: Pointer, name: str | None) -> str:
     if name is None:
         return ""
     try:
@@ -223,7 +144,7 @@ def _pem(scope: _Scope, pointer: Pointer, name: str | None) -> str:
     return scope.work.pems.setdefault(name, pem)
 
 
-def _operations(scope: _Scope, spec: models.ToolSpec, credential: CredentialSpec | None) -> dict[str, Operation]:
+def _operations(scope: Scope, spec: models.ToolSpec, credential: CredentialSpec | None) -> dict[str, Operation]:
     found: dict[str, Operation] = {}
     taken: dict[object, str] = {}
     for name, written in spec.operations.items():
@@ -260,14 +181,14 @@ def _shape(template: PathTemplate) -> tuple[tuple[bool, str], ...]:
     return tuple((name is None, kind) for name, kind in template.parts)
 
 
-def _mcp_alias(scope: _Scope, here: Pointer, match: models.Match) -> str:
+def _mcp_alias(scope: Scope, here: Pointer, match: models.Match) -> str:
     if match.method or match.path:
         why = "method and path mean nothing to MCP; write match: {tool: NAME}, or leave match out"
         scope.error((*here, "match"), "match_invalid", why, key=True)
     return match.tool or str(here[-1])
 
 
-def _rest_template(scope: _Scope, here: Pointer, match: models.Match) -> PathTemplate | None:
+def _rest_template(scope: Scope, here: Pointer, match: models.Match) -> PathTemplate | None:
     if not match.method or match.path is None or match.tool:
         why = "a REST operation is known by its method and path, and nothing else; write match: {method: GET, path: /…}"
         scope.error((*here, "match"), "match_invalid", why, key=True)
@@ -280,7 +201,7 @@ def _rest_template(scope: _Scope, here: Pointer, match: models.Match) -> PathTem
 
 
 def _schemas(
-    scope: _Scope, here: Pointer, params: Mapping[str, Schema], protocol: str, template: PathTemplate | None
+    scope: Scope, here: Pointer, params: Mapping[str, Schema], protocol: str, template: PathTemplate | None
 ) -> Mapping[str, ParameterSchema]:
     adapter = scope.work.words.adapters.get(protocol)
     found: dict[str, ParameterSchema] = {}
@@ -299,7 +220,7 @@ def _schemas(
     return MappingProxyType(found)
 
 
-def _schema(scope: _Scope, schema: Schema, rule: str) -> ParameterSchema:
+def _schema(scope: Scope, schema: Schema, rule: str) -> ParameterSchema:
     # Agents repeat each other's schemas, and compiling one costs half a millisecond; only its place differs.
     key = json.dumps(schema, sort_keys=True)
     if key not in scope.work.schemas:
@@ -316,7 +237,7 @@ def _resolved(document: Document, base: Pointer, pointer: str) -> Pointer:
     return base
 
 
-def _path_variables(scope: _Scope, here: Pointer, schema: Mapping[str, Any], template: PathTemplate) -> None:
+def _path_variables(scope: Scope, here: Pointer, schema: Mapping[str, Any], template: PathTemplate) -> None:
     names = {name for name, _ in template.parts}
     for word in ("properties", "required"):
         part = schema.get(word)
@@ -327,7 +248,7 @@ def _path_variables(scope: _Scope, here: Pointer, schema: Mapping[str, Any], tem
                 scope.error(pointer, "schema_param_unknown", why, key=isinstance(part, dict))
 
 
-def _settle(scope: _Scope, tool: Tool, hosts: dict[tuple[str, str, int], tuple[Tool, ...]]) -> None:
+def _settle(scope: Scope, tool: Tool, hosts: dict[tuple[str, str, int], tuple[Tool, ...]]) -> None:
     place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
     neighbours = hosts.get(place, ())
     for other in neighbours:
@@ -345,7 +266,7 @@ def _nested(inner: Endpoint, outer: Endpoint) -> bool:
 # -------------------------------------------------------------------------------------------------------------------- agents
 
 
-def _identity(scope: _Scope, name: str, identity: models.Identity, taken: dict[tuple[str, str], str]) -> None:
+def _identity(scope: Scope, name: str, identity: models.Identity, taken: dict[tuple[str, str], str]) -> None:
     try:
         check_spiffe(identity.spiffe)
     except AddressError as error:
@@ -356,7 +277,7 @@ def _identity(scope: _Scope, name: str, identity: models.Identity, taken: dict[t
             scope.error(("spec", "identity", word), f"{word}_duplicate", why)
 
 
-def _agent(scope: _Scope, meta: models.Metadata, spec: models.AgentSpec, tools: Mapping[str, Tool]) -> Agent:
+def _agent(scope: Scope, meta: models.Metadata, spec: models.AgentSpec, tools: Mapping[str, Tool]) -> Agent:
     if spec.callers is not None:
         scope.error(
             ("spec", "callers"), "callers_not_built", "calls between agents are not built yet; take callers out", key=True
@@ -377,12 +298,12 @@ def _agent(scope: _Scope, meta: models.Metadata, spec: models.AgentSpec, tools: 
     )
 
 
-def _limits(scope: _Scope, here: Pointer, limits: models.Limits | None) -> None:
+def _limits(scope: Scope, here: Pointer, limits: models.Limits | None) -> None:
     if limits is not None:
         scope.warn(here, "not_enforced", "limits are not enforced yet; don't rely on them")
 
 
-def _grants(scope: _Scope, name: str, part: models.AgentTool, tool: Tool | None) -> Mapping[str, Grant]:
+def _grants(scope: Scope, name: str, part: models.AgentTool, tool: Tool | None) -> Mapping[str, Grant]:
     here: Pointer = ("spec", "tools", name)
     declared = scope.work.declared.get(name)
     if declared is None:
@@ -399,7 +320,7 @@ def _grants(scope: _Scope, name: str, part: models.AgentTool, tool: Tool | None)
     return MappingProxyType(grants)
 
 
-def _grant(scope: _Scope, here: Pointer, spec: models.GrantSpec, tool: Tool | None) -> Grant:
+def _grant(scope: Scope, here: Pointer, spec: models.GrantSpec, tool: Tool | None) -> Grant:
     operation = tool.operations.get(str(here[-1])) if tool else None
     _limits(scope, (*here, "limits"), spec.limits)
     if spec.approval is not None:
@@ -415,7 +336,7 @@ def _grant(scope: _Scope, here: Pointer, spec: models.GrantSpec, tool: Tool | No
 # ------------------------------------------------------------------------------------------------------------------ platform
 
 
-def _platform(scopes: Iterable[_Scope]) -> tuple[models.PlatformSpec, dict[str, str]]:
+def _platform(scopes: Iterable[Scope]) -> tuple[models.PlatformSpec, dict[str, str]]:
     found: list[tuple[models.PlatformSpec, dict[str, str]]] = []
     for scope in scopes:
         if isinstance(scope.source.model, models.Platform):
@@ -425,7 +346,7 @@ def _platform(scopes: Iterable[_Scope]) -> tuple[models.PlatformSpec, dict[str, 
     return found[0] if found else (models.PlatformSpec.model_construct(), {})
 
 
-def _bundles(scope: _Scope, spec: models.PlatformSpec) -> dict[str, str]:
+def _bundles(scope: Scope, spec: models.PlatformSpec) -> dict[str, str]:
     for part in ("teams", "prices", "containment", "flow", "alerts"):
         if getattr(spec, part) is not None:
             scope.warn(("spec", part), "not_enforced", f"{part} is not enforced yet; don't rely on it")

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
-from broker.manifest.compile import Declared, Source, Vocabulary, compile_policy
+from broker.manifest.compile import compile_policy
 from broker.manifest.fields import CUSTOM_CODES, REMEDY, redacted
 from broker.manifest.findings import Finding
 from broker.manifest.models import KINDS, Kind
+from broker.manifest.scope import Declared, Source, Vocabulary
 from broker.manifest.strict_yaml import MAX_BYTES, Document, Pointer, read
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import Json

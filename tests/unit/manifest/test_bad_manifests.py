@@ -5,9 +5,9 @@ from types import MappingProxyType
 
 import pytest
 
-from broker.manifest.compile import Vocabulary
 from broker.manifest.findings import as_text
 from broker.manifest.load import load_texts
+from broker.manifest.scope import Vocabulary
 
 BAD = Path(__file__).parents[2] / "bad_manifests"
 
