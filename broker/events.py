@@ -44,6 +44,7 @@ class RequestHead:
     request: Request
     evidence: Evidence
     has_body: bool
+    protocol: str = "HTTP/1.1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ from broker.protocols.problem import problem, reply, status_at
 
 log = logging.getLogger(__name__)
 
+_HTTP_10 = "HTTP/1.0"
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
@@ -110,6 +111,9 @@ class Exchange:
             yield from self._deny(agent)
             return
 
+        if head.protocol == _HTTP_10:
+            yield from self._deny(deny(Code.PROTOCOL_VIOLATION, "HTTP/1.0 is taken for CONNECT only"))
+            return
         found = destination(snapshot, head.wire)
         if isinstance(found, Decision):
             yield from self._deny(found)

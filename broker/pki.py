@@ -38,19 +38,21 @@ class PlatformCA:
 
     def certify(self, snapshot: PolicySnapshot, door_hosts: Iterable[str], now: float) -> Certificates:
         """Leaves for every declared HTTPS host, under a fresh intermediate that can certify nothing else."""
-        declared = sorted({tool.endpoint.host for tool in snapshot.tools.values() if tool.endpoint.scheme == "https"})
+        declared = {tool.endpoint.host for tool in snapshot.tools.values() if tool.endpoint.scheme == "https"}
+        addresses = sorted(host for host in declared if is_address(host))
+        names = sorted(declared - set(addresses))
         doors = sorted(set(door_hosts))
-        issuer = _Intermediate(self._key, self._root, {*declared, *doors}, now)
-        addresses = [host for host in declared if is_address(host)]
+        # One for names and one for addresses: BoringSSL (gRPC's clients, say) rejects any chain that constrains addresses.
+        by_name = _Intermediate(self._key, self._root, names, now) if names else None
         return Certificates(
-            hosts={host: issuer.leaf([host]) for host in declared if not is_address(host)},
-            addresses=issuer.leaf(addresses) if addresses else None,
-            door=issuer.leaf(doors),
+            hosts={name: by_name.leaf([name]) for name in names} if by_name else {},
+            addresses=_Intermediate(self._key, self._root, addresses, now).leaf(addresses) if addresses else None,
+            door=_Intermediate(self._key, self._root, doors, now).leaf(doors),
         )
 
 
 class _Intermediate:
-    def __init__(self, root_key: EllipticCurvePrivateKey, root: x509.Certificate, hosts: set[str], now: float) -> None:
+    def __init__(self, root_key: EllipticCurvePrivateKey, root: x509.Certificate, hosts: list[str], now: float) -> None:
         self._key = generate_private_key(SECP256R1())
         self._leaf_key = generate_private_key(SECP256R1())
         self._leaf_pem = pem(self._leaf_key).decode()
@@ -125,9 +127,9 @@ def _general_name(host: str) -> x509.GeneralName:
     return x509.IPAddress(ip_address(host)) if is_address(host) else x509.DNSName(host)
 
 
-def _constraints(hosts: set[str]) -> x509.NameConstraints:
+def _constraints(hosts: list[str]) -> x509.NameConstraints:
     permitted = [
         x509.IPAddress(ip_network(host)) if is_address(host) else x509.DNSName(host)  # /32 or /128
-        for host in sorted(hosts)
+        for host in hosts
     ]
     return x509.NameConstraints(permitted_subtrees=permitted, excluded_subtrees=None)

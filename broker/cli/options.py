@@ -47,16 +47,19 @@ def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
+def doors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--proxy`, `--base-url`."""
+    function = _address("--base-url", 15002, "The reverse proxy: http://HOST:PORT/<tool>/…")(function)
+    return _address("--proxy", 15001, "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY.")(function)
+
+
 def addresses(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--proxy`, `--base-url`, `--admin`."""
-    for name, port, what in (
-        ("--admin", 15003, "Health, metrics and keys."),
-        ("--base-url", 15002, "The reverse proxy: http://HOST:PORT/<tool>/…"),
-        ("--proxy", 15001, "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY."),
-    ):
-        option = click.option(name, type=HostPort(), default=f"127.0.0.1:{port}", show_default=True, help=what)
-        function = option(function)
-    return function
+    return doors(_address("--admin", 15003, "Health, metrics and keys.")(function))
+
+
+def _address(name: str, port: int, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(name, type=HostPort(), default=f"127.0.0.1:{port}", show_default=True, help=what)
 
 
 def redis(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,12 +74,12 @@ def redis(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 
 def site(state_folder: State, proxy: tuple[str, int], base_url: tuple[str, int]) -> Site:
     """Where this machine's Envoy stands. Raises `UsageError` where the system has no trust roots."""
-    roots = next((path for path in _ROOTS if Path(path).is_file()), None)
+    roots = next((path for path in ROOTS if Path(path).is_file()), None)
     if roots is None:
         raise UsageError(
             "this system has no trust roots, so no upstream could be verified", "install the package ca-certificates"

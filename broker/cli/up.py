@@ -58,7 +58,10 @@ def shown(address: tuple[str, int]) -> str:
 
 def _checked(manifests: Path) -> PolicySnapshot:
     loaded = load(manifests)
-    click.echo(FORMATS["text"](loaded.findings), err=True, nl=False)
+    errors = [finding for finding in loaded.findings if finding.severity == "error"]
+    click.echo(FORMATS["text"](errors), err=True, nl=False)
+    if warnings := len(loaded.findings) - len(errors):
+        click.echo(f"{warnings} warnings in the manifests; `broker check {manifests}` shows them", err=True)
     if loaded.snapshot is None:
         raise _Refused("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
     return loaded.snapshot

@@ -84,8 +84,9 @@ def _ext_proc() -> HttpFilter:
         # Keeps the gRPC stream open while the answer streams, at no cost per chunk, so that an abort cuts it.
         response_trailer_mode=send.SEND,
     )
+    # Word for word what the processor asks for (`processor/convert.py`): Envoy ignores any other override without a word.
     observed = ProcessingMode(
-        request_header_mode=send.SEND,
+        request_trailer_mode=send.SKIP,
         request_body_mode=body.BUFFERED,
         response_header_mode=send.SEND,
         response_body_mode=body.STREAMED,

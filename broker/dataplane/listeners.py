@@ -129,7 +129,8 @@ def _chain(
         http_filters=filters,
         access_log=[http_access_log()],
         common_http_protocol_options=HttpProtocolOptions(idle_timeout=seconds(IDLE_S), max_headers_count=100),
-        http_protocol_options=Http1ProtocolOptions(),
+        # Python before 3.12 (urllib, requests) sends its CONNECT as HTTP/1.0; any other such request is refused by the exchange.
+        http_protocol_options=Http1ProtocolOptions(accept_http_10=connect),
         http2_protocol_options=Http2ProtocolOptions(max_concurrent_streams=128),
         max_request_headers_kb=60,
         stream_idle_timeout=seconds(IDLE_S),

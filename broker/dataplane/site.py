@@ -27,6 +27,7 @@ EXT_AUTHZ = "envoy.filters.http.ext_authz"
 ATTRIBUTES = (
     "xds.route_name",
     "connection.requested_server_name",
+    "request.protocol",
     "connection.uri_san_peer_certificate",
     f"filter_state['{STATE_AGENT}']",
     f"filter_state['{STATE_TOKEN}']",

@@ -17,7 +17,8 @@ class Wire:
 
     `authority` is the Host header or `:authority` as sent. `path` is raw, without query. `sni` is empty without TLS (and for IP
     literals, which TLS clients do not send). `connect_host` is the CONNECT target (`host:port`) of the tunnel that the request
-    came through, empty outside one. `route_tool` is the tool of the route that Envoy chose, empty for the catch-all.
+    came through, empty outside one. `route_tool` is the tool of the route that Envoy chose, empty for the catch-all, None without
+    an Envoy.
     """
 
     door: Door
@@ -26,7 +27,7 @@ class Wire:
     path: str
     sni: str
     connect_host: str
-    route_tool: str
+    route_tool: str | None
 
 
 def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Decision:
@@ -118,7 +119,7 @@ def _by_name(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Decisio
 
 
 def _agreed(wire: Wire, tool: Tool, relative: str) -> tuple[Tool, str] | Decision:
-    if wire.route_tool != tool.name:
+    if wire.route_tool is not None and wire.route_tool != tool.name:
         return deny(
             Code.AUTHORITY_MISMATCH,
             f"this is a request for {tool.name!r}, but its route leads to {wire.route_tool or 'nowhere'!r}",

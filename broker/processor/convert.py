@@ -25,7 +25,7 @@ from broker.protocols.base import Reply
 
 _FILTER = "envoy.filters.http.ext_proc"
 _OBSERVED = ProcessingMode(
-    request_header_mode=ProcessingMode.SEND,
+    request_trailer_mode=ProcessingMode.SKIP,
     request_body_mode=ProcessingMode.BUFFERED,
     response_header_mode=ProcessingMode.SEND,
     response_body_mode=ProcessingMode.STREAMED,
@@ -88,7 +88,7 @@ def _request_head(message: Any) -> RequestHead:
         proxy_authorization=request.header("proxy-authorization"),
         token=request.header(site.TOKEN_HEADER),
     )
-    return RequestHead(wire, request, evidence, has_body=not message.request_headers.end_of_stream)
+    return RequestHead(wire, request, evidence, not message.request_headers.end_of_stream, attributes.get("request.protocol", ""))
 
 
 def _response_head(message: Any) -> ResponseHead:
