@@ -1,0 +1,60 @@
+# Two commands do everything: `make run` and `make test`. Both make their own environment in .venv first.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: run test lint bench docs lock clean
+
+run: .venv/run ## the broker on the sample organisation
+	.venv/bin/broker up
+
+test: .venv/test lint ## every check and every test
+	.venv/bin/python -m pytest
+
+lint: .venv/test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/python -m broker.manifest.schemas --check
+	.venv/bin/python -m docs.generate --check
+
+bench: .venv/test ## the table of benchmarks/README.md
+	.venv/bin/python -m benchmarks.run
+
+docs: .venv/test ## everything that is generated and checked in
+	.venv/bin/python -m broker.manifest.schemas
+	.venv/bin/python -m docs.generate
+
+lock: .venv/test ## the newest versions of all dependencies, with their hashes
+	.venv/bin/uv pip compile pyproject.toml requirements.in --upgrade --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --output-file requirements.txt
+	.venv/bin/uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --constraints requirements.txt --output-file requirements-dev.txt
+
+clean:
+	rm -rf .venv .broker build dist *.egg-info
+
+.venv/bin/python:
+	@echo "making the environment in .venv …"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=…")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory python3-venv
+	@$(PYTHON) -m venv .venv
+
+# Debian keeps venv in a package of its own.
+.PHONY: python3-venv
+python3-venv:
+	@test "$$(id -u)" = 0 || { echo "Python's venv is missing; as root: apt-get install python3-venv" >&2; exit 1; }
+	apt-get update -qq && apt-get install -qq -y python3-venv
+
+.venv/run: .venv/bin/python requirements.txt pyproject.toml
+	@echo "installing what requirements.txt locks …"
+	@$(PIP) install --require-hashes -r requirements.txt
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.venv/test: .venv/bin/python requirements-dev.txt pyproject.toml
+	@echo "installing what requirements-dev.txt locks …"
+	@$(PIP) install --require-hashes -r requirements-dev.txt
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@ .venv/run
