@@ -4,43 +4,20 @@ Law: the address is judged after resolution and before connecting. STRICT_DNS, b
 that is really connected to only there.
 """
 
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterDnsLookupFamily
-from envoy_data_plane.envoy.config.core.v3 import (
-    Address,
-    CidrRange,
-    DataSource,
-    Http1ProtocolOptions,
-    Http2ProtocolOptions,
-    SocketAddress,
-    TransportSocket,
-    TypedExtensionConfig,
-)
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
-from envoy_data_plane.envoy.config.rbac.v3 import Permission, PermissionSet, Policy, Principal, Rbac, RbacAction
+import envoy_data_plane.envoy.config.cluster.v3 as cluster_v3
+import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.config.rbac.v3 as rbac
+import envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 as tls
+import envoy_data_plane.envoy.extensions.upstreams.http.v3 as upstream_http
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as RbacFilter
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.rbac.matchers.upstream_ip_port.v3 import UpstreamIpPortMatcher
-from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
-    CertificateValidationContext,
-    CommonTlsContext,
-    SubjectAltNameMatcher,
-    SubjectAltNameMatcherSanType,
-    TlsParameters,
-    TlsParametersTlsProtocol,
-    UpstreamTlsContext,
-)
-from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
-    HttpProtocolOptions,
-    HttpProtocolOptionsAutoHttpConfig,
-    HttpProtocolOptionsExplicitHttpConfig,
-)
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from broker.dataplane.proto import any_of, inline, seconds
+from broker.dataplane.proto import any_of, inline, one_endpoint, seconds, socket
 from broker.dataplane.routes import is_address, tool_cluster
-from broker.policy.snapshot import Endpoint as ToolEndpoint
 from broker.policy.snapshot import Tool
 
 # Not globally reachable by the IANA special-purpose registries (RFC 6890), plus every IPv6 form that embeds an IPv4 address.
@@ -54,47 +31,39 @@ NOT_PUBLIC = (
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
-def cluster(tool: Tool, system_roots: str) -> Cluster:
+def cluster(tool: Tool, system_roots: str) -> cluster_v3.Cluster:
     """The cluster of one tool."""
     endpoint = tool.endpoint
-    return Cluster(
+    return cluster_v3.Cluster(
         name=tool_cluster(tool),
-        type=ClusterDiscoveryType.STRICT_DNS,
+        type=cluster_v3.ClusterDiscoveryType.STRICT_DNS,
         # Each address is a host of its own here: with ALL, half the calls fail where IPv6 resolves but leads nowhere.
-        dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED,
+        dns_lookup_family=cluster_v3.ClusterDnsLookupFamily.V4_PREFERRED,
         connect_timeout=seconds(5),
         # A name that can't be resolved must not keep the listeners closed.
         wait_for_warm_on_init=False,
-        load_assignment=_assignment(tool_cluster(tool), endpoint),
+        load_assignment=one_endpoint(tool_cluster(tool), socket((endpoint.host, endpoint.port))),
         transport_socket=_tls(tool, system_roots) if endpoint.scheme == "https" else None,
         typed_extension_protocol_options={_HTTP_OPTIONS: _http(tool)},
     )
 
 
-def _assignment(name: str, endpoint: ToolEndpoint) -> ClusterLoadAssignment:
-    address = Address(socket_address=SocketAddress(address=endpoint.host, port_value=endpoint.port))
-    return ClusterLoadAssignment(
-        cluster_name=name,
-        endpoints=[LocalityLbEndpoints(lb_endpoints=[LbEndpoint(endpoint=Endpoint(address=address, hostname=endpoint.host))])],
-    )
-
-
-def _tls(tool: Tool, system_roots: str) -> TransportSocket:
+def _tls(tool: Tool, system_roots: str) -> core.TransportSocket:
     host = tool.endpoint.host
-    kind = SubjectAltNameMatcherSanType.IP_ADDRESS if is_address(host) else SubjectAltNameMatcherSanType.DNS
-    roots = inline(tool.upstream.ca_pem) if tool.upstream.ca_pem else DataSource(filename=system_roots)
-    context = UpstreamTlsContext(
+    kind = tls.SubjectAltNameMatcherSanType.IP_ADDRESS if is_address(host) else tls.SubjectAltNameMatcherSanType.DNS
+    roots = inline(tool.upstream.ca_pem) if tool.upstream.ca_pem else core.DataSource(filename=system_roots)
+    context = tls.UpstreamTlsContext(
         sni="" if is_address(host) else host,
-        common_tls_context=CommonTlsContext(
-            tls_params=TlsParameters(tls_minimum_protocol_version=TlsParametersTlsProtocol.TLSv1_2),
+        common_tls_context=tls.CommonTlsContext(
+            tls_params=tls.TlsParameters(tls_minimum_protocol_version=tls.TlsParametersTlsProtocol.TLSv1_2),
             alpn_protocols=["h2", "http/1.1"],
-            validation_context=CertificateValidationContext(
+            validation_context=tls.CertificateValidationContext(
                 trusted_ca=roots,
-                match_typed_subject_alt_names=[SubjectAltNameMatcher(san_type=kind, matcher=StringMatcher(exact=host))],
+                match_typed_subject_alt_names=[tls.SubjectAltNameMatcher(san_type=kind, matcher=StringMatcher(exact=host))],
             ),
         ),
     )
-    return TransportSocket(name="envoy.transport_sockets.tls", typed_config=any_of(context))
+    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=any_of(context))
 
 
 def _http(tool: Tool) -> Any:
@@ -103,29 +72,29 @@ def _http(tool: Tool) -> Any:
         HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=any_of(UpstreamCodec())),
     ]
     if tool.endpoint.scheme == "https":
-        auto = HttpProtocolOptionsAutoHttpConfig(
-            http_protocol_options=Http1ProtocolOptions(), http2_protocol_options=Http2ProtocolOptions()
+        auto = upstream_http.HttpProtocolOptionsAutoHttpConfig(
+            http_protocol_options=core.Http1ProtocolOptions(), http2_protocol_options=core.Http2ProtocolOptions()
         )
-        return any_of(HttpProtocolOptions(auto_config=auto, http_filters=filters))
-    plain = HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=Http1ProtocolOptions())
-    return any_of(HttpProtocolOptions(explicit_http_config=plain, http_filters=filters))
+        return any_of(upstream_http.HttpProtocolOptions(auto_config=auto, http_filters=filters))
+    plain = upstream_http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions())
+    return any_of(upstream_http.HttpProtocolOptions(explicit_http_config=plain, http_filters=filters))
 
 
 def _addresses(allowed: tuple[str, ...]) -> RbacFilter:
     permission = _any_of(NOT_PUBLIC)
     if allowed:
-        permission = Permission(and_rules=PermissionSet(rules=[permission, Permission(not_rule=_any_of(allowed))]))
-    policy = Policy(permissions=[permission], principals=[Principal(any=True)])
-    return RbacFilter(rules=Rbac(action=RbacAction.DENY, policies={"address_not_public": policy}))
+        permission = rbac.Permission(and_rules=rbac.PermissionSet(rules=[permission, rbac.Permission(not_rule=_any_of(allowed))]))
+    policy = rbac.Policy(permissions=[permission], principals=[rbac.Principal(any=True)])
+    return RbacFilter(rules=rbac.Rbac(action=rbac.RbacAction.DENY, policies={"address_not_public": policy}))
 
 
-def _any_of(ranges: tuple[str, ...]) -> Permission:
-    return Permission(or_rules=PermissionSet(rules=[_in_range(cidr) for cidr in ranges]))
+def _any_of(ranges: tuple[str, ...]) -> rbac.Permission:
+    return rbac.Permission(or_rules=rbac.PermissionSet(rules=[_in_range(cidr) for cidr in ranges]))
 
 
-def _in_range(cidr: str) -> Permission:
+def _in_range(cidr: str) -> rbac.Permission:
     prefix, _, length = cidr.partition("/")
-    matcher = UpstreamIpPortMatcher(upstream_ip=CidrRange(address_prefix=prefix, prefix_len=int(length)))
-    return Permission(
-        matcher=TypedExtensionConfig(name="envoy.rbac.matchers.upstream.upstream_ip_port", typed_config=any_of(matcher))
+    matcher = UpstreamIpPortMatcher(upstream_ip=core.CidrRange(address_prefix=prefix, prefix_len=int(length)))
+    return rbac.Permission(
+        matcher=core.TypedExtensionConfig(name="envoy.rbac.matchers.upstream.upstream_ip_port", typed_config=any_of(matcher))
     )

@@ -4,48 +4,20 @@ Law: `failure_mode_allow` is never set. ext_proc lets a request through when its
 the processor alone does not guard: the gate after it wants proof, per request, that the processor decided.
 """
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, MetadataFilter
+import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
+import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.config.rbac.v3 as rbac
+import envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 as grpc_logs
+import envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 as filter_state
+import envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 as ext_proc
+import envoy_data_plane.envoy.type.matcher.v3 as matcher
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutationRules
-from envoy_data_plane.envoy.config.core.v3 import ApiVersion, DataSource, SubstitutionFormatString
-from envoy_data_plane.envoy.config.rbac.v3 import (
-    MetadataSource,
-    Permission,
-    Policy,
-    Principal,
-    PrincipalSet,
-    Rbac,
-    RbacAction,
-    SourcedMetadata,
-)
 from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher
-from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
-    CommonGrpcAccessLogConfig,
-    HttpGrpcAccessLogConfig,
-    TcpGrpcAccessLogConfig,
-)
-from envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 import (
-    FilterStateValue,
-    FilterStateValueSharedWithUpstream,
-)
 from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthz
-from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
-    ExternalProcessor,
-    MetadataOptions,
-    MetadataOptionsMetadataNamespaces,
-    ProcessingMode,
-    ProcessingModeBodySendMode,
-    ProcessingModeHeaderSendMode,
-)
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as RbacFilter
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.http.set_filter_state.v3 import Config as SetFilterState
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
-from envoy_data_plane.envoy.type.matcher.v3 import (
-    MetadataMatcher,
-    MetadataMatcherPathSegment,
-    StringMatcher,
-    ValueMatcher,
-)
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 
 from broker.dataplane import site
@@ -74,8 +46,8 @@ def _filter(name: str, config: object) -> HttpFilter:
 
 
 def _ext_proc() -> HttpFilter:
-    send, body = ProcessingModeHeaderSendMode, ProcessingModeBodySendMode
-    mode = ProcessingMode(
+    send, body = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
+    mode = ext_proc.ProcessingMode(
         request_header_mode=send.SEND,
         request_body_mode=body.BUFFERED,
         request_trailer_mode=send.SKIP,
@@ -85,7 +57,7 @@ def _ext_proc() -> HttpFilter:
         response_trailer_mode=send.SEND,
     )
     # Word for word what the processor asks for (`processor/convert.py`): Envoy ignores any other override without a word.
-    observed = ProcessingMode(
+    observed = ext_proc.ProcessingMode(
         request_trailer_mode=send.SKIP,
         request_body_mode=body.BUFFERED,
         response_header_mode=send.SEND,
@@ -94,7 +66,7 @@ def _ext_proc() -> HttpFilter:
     )
     return _filter(
         EXT_PROC,
-        ExternalProcessor(
+        ext_proc.ExternalProcessor(
             grpc_service=grpc_to(site.PROCESSOR),
             failure_mode_allow=False,
             processing_mode=mode,
@@ -105,8 +77,8 @@ def _ext_proc() -> HttpFilter:
             request_attributes=list(site.ATTRIBUTES),
             response_attributes=list(site.RESPONSE_ATTRIBUTES),
             mutation_rules=HeaderMutationRules(allow_all_routing=False, allow_envoy=True, disallow_is_error=True),
-            metadata_options=MetadataOptions(
-                receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[site.GATE_NAMESPACE]),
+            metadata_options=ext_proc.MetadataOptions(
+                receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[site.GATE_NAMESPACE])
             ),
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         ),
@@ -118,7 +90,7 @@ def _ext_authz() -> HttpFilter:
         site.EXT_AUTHZ,
         ExtAuthz(
             grpc_service=grpc_to(site.PROCESSOR, timeout=MESSAGE_TIMEOUT_S),
-            transport_api_version=ApiVersion.V3,
+            transport_api_version=core.ApiVersion.V3,
             failure_mode_allow=False,
             status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         ),
@@ -137,34 +109,41 @@ def _identity_state() -> HttpFilter:
     )
 
 
-def _carried(key: str, source: str) -> FilterStateValue:
-    return FilterStateValue(
+def _carried(key: str, source: str) -> filter_state.FilterStateValue:
+    return filter_state.FilterStateValue(
         object_key=key,
         factory_key="envoy.string",
-        format_string=SubstitutionFormatString(text_format_source=DataSource(inline_string=source), omit_empty_values=True),
-        shared_with_upstream=FilterStateValueSharedWithUpstream.ONCE,
+        format_string=core.SubstitutionFormatString(
+            text_format_source=core.DataSource(inline_string=source), omit_empty_values=True
+        ),
+        shared_with_upstream=filter_state.FilterStateValueSharedWithUpstream.ONCE,
         skip_if_empty=True,
     )
 
 
-def _proof(namespace: str) -> Principal:
-    matcher = MetadataMatcher(
+def _proof(namespace: str) -> rbac.Principal:
+    matcher = matcher.MetadataMatcher(
         filter=namespace,
-        path=[MetadataMatcherPathSegment(key=site.GATE_KEY)],
-        value=ValueMatcher(string_match=StringMatcher(exact=site.GATE_ALLOW)),
+        path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
+        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=site.GATE_ALLOW)),
     )
-    return Principal(sourced_metadata=SourcedMetadata(metadata_matcher=matcher, metadata_source=MetadataSource.DYNAMIC))
+    return rbac.Principal(
+        sourced_metadata=rbac.SourcedMetadata(metadata_matcher=matcher, metadata_source=rbac.MetadataSource.DYNAMIC)
+    )
 
 
-def _method_is_connect() -> Principal:
-    return Principal(header=HeaderMatcher(name=":method", string_match=StringMatcher(exact="CONNECT")))
+def _method_is_connect() -> rbac.Principal:
+    return rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
 
 
 def _gate(*, tunnels: bool) -> HttpFilter:
     principals = [_proof(site.GATE_NAMESPACE)]
     if tunnels:
-        principals.append(Principal(and_ids=PrincipalSet(ids=[_method_is_connect(), _proof(site.EXT_AUTHZ)])))
-    rules = Rbac(action=RbacAction.ALLOW, policies={"decided": Policy(permissions=[Permission(any=True)], principals=principals)})
+        principals.append(rbac.Principal(and_ids=rbac.PrincipalSet(ids=[_method_is_connect(), _proof(site.EXT_AUTHZ)])))
+    rules = rbac.Rbac(
+        action=rbac.RbacAction.ALLOW,
+        policies={"decided": rbac.Policy(permissions=[rbac.Permission(any=True)], principals=principals)},
+    )
     return _filter("envoy.filters.http.rbac", RbacFilter(rules=rules))
 
 
@@ -173,36 +152,40 @@ def _router() -> HttpFilter:
     return _filter("envoy.filters.http.router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
 
 
-def http_access_log() -> AccessLog:
+def http_access_log() -> accesslog.AccessLog:
     """What Envoy refused before the processor decided (framing, HTTP/1.0, upgrades) reaches the record this way.
 
     Requests that carry the processor's word are left out: they are recorded already.
     """
-    decided = MetadataMatcher(
+    decided = matcher.MetadataMatcher(
         filter=site.GATE_NAMESPACE,
-        path=[MetadataMatcherPathSegment(key=site.GATE_KEY)],
-        value=ValueMatcher(present_match=True),
+        path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
+        value=matcher.ValueMatcher(present_match=True),
         invert=True,
     )
-    return AccessLog(
+    return accesslog.AccessLog(
         name="processor",
-        filter=AccessLogFilter(metadata_filter=MetadataFilter(matcher=decided, match_if_key_not_found=True)),
+        filter=accesslog.AccessLogFilter(metadata_filter=accesslog.MetadataFilter(matcher=decided, match_if_key_not_found=True)),
         typed_config=any_of(
-            HttpGrpcAccessLogConfig(common_config=_log_to("http"), additional_response_headers_to_log=[site.DECISION_HEADER])
+            grpc_logs.HttpGrpcAccessLogConfig(
+                common_config=_log_to("http"), additional_response_headers_to_log=[site.DECISION_HEADER]
+            )
         ),
     )
 
 
-def connection_access_log() -> AccessLog:
+def connection_access_log() -> accesslog.AccessLog:
     """Connections that no filter chain takes: an SNI that is not declared, or no TLS where TLS is spoken."""
-    return AccessLog(name="processor", typed_config=any_of(TcpGrpcAccessLogConfig(common_config=_log_to("connection"))))
+    return accesslog.AccessLog(
+        name="processor", typed_config=any_of(grpc_logs.TcpGrpcAccessLogConfig(common_config=_log_to("connection")))
+    )
 
 
-def _log_to(name: str) -> CommonGrpcAccessLogConfig:
-    return CommonGrpcAccessLogConfig(
+def _log_to(name: str) -> grpc_logs.CommonGrpcAccessLogConfig:
+    return grpc_logs.CommonGrpcAccessLogConfig(
         log_name=name,
         grpc_service=grpc_to(site.PROCESSOR),
-        transport_api_version=ApiVersion.V3,
+        transport_api_version=core.ApiVersion.V3,
         buffer_flush_interval=seconds(0.2),
         filter_state_objects_to_log=[site.STATE_AGENT, site.STATE_CONNECT_HOST],
     )

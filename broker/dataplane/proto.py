@@ -13,9 +13,8 @@ from envoy_data_plane.envoy.config.core.v3 import (
     GrpcServiceEnvoyGrpc,
     SocketAddress,
 )
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
 from envoy_data_plane.google.protobuf import Any
-
-__all__ = ["ADS", "Any", "any_of", "grpc_to", "inline", "seconds", "socket"]
 
 ADS = ConfigSource(ads=AggregatedConfigSource(), resource_api_version=ApiVersion.V3)
 
@@ -45,3 +44,9 @@ def grpc_to(cluster: str, timeout: float | None = None) -> GrpcService:
 def socket(address: tuple[str, int]) -> Address:
     """A TCP address."""
     return Address(socket_address=SocketAddress(address=address[0], port_value=address[1]))
+
+
+def one_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
+    """A cluster's only endpoint."""
+    endpoint = LbEndpoint(endpoint=Endpoint(address=address))
+    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])])

@@ -7,22 +7,11 @@ own authority.
 from collections.abc import Iterable
 from itertools import groupby
 
+import envoy_data_plane.envoy.config.route.v3 as route_v3
+import envoy_data_plane.envoy.type.matcher.v3 as matcher
 from envoy_data_plane.envoy.config.core.v3 import DataSource
-from envoy_data_plane.envoy.config.route.v3 import (
-    DirectResponseAction,
-    Route,
-    RouteAction,
-    RouteActionMaxStreamDuration,
-    RouteActionUpgradeConfig,
-    RouteActionUpgradeConfigConnectConfig,
-    RouteConfiguration,
-    RouteMatch,
-    RouteMatchConnectMatcher,
-    VirtualHost,
-)
 from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthzPerRoute
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
-from envoy_data_plane.envoy.type.matcher.v3 import RegexMatchAndSubstitute, RegexMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane import site
@@ -43,19 +32,19 @@ def tool_cluster(tool: Tool) -> str:
     return f"tool/{tool.name}"
 
 
-def proxy_routes(snapshot: PolicySnapshot) -> RouteConfiguration:
+def proxy_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
     """The explicit proxy: absolute-form requests for `http://` tools, CONNECT for every declared host and port."""
     hosts = [_proxy_host(tools) for tools in _by_place(snapshot.tools.values())]
     return _configuration(site.PROXY, hosts)
 
 
-def inner_routes(snapshot: PolicySnapshot) -> RouteConfiguration:
+def inner_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
     """Inside a tunnel: every tool, by authority."""
     hosts = [_host(tools, [_call(site.INNER, tool) for tool in tools]) for tools in _by_place(snapshot.tools.values())]
     return _configuration(site.INNER, hosts)
 
 
-def base_url_routes(snapshot: PolicySnapshot) -> RouteConfiguration:
+def base_url_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
     """The reverse proxy: `/<tool>/…`, whatever the authority."""
     tools = sorted(snapshot.tools.values(), key=lambda tool: tool.name)
     return _configuration(site.BASE_URL, [], [_base_url_call(tool) for tool in tools])
@@ -68,31 +57,37 @@ def _by_place(tools: Iterable[Tool]) -> list[list[Tool]]:
     return [list(group) for _, group in groupby(sorted(tools, key=lambda tool: (place(tool), tool.name)), key=place)]
 
 
-def _configuration(name: str, hosts: list[VirtualHost], last: list[Route] | None = None) -> RouteConfiguration:
-    return RouteConfiguration(
+def _configuration(
+    name: str, hosts: list[route_v3.VirtualHost], last: list[route_v3.Route] | None = None
+) -> route_v3.RouteConfiguration:
+    return route_v3.RouteConfiguration(
         name=name,
-        virtual_hosts=[*hosts, VirtualHost(name="*", domains=["*"], routes=[*(last or []), *_denied(name)])],
+        virtual_hosts=[*hosts, route_v3.VirtualHost(name="*", domains=["*"], routes=[*(last or []), *_denied(name)])],
         request_headers_to_remove=list(_NEVER_UPSTREAM),
     )
 
 
-def _host(tools: list[Tool], routes: list[Route]) -> VirtualHost:
+def _host(tools: list[Tool], routes: list[route_v3.Route]) -> route_v3.VirtualHost:
     endpoint = tools[0].endpoint
     names = sorted({endpoint.host_port, *(tool.endpoint.authority for tool in tools)})
-    return VirtualHost(name=endpoint.host_port, domains=names, routes=[*routes, *_denied(routes[0].name.partition("/")[0])])
+    return route_v3.VirtualHost(
+        name=endpoint.host_port, domains=names, routes=[*routes, *_denied(routes[0].name.partition("/")[0])]
+    )
 
 
-def _proxy_host(tools: list[Tool]) -> VirtualHost:
-    tunnel = Route(
+def _proxy_host(tools: list[Tool]) -> route_v3.VirtualHost:
+    tunnel = route_v3.Route(
         name=f"{site.PROXY}/{tools[0].name}",
-        match=RouteMatch(connect_matcher=RouteMatchConnectMatcher()),
-        route=RouteAction(
+        match=route_v3.RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()),
+        route=route_v3.RouteAction(
             cluster=inner_listener(tools[0]),
             timeout=seconds(0),
             idle_timeout=seconds(IDLE_S),
-            max_stream_duration=RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
+            max_stream_duration=route_v3.RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
             upgrade_configs=[
-                RouteActionUpgradeConfig(upgrade_type="CONNECT", connect_config=RouteActionUpgradeConfigConnectConfig())
+                route_v3.RouteActionUpgradeConfig(
+                    upgrade_type="CONNECT", connect_config=route_v3.RouteActionUpgradeConfigConnectConfig()
+                )
             ],
         ),
         typed_per_filter_config={EXT_PROC: any_of(ExtProcPerRoute(disabled=True))},
@@ -115,35 +110,37 @@ def _without_ext_authz() -> dict[str, Any]:
     return {site.EXT_AUTHZ: any_of(ExtAuthzPerRoute(disabled=True))}
 
 
-def _to_tool(tool: Tool, rewrite: RegexMatchAndSubstitute | None = None) -> RouteAction:
-    return RouteAction(
+def _to_tool(tool: Tool, rewrite: matcher.RegexMatchAndSubstitute | None = None) -> route_v3.RouteAction:
+    return route_v3.RouteAction(
         cluster=tool_cluster(tool),
         host_rewrite_literal=tool.endpoint.authority,
         regex_rewrite=rewrite,
         timeout=seconds(0),
         idle_timeout=seconds(IDLE_S),
-        max_stream_duration=RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
+        max_stream_duration=route_v3.RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
     )
 
 
-def _call(listener: str, tool: Tool) -> Route:
+def _call(listener: str, tool: Tool) -> route_v3.Route:
     base = tool.endpoint.base_path
-    return Route(
+    return route_v3.Route(
         name=f"{listener}/{tool.name}",
-        match=RouteMatch(path_separated_prefix=base) if base else RouteMatch(prefix="/"),
+        match=route_v3.RouteMatch(path_separated_prefix=base) if base else route_v3.RouteMatch(prefix="/"),
         route=_to_tool(tool),
         request_body_buffer_limit=_body_limit(tool),
         typed_per_filter_config=_without_ext_authz() if listener == site.PROXY else {},
     )
 
 
-def _base_url_call(tool: Tool) -> Route:
+def _base_url_call(tool: Tool) -> route_v3.Route:
     base = tool.endpoint.base_path
     pattern = f"^/{tool.name}(/.*)?$" if base else f"^/{tool.name}/?(.*)$"
-    rewrite = RegexMatchAndSubstitute(pattern=RegexMatcher(regex=pattern), substitution=f"{base}\\1" if base else "/\\1")
-    return Route(
+    rewrite = matcher.RegexMatchAndSubstitute(
+        pattern=matcher.RegexMatcher(regex=pattern), substitution=f"{base}\\1" if base else "/\\1"
+    )
+    return route_v3.Route(
         name=f"{site.BASE_URL}/{tool.name}",
-        match=RouteMatch(path_separated_prefix=f"/{tool.name}"),
+        match=route_v3.RouteMatch(path_separated_prefix=f"/{tool.name}"),
         route=_to_tool(tool, rewrite),
         request_body_buffer_limit=_body_limit(tool),
     )
@@ -154,13 +151,17 @@ def _body_limit(tool: Tool) -> int:
     return tool.max_body + 1
 
 
-def _denied(listener: str) -> list[Route]:
-    nobody = DirectResponseAction(status=403, body=DataSource(inline_string="not declared\n"))
-    rest = Route(
+def _denied(listener: str) -> list[route_v3.Route]:
+    nobody = route_v3.DirectResponseAction(status=403, body=DataSource(inline_string="not declared\n"))
+    rest = route_v3.Route(
         name=f"{listener}/",
-        match=RouteMatch(prefix="/"),
+        match=route_v3.RouteMatch(prefix="/"),
         direct_response=nobody,
         typed_per_filter_config=_without_ext_authz() if listener == site.PROXY else {},
     )
-    tunnel = Route(name=f"{listener}/", match=RouteMatch(connect_matcher=RouteMatchConnectMatcher()), direct_response=nobody)
+    tunnel = route_v3.Route(
+        name=f"{listener}/",
+        match=route_v3.RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()),
+        direct_response=nobody,
+    )
     return [rest, tunnel]
