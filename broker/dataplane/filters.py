@@ -122,13 +122,13 @@ def _carried(key: str, source: str) -> filter_state.FilterStateValue:
 
 
 def _proof(namespace: str) -> rbac.Principal:
-    matcher = matcher.MetadataMatcher(
+    wanted = matcher.MetadataMatcher(
         filter=namespace,
         path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
         value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=site.GATE_ALLOW)),
     )
     return rbac.Principal(
-        sourced_metadata=rbac.SourcedMetadata(metadata_matcher=matcher, metadata_source=rbac.MetadataSource.DYNAMIC)
+        sourced_metadata=rbac.SourcedMetadata(metadata_matcher=wanted, metadata_source=rbac.MetadataSource.DYNAMIC)
     )
 
 
