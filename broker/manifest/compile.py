@@ -4,7 +4,6 @@ Law: whatever a field means beyond its own shape is checked here, and everything
 the function that the caller passes, and what was read is part of the revision.
 """
 
-import copy
 import hashlib
 import ipaddress
 import json
@@ -211,23 +210,13 @@ def _schemas(
             why = f"{protocol} has no {location!r} parameters; write one of: {', '.join(sorted(adapter.locations))}"
             scope.error(place, "location_unknown", why, key=True)
         try:
-            found[location] = _schema(scope, schema, scope.source.rule(*place))
+            found[location] = ParameterSchema(schema, scope.source.rule(*place))
         except SchemaError as error:
             why = f"{error.message[:300]}; write JSON Schema 2020-12"
             scope.error(_resolved(scope.source.document, place, error.pointer), "schema_invalid", why)
         if location == "path" and template:
             _path_variables(scope, place, schema, template)
     return MappingProxyType(found)
-
-
-def _schema(scope: Scope, schema: Schema, rule: str) -> ParameterSchema:
-    # Agents repeat each other's schemas, and compiling one costs half a millisecond; only its place differs.
-    key = json.dumps(schema, sort_keys=True)
-    if key not in scope.work.schemas:
-        scope.work.schemas[key] = ParameterSchema(schema, rule)
-    placed = copy.copy(scope.work.schemas[key])
-    placed.rule = rule
-    return placed
 
 
 def _resolved(document: Document, base: Pointer, pointer: str) -> Pointer:

@@ -10,7 +10,6 @@ from typing import Protocol
 from broker.manifest import models
 from broker.manifest.findings import Finding, Severity
 from broker.manifest.strict_yaml import Document, Pointer
-from broker.policy.schema import ParameterSchema
 
 
 class AdapterWords(Protocol):
@@ -66,7 +65,6 @@ class Work:
     declared: Declared
     findings: list[Finding] = field(default_factory=list)
     pems: dict[str, str] = field(default_factory=dict)
-    schemas: dict[str, ParameterSchema] = field(default_factory=dict)
 
 
 # What may only follow from a part below that was left out because it was wrong.
