@@ -88,7 +88,7 @@ class Exchange:
                 return next(self._steps)
             return self._steps.send(event)
         except StopIteration:
-            return Pass() if self._sent else Cut()
+            return Cut()
         except Exception:
             log.exception("decision %s: the broker is at fault", self._decision_id)
             return self._fault()
@@ -214,7 +214,7 @@ class Exchange:
         if rewriter is None:
             length = headers.get("content-length", "")
             self._ending = replace(self._ending, size=int(length) if length.isdigit() else 0)
-            yield Pass()
+            yield from _pass_on()
             return
         if headers.get("content-encoding", "identity") != "identity":
             yield self._blocked("the answer is compressed, although it was asked for plain", adapter, call)
@@ -238,7 +238,7 @@ class Exchange:
         untrusted = next((reason for mark, reason in _UNTRUSTED.items() if mark in answer.details), None)
         if untrusted is None:
             self._ending = replace(self._ending, detail=answer.details)
-            yield Pass()
+            yield from _pass_on()
             return
         decision = deny(Code.UPSTREAM_UNTRUSTED, untrusted)
         self._ending = replace(self._ending, code=Code.UPSTREAM_UNTRUSTED, detail=untrusted)
@@ -271,7 +271,10 @@ class Exchange:
             self._ending = replace(self._ending, code=Code.INTERNAL_FAULT)
             return Cut()
         decision = deny(Code.INTERNAL_FAULT, "the broker failed on this request; it was not sent")
-        self._record(decision, None)
+        try:
+            self._record(decision, None)
+        except Exception:
+            log.exception("decision %s: the fault could not be recorded", self._decision_id)
         return self._reply(decision, None, None)
 
     # The record.
@@ -326,6 +329,12 @@ class Exchange:
             data=operation.data if operation else (),
             params=call.params,
         )
+
+
+def _pass_on() -> Steps:
+    # Only what was let go on purpose goes on: any other script that has run out is cut.
+    while True:
+        yield Pass()
 
 
 def run_id(request: Request) -> str:

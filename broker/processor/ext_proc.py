@@ -1,5 +1,6 @@
 """The driver of exchanges: one gRPC stream of Envoy's ext_proc is one exchange."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from broker.credentials.base import CredentialUnavailable
 from broker.events import Command, Cut, Issue, Issued, Services
 from broker.exchange import Exchange
 from broker.processor.convert import event_of, response_of, unchanged
+
+log = logging.getLogger(__name__)
 
 
 class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
@@ -42,3 +45,6 @@ async def _issued(command: Issue) -> Issued:
         return Issued(await command.issuer.issue(command.occasion, command.now))
     except CredentialUnavailable as error:
         return Issued(error)
+    except Exception:
+        log.exception("the issuer %s is at fault", command.issuer.name)
+        return Issued(CredentialUnavailable("the issuer failed", "see its traceback in the log"))

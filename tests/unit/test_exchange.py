@@ -1,0 +1,730 @@
+"""The life of a call as a script: events in, commands out, and what was recorded. No gRPC, no clock, no Envoy.
+
+The outside is made of small true implementations of the interfaces: a list is an audit sink, a function an issuer.
+"""
+
+import json
+import sys
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.audit import AuditUnavailable
+from broker.audit.record import canonical
+from broker.credentials.base import CredentialUnavailable, Lease, Secret
+from broker.events import (
+    Cut,
+    Event,
+    Issue,
+    Issued,
+    Observe,
+    Pass,
+    RequestBody,
+    RequestHead,
+    ResponseChunk,
+    ResponseHead,
+    Send,
+    Services,
+    WantBody,
+)
+from broker.exchange import Exchange, run_id
+from broker.identity import Evidence, TokenAuthority
+from broker.ledger.revocations import Revocations
+from broker.manifest.load import load_texts
+from broker.policy.agreement import Wire
+from broker.policy.evaluate import evaluate
+from broker.policy.types import Door, Request
+from broker.processor.ext_proc import ExtProc
+from broker.protocols import strict
+from broker.protocols.base import Reply, ResponseBlocked
+from broker.protocols.mcp import Mcp
+from broker.protocols.rest import Rest
+
+NOW = 1_700_000_000.0
+SECRET = "never-to-be-seen"
+TOKENS = TokenAuthority(Ed25519PrivateKey.from_private_bytes(b"t" * 32))
+TOKEN = TOKENS.mint("caller", NOW)
+
+
+def _document(kind: str, name: str, **spec: Any) -> bytes:
+    metadata = {"name": name, "owner": "team", **({"oncall": "team"} if kind == "Agent" else {})}
+    return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": metadata, "spec": spec}).encode()
+
+
+def _snapshot(*, create: bool = True, credential: bool = True) -> Any:
+    title = {"type": "object", "properties": {"title": {"type": "string", "maxLength": 5}}, "additionalProperties": False}
+    rest = {
+        "items.list": {"match": {"method": "GET", "path": "/items"}, "effect": "read"},
+        "items.create": {"match": {"method": "POST", "path": "/items"}, "effect": "write", "params": {"body": title}},
+        "items.upload": {"match": {"method": "PUT", "path": "/items"}, "effect": "write", "max_body": 10},
+    }
+    issued = {"credential": {"issuer": "static", "secret": {"env": "X"}}} if credential else {}
+    local = {"upstream": {"addresses": ["127.0.0.0/8"]}}
+    granted = {name: {} for name in rest if create or name != "items.create"}
+    loaded = load_texts(
+        {
+            "t1.yaml": _document(
+                "Tool", "plain", protocol="rest", endpoint="http://127.0.0.1:1", operations=rest, **issued, **local,
+            ),
+            "t2.yaml": _document(
+                "Tool", "wiki", protocol="mcp", endpoint="http://127.0.0.1:2/mcp", **local,
+                operations={"search": {"effect": "read"}, "drop": {"effect": "destructive"}},
+            ),
+            "a1.yaml": _document(
+                "Agent", "caller", identity={"token": True}, mode="enforce",
+                tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}},
+            ),
+            "a2.yaml": _document("Agent", "nobody", identity={"token": True}, mode="enforce", tools={}),
+        },
+        Path(),
+    )  # fmt: skip
+    assert loaded.snapshot is not None, loaded.findings
+    return loaded.snapshot
+
+
+SNAPSHOT = _snapshot()
+
+
+class Records(list[dict[str, Any]]):
+    """An audit sink. `full` names the events that can't be written now."""
+
+    full: frozenset[str] = frozenset()
+
+    def append(self, record: Any) -> Any:
+        if record["event"] in self.full or record.get("verdict") in self.full:
+            raise AuditUnavailable("the disk is full")
+        canonical(record)
+        super().append(record)
+        return record
+
+
+class Issues:
+    """An issuer: `at_hand` is what `cached` gives, `later` what `issue` gives; an exception is raised."""
+
+    name = "static"
+
+    def __init__(self, at_hand: Lease | Exception | None, later: Lease | Exception | None = None) -> None:
+        self.at_hand, self.later = at_hand, later
+
+    @staticmethod
+    def check(*_: object) -> list[str]:
+        return []
+
+    def cached(self, *_: object) -> Lease | None:
+        if isinstance(self.at_hand, Exception):
+            raise self.at_hand
+        return self.at_hand
+
+    async def issue(self, *_: object) -> Lease:
+        if not isinstance(self.later, Lease):
+            raise self.later or CredentialUnavailable("none")
+        return self.later
+
+
+LEASE = Lease("lease-1", "static", "authorization", Secret(f"Bearer {SECRET}"), ("a",), None)
+
+
+class Counted(Rest):
+    """REST that counts how often it reads."""
+
+    reads = 0
+
+    def recognise(self, *args: Any) -> Any:
+        self.reads += 1
+        return super().recognise(*args)
+
+
+def services(**changed: Any) -> Services:
+    ids = iter(range(10**9))
+    clock = iter(range(0, 10**12, 1_000_000))
+    base = Services(
+        snapshot=lambda: SNAPSHOT,
+        adapters={"rest": Counted(), "mcp": Mcp()},
+        issuers={"static": Issues(LEASE)},
+        audit=Records(),
+        tokens=TOKENS,
+        revocations=Revocations(),
+        now=lambda: NOW,
+        mono_ns=lambda: next(clock),
+        random_id=lambda: f"d{next(ids)}",
+        decided=lambda *_: None,
+    )
+    return replace(base, **changed)
+
+
+def head(
+    method: str = "GET", path: str = "/plain/items", *headers: tuple[str, str], token: str = TOKEN, body: bool = False
+) -> Any:
+    path, _, query = path.partition("?")
+    tool = path.split("/")[1]
+    request = Request(method, path, query, (("x-broker-token", token), *headers))
+    wire = Wire(Door.BASE_URL, "http", "127.0.0.1", path, "", "", tool if tool in SNAPSHOT.tools else "")
+    return RequestHead(wire, request, Evidence(Door.BASE_URL, token=token), has_body=body)
+
+
+JSON_TYPE = ("content-type", "application/json")
+POST = head("POST", "/plain/items", JSON_TYPE, body=True)
+BODY = RequestBody(b'{"title":"x"}')
+OK = ResponseHead(200, ((":status", "200"), ("content-length", "7")), "via_upstream", has_body=True)
+CALL = head("POST", "/wiki", JSON_TYPE, ("accept", "application/json, text/event-stream"), body=True)
+ANSWER = ResponseHead(200, (("content-type", "application/json"),), "via_upstream", has_body=True)
+
+
+def rpc(method: str, **params: Any) -> RequestBody:
+    return RequestBody(json.dumps({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}).encode())
+
+
+def play(outside: Services, *events: Event) -> list[Any]:
+    exchange = Exchange(outside)
+    commands = [exchange.handle(event) for event in events]
+    exchange.close()
+    exchange.close()
+    return commands
+
+
+def events_of(outside: Services) -> list[tuple[str, str | None]]:
+    return [(record["event"], record.get("verdict") or record.get("code")) for record in outside.audit]
+
+
+def problem_of(command: Any) -> dict[str, Any]:
+    assert isinstance(command, Reply), command
+    return json.loads(command.body)
+
+
+# Allowed.
+
+
+def test_a_call_without_a_body_is_sent_with_its_credential_and_leaves_a_decision_and_an_outcome():
+    outside = services()
+    sent, passed = play(outside, head("GET", "/plain/items?token=mine&page=2", ("authorization", "mine")), OK)
+    assert isinstance(sent, Send)
+    assert sent.set_headers == (("accept-encoding", "identity"), ("authorization", f"Bearer {SECRET}"))
+    assert sent.remove_headers == ("authorization", "x-broker-token")
+    assert sent.path == "/plain/items?page=2"
+    assert passed == Pass()
+    decision, outcome = outside.audit
+    assert (decision["verdict"], decision["operation"], decision["agent"]["name"]) == ("allow", "items.list", "caller")
+    assert decision["credential"] == {"issuer": "static", "scopes": ["a"], "lease_id": "lease-1", "expires": None}
+    assert decision["decision_id"] == outcome["decision_id"] == sent.decision_id
+    assert outcome["upstream"] == {"status": 200, "bytes": 7, "duration_ms": outcome["upstream"]["duration_ms"]}
+    assert outcome["upstream"]["duration_ms"] > 0
+    assert SECRET not in str(outside.audit)
+
+
+def test_a_body_is_asked_for_judged_once_and_only_then_sent():
+    outside = services()
+    wanted, sent, passed = play(outside, POST, BODY, OK)
+    assert (wanted, type(sent), passed) == (WantBody(), Send, Pass())
+    assert sent.path is None
+    assert events_of(outside) == [("decision", "allow"), ("outcome", None)]
+    assert outside.audit[0]["args"]["body"] == {"title": "x"}
+
+
+def test_a_tool_without_a_credential_gets_none():
+    sent, _ = play(services(snapshot=lambda: _snapshot(credential=False)), head(), OK)
+    assert sent.set_headers == (("accept-encoding", "identity"),)
+
+
+def test_a_lease_that_must_be_fetched_is_waited_for():
+    outside = services(issuers={"static": Issues(None)})
+    asked, sent = play(outside, head(), Issued(LEASE))
+    assert (type(asked), type(sent)) == (Issue, Send)
+    assert ("authorization", f"Bearer {SECRET}") in sent.set_headers
+
+
+def test_an_exchange_sees_one_snapshot_whatever_comes_into_force_meanwhile():
+    narrower = _snapshot(create=False)
+    assert narrower.revision != SNAPSHOT.revision
+    current = [SNAPSHOT]
+    outside = services(snapshot=lambda: current[0])
+    exchange = Exchange(outside)
+    assert exchange.handle(POST) == WantBody()
+    current[0] = narrower
+    assert isinstance(exchange.handle(BODY), Send)
+    exchange.close()
+    assert {record["revision"] for record in outside.audit} == {SNAPSHOT.revision}
+    wanted, refused = play(outside, POST, BODY)
+    assert (wanted, problem_of(refused)["code"]) == (WantBody(), "operation_not_declared")
+    assert outside.audit[-1]["revision"] == narrower.revision
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        pytest.param((("x-run-id", "r-1"),), "r-1", id="its own header"),
+        pytest.param((("baggage", "a=b, run.id=r-2"),), "r-2", id="baggage"),
+        pytest.param((("x-run-id", "r-1"), ("baggage", "run.id=r-2")), "r-1", id="the header goes before baggage"),
+        pytest.param((("x-run-id", "a b"),), "", id="not a name"),
+        pytest.param((("x-run-id", "x" * 129),), "", id="too long"),
+        pytest.param((), "", id="none"),
+    ],
+)
+def test_a_run_is_named_by(headers, expected):
+    assert run_id(Request("GET", "/", "", headers)) == expected
+
+
+# Answers that are watched.
+
+TOOLS = json.dumps(
+    {"jsonrpc": "2.0", "id": 7, "result": {"tools": [{"name": "search"}, {"name": "drop"}]}}, separators=(",", ":")
+).encode()
+SHOWN = b'{"jsonrpc":"2.0","id":7,"result":{"tools":[{"name":"search"}]}}'
+
+
+@pytest.mark.parametrize("size", [1, 7, len(TOOLS)], ids=["byte by byte", "in pieces", "whole"])
+def test_a_list_of_tools_shows_only_the_agents_own_however_it_comes(size):
+    outside = services()
+    parts = [TOOLS[at : at + size] for at in range(0, len(TOOLS), size)]
+    chunks = [ResponseChunk(part, last=number == len(parts) - 1) for number, part in enumerate(parts)]
+    commands = play(outside, CALL, rpc("tools/list"), ANSWER, *chunks)
+    assert [type(command) for command in commands[:3]] == [WantBody, Send, Observe]
+    assert b"".join(command.data for command in commands[3:]) == SHOWN
+    assert outside.audit[-1]["upstream"]["bytes"] == len(TOOLS)
+
+
+def test_an_answer_that_must_be_read_and_can_not_be_is_cut_and_stays_cut():
+    outside = services()
+    bad = ResponseChunk(b"<html>", last=True)
+    commands = play(outside, CALL, rpc("tools/list"), ANSWER, bad, ResponseChunk(TOOLS, last=True), ANSWER)
+    assert commands[2:] == [Observe(), Cut(), Cut(), Cut()]
+    assert events_of(outside)[-1] == ("outcome", "response_blocked")
+
+
+def test_a_watched_answer_is_never_passed_unread_after_something_out_of_order():
+    commands = play(services(), CALL, rpc("tools/list"), ANSWER, OK, ResponseChunk(TOOLS, last=True))
+    assert commands[2:] == [Observe(), Cut(), Cut()]
+
+
+def test_a_compressed_answer_that_must_be_read_is_blocked():
+    outside = services()
+    answer = replace(ANSWER, headers=(*ANSWER.headers, ("content-encoding", "gzip")))
+    blocked = play(outside, CALL, rpc("tools/list"), answer)[-1]
+    assert b"response_blocked" in blocked.body
+    assert events_of(outside)[-1] == ("outcome", "response_blocked")
+
+
+@pytest.mark.parametrize(
+    "details",
+    ["upstream_reset_before_response_started{TLS_error:|CERTIFICATE_VERIFY_FAILED}", "rbac_access_denied_matched_policy[x]"],
+)
+def test_an_upstream_that_can_not_be_trusted_is_told_apart_from_one_that_is_down(details):
+    outside = services()
+    _, told = play(outside, head(), ResponseHead(503, (), details, has_body=True))
+    assert (told.status, problem_of(told)["code"]) == (403, "upstream_untrusted")
+    assert events_of(outside)[-1] == ("outcome", "upstream_untrusted")
+
+
+def test_an_upstream_that_is_down_is_envoys_answer_and_noted():
+    outside = services()
+    down = "upstream_reset_before_response_started{connection_failure}"
+    assert play(outside, head(), ResponseHead(503, (), down, has_body=True))[1] == Pass()
+    assert outside.audit[-1]["detail"] == down
+
+
+# Refused.
+
+REVOKED = Revocations()
+REVOKED.revoke_tokens("caller", NOW)
+
+
+@pytest.mark.parametrize(
+    ("events", "changed", "status", "code"),
+    [
+        pytest.param([head(token="")], {}, 401, "agent_unknown", id="nobody"),
+        pytest.param([head(token=TOKENS.mint("ghost", NOW))], {}, 401, "agent_unknown", id="an agent without a manifest"),
+        pytest.param([head(token=TOKENS.mint("caller", NOW - 7200))], {}, 401, "agent_unknown", id="a token that has ended"),
+        pytest.param([head()], {"revocations": REVOKED}, 401, "agent_unknown", id="a token that was taken back"),
+        pytest.param([head(path="/other/items")], {}, 403, "tool_not_declared", id="no such tool"),
+        pytest.param([head(token=TOKENS.mint("nobody", NOW))], {}, 403, "tool_not_declared", id="a tool of others"),
+        pytest.param([head("DELETE")], {}, 403, "operation_not_declared", id="no such operation"),
+        pytest.param([head("DELETE", body=True)], {}, 403, "operation_not_declared", id="no such operation, without its body"),
+        pytest.param([POST, RequestBody(b'{"title":"xxxxxx"}')], {}, 403, "params_invalid", id="a bad parameter"),
+        pytest.param([POST, RequestBody(b"{")], {}, 400, "body_malformed", id="half a body"),
+        pytest.param([POST, OK], {}, 400, "protocol_violation", id="no body where one was wanted"),
+        pytest.param(
+            [head("PUT", "/plain/items", ("content-length", "11"), body=True)], {}, 413, "body_too_large",
+            id="a body said to be large",
+        ),
+        pytest.param(
+            [head("PUT", body=True), RequestBody(b"x" * 11)], {}, 413, "body_too_large",
+            id="a body that is large and did not say so",
+        ),
+        pytest.param(
+            [head()], {"issuers": {"static": Issues(CredentialUnavailable("no"))}}, 503, "credential_unavailable",
+            id="no secret at hand",
+        ),
+        pytest.param(
+            [head(), Issued(CredentialUnavailable("no"))], {"issuers": {"static": Issues(None)}}, 503, "credential_unavailable",
+            id="no lease to be had",
+        ),
+        pytest.param(
+            [head(), BODY], {"issuers": {"static": Issues(None)}}, 503, "credential_unavailable",
+            id="something else where a lease was wanted",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_with_the_reason_recorded_once_and_nothing_sent(events, changed, status, code):
+    outside = services(**changed)
+    commands = play(outside, *events)
+    problem = problem_of(commands[-1])
+    assert (commands[-1].status, problem["code"]) == (status, code)
+    assert not any(isinstance(command, Send) for command in commands)
+    [record] = outside.audit
+    assert (record["event"], record["verdict"], record["code"], record["decision_id"]) == (
+        "decision",
+        "deny",
+        code,
+        problem["decision_id"],
+    )
+    assert SECRET not in commands[-1].body.decode()
+
+
+def test_a_denied_mcp_call_is_a_result_that_the_model_can_read():
+    outside = services()
+    [_, denied] = play(outside, CALL, rpc("tools/call", name="drop", arguments={}))
+    message = json.loads(denied.body)
+    assert (denied.status, message["id"], message["result"]["isError"]) == (200, 7, True)
+    assert events_of(outside) == [("decision", "deny")]
+
+
+def test_after_a_denial_nothing_more_is_done_for_this_request():
+    outside = services()
+    commands = play(outside, head("DELETE"), head(), BODY, OK, ResponseChunk(b"x", last=True))
+    assert commands[1:] == [Cut()] * 4
+    assert events_of(outside) == [("decision", "deny")]
+
+
+# The record fails.
+
+
+def test_an_allow_that_can_not_be_recorded_is_a_503_and_nothing_is_sent():
+    outside = services(audit=Records())
+    outside.audit.full = frozenset({"decision"})
+    [refused] = play(outside, head())
+    assert (refused.status, problem_of(refused)["code"]) == (503, "audit_unavailable")
+    assert outside.audit == []
+
+
+def test_a_denial_that_can_not_be_recorded_is_a_denial_all_the_same():
+    outside = services(audit=Records())
+    outside.audit.full = frozenset({"decision"})
+    [refused] = play(outside, head("DELETE"))
+    assert (refused.status, problem_of(refused)["code"]) == (403, "operation_not_declared")
+
+
+def test_an_outcome_that_can_not_be_recorded_takes_nothing_back():
+    outside = services(audit=Records())
+    outside.audit.full = frozenset({"outcome"})
+    sent, passed = play(outside, head(), OK)
+    assert (type(sent), passed) == (Send, Pass())
+
+
+# Faults.
+
+
+def _raises(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("a fault, with its inside")
+
+
+class Broken(Rest):
+    """REST whose method `where` has a fault."""
+
+    def __init__(self, where: str) -> None:
+        setattr(self, where, _raises)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"adapters": {"rest": Broken("recognise")}}, id="recognising"),
+        pytest.param({"adapters": {"rest": Broken("body_limit")}}, id="asking for the limit"),
+        pytest.param({"issuers": {"static": Issues(ZeroDivisionError("inside"))}}, id="the issuer"),
+        pytest.param({"issuers": {}}, id="no such issuer"),
+        pytest.param({"adapters": {}}, id="no such adapter"),
+        pytest.param({"tokens": SimpleNamespace(check=_raises)}, id="checking the token"),
+        pytest.param({"revocations": SimpleNamespace(taken_back=_raises)}, id="looking for revocations"),
+    ],
+)
+def test_a_fault_before_the_request_left_is_a_recorded_denial(changed):
+    outside = services(**changed)
+    commands = play(outside, POST, BODY)
+    refused = next(command for command in commands if isinstance(command, Reply))
+    assert (refused.status, problem_of(refused)["code"]) == (503, "internal_fault")
+    assert "inside" not in refused.body.decode()
+    assert not any(isinstance(command, Send) for command in commands)
+    assert [(r["event"], r["code"]) for r in outside.audit] == [("decision", "internal_fault")]
+
+
+def test_a_fault_while_denying_is_a_denial():
+    outside = services(adapters={"rest": Broken("denial")})
+    [refused] = play(outside, head("DELETE"))
+    assert problem_of(refused)["code"] == "internal_fault"
+
+
+class FaultySink(Records):
+    """A sink that breaks its interface: it raises what it should not."""
+
+    def append(self, *_: Any) -> Any:
+        raise ZeroDivisionError("inside")
+
+
+def test_a_record_that_fails_in_a_way_nobody_thought_of_denies_as_well():
+    outside = services(audit=FaultySink())
+    [refused] = play(outside, head())
+    assert problem_of(refused)["code"] == "internal_fault"
+
+
+def test_metrics_that_fail_deny_and_send_nothing():
+    [refused] = play(services(decided=_raises), head())
+    assert problem_of(refused)["code"] == "internal_fault"
+
+
+class Watched(Rest):
+    """REST whose answers pass a filter that fails with `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def response_filter(self, *_: Any) -> Any:
+        def feed(chunk: bytes, *, last: bool) -> bytes:
+            raise self.error
+
+        return SimpleNamespace(feed=feed)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        pytest.param(ZeroDivisionError("inside"), "internal_fault", id="a fault"),
+        pytest.param(ResponseBlocked("not to be passed"), "response_blocked", id="a verdict"),
+    ],
+)
+def test_what_fails_while_the_answer_streams_cuts_it_for_good(error, code):
+    outside = services(adapters={"rest": Watched(error)})
+    chunk = ResponseChunk(b"x", last=False)
+    commands = play(outside, head(), OK, chunk, chunk, OK)
+    assert commands[1:] == [Observe(), Cut(), Cut(), Cut()]
+    assert events_of(outside)[-1] == ("outcome", code)
+
+
+def test_an_answer_of_envoys_own_before_any_request_passes_and_is_not_ours_to_record():
+    outside = services()
+    assert play(outside, ResponseHead(400, (), "http1.codec_error", has_body=False)) == [Pass()]
+    assert outside.audit == []
+
+
+# Any order.
+
+_EVENTS = st.sampled_from(
+    [
+        head(), POST, BODY, CALL, OK, ANSWER, rpc("tools/list"), rpc("tools/call", name="search", arguments={}),
+        head("DELETE"), head(token="forged"), head("PUT", body=True), RequestBody(b""), RequestBody(b"\xff"), Issued(LEASE),
+        Issued(CredentialUnavailable("no")), ResponseChunk(b"", last=True), ResponseChunk(TOOLS, last=True),
+        ResponseChunk(b"x", last=False), ResponseHead(0, (), "", has_body=False),
+        ResponseHead(503, (), "CERTIFICATE_VERIFY_FAILED", has_body=True),
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(_EVENTS, max_size=8), st.booleans(), st.sampled_from([frozenset(), frozenset({"allow"}), frozenset({"outcome"})]))
+def test_whatever_comes_in_whatever_order_nothing_is_sent_without_its_allow_and_nothing_raises(events, cached, full):
+    outside = services(issuers={"static": Issues(LEASE if cached else None)}, audit=Records())
+    outside.audit.full = full
+    exchange = Exchange(outside)
+    over, sends = False, 0
+    for position, event in enumerate(events):
+        before = len(outside.audit)
+        command = exchange.handle(event)
+        if isinstance(command, Send):
+            sends += 1
+            assert [r["verdict"] for r in outside.audit[before:]] == ["allow"]
+            assert not over
+            wanted_body = next(e for e in events if isinstance(e, RequestHead)).has_body
+            assert not wanted_body or any(isinstance(e, RequestBody) for e in events[: position + 1])
+        over = over or isinstance(command, Cut) or (isinstance(command, Reply) and not sends)
+    exchange.close()
+    allows = [r for r in outside.audit if r.get("verdict") == "allow"]
+    assert sends == len(allows) <= 1
+    assert len([r for r in outside.audit if r["event"] == "outcome"]) == (sends if not full else 0)
+
+
+# What a call costs, counted.
+
+
+@contextmanager
+def counting(*functions: Any) -> Iterator[dict[str, int]]:
+    """How often each function is entered, as the interpreter sees it: nothing is replaced."""
+    codes = {function.__code__: function.__name__ for function in functions if isinstance(function, FunctionType)}
+    found = dict.fromkeys(codes.values(), 0)
+
+    def profile(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code in codes:
+            found[codes[frame.f_code]] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+
+
+def test_an_allowed_call_costs_one_parse_one_evaluation_and_one_append_before_and_one_after():
+    outside = services()
+    exchange = Exchange(outside)
+    with counting(strict.json_value, evaluate, Rest.recognise) as counts:
+        exchange.handle(POST)
+        assert outside.audit == []
+        assert isinstance(exchange.handle(BODY), Send)
+        assert len(outside.audit) == 1
+        exchange.handle(OK)
+        assert len(outside.audit) == 1
+        exchange.close()
+    assert counts == {"json_value": 1, "evaluate": 1, "recognise": 1}
+    assert len(outside.audit) == 2
+
+
+def test_an_allowed_mcp_call_costs_one_parse():
+    with counting(strict.json_value, evaluate) as counts:
+        play(services(), CALL, rpc("tools/call", name="search", arguments={}), OK)
+    assert counts == {"json_value": 1, "evaluate": 1}
+
+
+class At(Awaitable[Any]):
+    """Suspends once, and says where."""
+
+    def __init__(self, where: str, result: Any = None) -> None:
+        self.where, self.result = where, result
+
+    def __await__(self) -> Any:
+        yield self.where
+        return self.result
+
+
+class Stream:
+    """A gRPC stream at hand: messages to be read, answers that were written."""
+
+    def __init__(self, *messages: Any) -> None:
+        self.messages, self.written = list(messages), []
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Any:
+        await At("read")
+        if not self.messages:
+            raise StopAsyncIteration
+        return self.messages.pop(0)
+
+    async def write(self, answer: Any) -> None:
+        self.written.append(answer)
+        await At("write")
+
+    async def abort(self, _: object, text: str) -> None:
+        await At("abort")
+        raise ConnectionAbortedError(text)
+
+
+def _message(kind: str, headers: dict[str, str], *, end: bool) -> Any:
+    message = ext_proc.ProcessingRequest()
+    part = getattr(message, kind)
+    for name, value in headers.items():
+        part.headers.headers.add(key=name, raw_value=value.encode())
+    part.end_of_stream = end
+    attributes = message.attributes["envoy.filters.http.ext_proc"]
+    attributes["xds.route_name"] = "base-url/plain"
+    attributes["response.code_details"] = "via_upstream"
+    return message
+
+
+REQUEST_HEADERS = {
+    ":method": "POST", ":path": "/plain/items", ":authority": "x", ":scheme": "http", "x-broker-token": TOKEN,
+    "content-type": "application/json",
+}  # fmt: skip
+
+
+def _conversation(body: bytes = BODY.body) -> Stream:
+    return Stream(
+        _message("request_headers", REQUEST_HEADERS, end=False),
+        ext_proc.ProcessingRequest(request_body=ext_proc.HttpBody(body=body, end_of_stream=True)),
+        _message("response_headers", {":status": "200"}, end=True),
+    )
+
+
+def suspensions(outside: Services, stream: Stream) -> list[Any]:
+    """Where the driver suspends. No event loop runs here, so a new task, a timer or a thread would be an error."""
+    coroutine, found = ExtProc(outside).Process(stream, stream), []
+    try:
+        while True:
+            found.append(coroutine.send(None))
+    except StopIteration:
+        return found
+
+
+def test_the_driver_waits_for_the_stream_alone_when_the_credential_is_at_hand():
+    outside, stream = services(), _conversation()
+    assert suspensions(outside, stream) == ["read", "write"] * 3 + ["read"]
+    kinds = [answer.WhichOneof("response") for answer in stream.written]
+    assert kinds == ["request_headers", "request_body", "response_headers"]
+    assert [bool(answer.dynamic_metadata) for answer in stream.written] == [False, True, False]
+    assert events_of(outside) == [("decision", "allow"), ("outcome", None)]
+
+
+def test_the_driver_waits_once_more_only_for_a_lease_that_is_not():
+    class Slow(Issues):
+        async def issue(self, *_: object) -> Lease:
+            await At("issue")
+            return LEASE
+
+    outside, stream = services(issuers={"static": Slow(None)}), _conversation()
+    assert suspensions(outside, stream) == ["read", "write", "read", "issue", "write", "read", "write", "read"]
+    assert stream.written[1].dynamic_metadata
+
+
+@pytest.mark.parametrize(
+    "error", [pytest.param(CredentialUnavailable("no"), id="no lease"), pytest.param(ZeroDivisionError("inside"), id="a fault")]
+)
+def test_an_issuer_that_fails_gets_the_call_a_recorded_503(error):
+    outside, stream = services(issuers={"static": Issues(None, error)}), _conversation()
+    stream.messages.pop()
+    suspensions(outside, stream)
+    answer = stream.written[1].immediate_response
+    assert (answer.status.code, json.loads(answer.body)["code"]) == (503, "credential_unavailable")
+    assert events_of(outside) == [("decision", "deny")]
+
+
+def test_a_stream_that_ends_early_still_has_its_outcome():
+    outside, stream = services(), _conversation()
+    stream.messages.pop()
+    suspensions(outside, stream)
+    assert events_of(outside) == [("decision", "allow"), ("outcome", None)]
+    assert outside.audit[-1]["upstream"]["status"] == 0
+
+
+def test_a_cut_aborts_the_stream_and_is_never_a_clean_end():
+    outside, stream = services(adapters={"rest": Watched(ResponseBlocked("no"))}), _conversation()
+    stream.messages[-1].response_headers.end_of_stream = False
+    stream.messages.append(ext_proc.ProcessingRequest(response_body=ext_proc.HttpBody(body=b"x")))
+    with pytest.raises(ConnectionAbortedError):
+        suspensions(outside, stream)
+    assert events_of(outside)[-1] == ("outcome", "response_blocked")
+
+
+def test_every_message_that_reaches_the_driver_is_answered_or_aborted():
+    # A stream that ends without an answer lets the request through where no gate stands behind it.
+    trailers = ext_proc.ProcessingRequest()
+    trailers.response_trailers.SetInParent()
+    stream = Stream(*_conversation().messages, trailers)
+    suspensions(services(), stream)
+    assert [answer.WhichOneof("response") for answer in stream.written][-1] == "response_trailers"
+    assert len(stream.written) == 4
