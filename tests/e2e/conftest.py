@@ -1,11 +1,15 @@
-"""A broker in front of real servers: a wiki over MCP, and a model provider. Each serves in the clear and over TLS."""
+"""Brokers in front of real servers: wikis that speak MCP, and model providers under the sample organisation's catalog."""
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import stack
+import yaml
+from e2e import providers
 from e2e.wiki import Wiki
 
 LOOPBACK = {"addresses": ["127.0.0.0/8", "::1/128"]}
@@ -52,4 +56,43 @@ def wikis() -> Iterator[SimpleNamespace]:
     broker.stop()
     plain.close()
     secure.close()
+    shutil.rmtree(folder)
+
+
+SAMPLES = Path(__file__).parents[2] / "manifests" / "tools"
+KEYS = {"OPENAI_API_KEY": "upstream-key-of-openai-0123456789", "ANTHROPIC_API_KEY": "upstream-key-of-anthropic-0123456789"}
+
+
+def _sample(name: str, port: int) -> dict[str, Any]:
+    """The sample organisation's catalog entry, with another endpoint."""
+    document: dict[str, Any] = yaml.safe_load((SAMPLES / f"{name}.yaml").read_text())
+    document["spec"] |= {"endpoint": f"https://localhost:{port}", "upstream": {"ca": "ca.pem", **LOOPBACK}}
+    return document
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"params": {"body": {"properties": {"model": {"const": name}}}}}
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[SimpleNamespace]:
+    """Two providers, and a broker that holds their keys; the agent `writer` may use one model of each."""
+    folder = stack.short_folder()
+    ca = stack.TestCA()
+    certificate = ca.issue(folder / "certs", "localhost")
+    openai, anthropic = providers.openai(certificate), providers.anthropic(certificate)
+    gpt = {"operations": {name: _model("gpt-5-mini") for name in ("chat.completions", "responses")}}
+    claude = {"operations": {"messages": _model("claude-haiku-4-5")}}
+    stack.write_manifests(
+        folder / "manifests",
+        _sample("openai", openai.port),
+        _sample("anthropic", anthropic.port),
+        stack.agent("writer", {"openai": gpt, "anthropic": claude}),
+    )
+    (folder / "manifests" / "ca.pem").write_text(ca.pem)
+    broker = stack.Broker(folder / "manifests", folder / "state", KEYS)
+    yield SimpleNamespace(broker=broker, openai=openai, anthropic=anthropic, keys=KEYS)
+    broker.stop()
+    openai.close()
+    anthropic.close()
     shutil.rmtree(folder)
