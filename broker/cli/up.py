@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -138,12 +139,13 @@ class _Up:
 
     def _words(self) -> str:
         name = next((agent.name for agent in self._snapshot.agents.values() if agent.token), "AGENT")
-        token = f"$(broker token {name} --state {self._folder.root})"
+        program = "broker" if shutil.which("broker") else Path(sys.executable).with_name("broker")
+        token = f"$({program} token {name} --state {self._folder.root})"
         ready = self._ready
         return (
             f"ready: proxy http://{ready['proxy']}, base URL http://{ready['base_url']}/<tool>/, CA {ready['ca']}\n"
             f"  export HTTPS_PROXY=http://{name}:{token}@{ready['proxy']}\n"
-            f"  export HTTP_PROXY=$HTTPS_PROXY\n"
+            f"  export http_proxy=$HTTPS_PROXY\n"
             f"  export SSL_CERT_FILE={ready['ca']}"
         )
 

@@ -120,6 +120,8 @@ def _part(segment: str, *, last: bool) -> tuple[str | None, str]:
         return name, rest
     if "{" in segment or "}" in segment:
         raise TemplateError(f"a variable is a whole segment, such as /{{name}}/, not {segment!r}")
+    if not segment and not last:
+        raise TemplateError("the path template has an empty segment (//)")
     try:
         split_path(f"/{segment}")
     except PathError as error:

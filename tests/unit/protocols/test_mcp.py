@@ -358,11 +358,7 @@ def test_denials_are_errors(decision: Any, correlation: Any, status: int, code: 
     reply = Mcp().denial(found, decision, correlation)
     assert reply is not None
     assert reply.status == status
-    assert json.loads(reply.body) == {
-        "jsonrpc": "2.0",
-        "id": request_id,
-        "error": {"code": code, "message": "x", "data": found},
-    }
+    assert json.loads(reply.body) == {"jsonrpc": "2.0", "id": request_id, "error": {"code": code, "message": "x", "data": found}}
 
 
 @pytest.mark.parametrize(
