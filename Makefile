@@ -9,7 +9,8 @@ run: .venv/run ## the broker on the sample organisation
 	.venv/bin/broker up
 
 test: .venv/test lint ## every check and every test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -q tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
+	.venv/bin/python -m pytest --durations=10
 
 lint: .venv/test
 	.venv/bin/ruff check .

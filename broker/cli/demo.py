@@ -17,6 +17,7 @@ from string import Template
 import click
 
 from broker import clock
+from broker.audit import chain
 from broker.audit.verify import verify
 from broker.cli import options
 from broker.demo.tools import Payments, Wiki
@@ -74,6 +75,15 @@ def _running(folder: Path, proxy: tuple[str, int], base_url: tuple[str, int]) ->
                 raise BrokerError("the broker did not start", "see its message above")
             ready = json.loads(line)
             token = TokenAuthority(ed25519(state / "keys" / "tokens.key")).mint(AGENT, clock.now())
-            yield Place(ready["proxy"], ready["base_url"], ready["ca"], token), payments, wiki
+            yield (
+                Place(ready["proxy"], ready["base_url"], ready["ca"], token, lambda: _last_code(state / "audit")),
+                payments,
+                wiki,
+            )
         finally:
             broker.terminate()
+
+
+def _last_code(audit: Path) -> str:
+    records = (json.loads(line) for line in chain.backwards(chain.segments(audit)))
+    return next((record["code"] for record in records if record.get("verdict") == "deny"), "")

@@ -26,6 +26,8 @@ class Place:
     base_url: str
     ca: str
     token: str
+    last_code: Callable[[], str]
+    """The code of the newest denial in the record."""
 
 
 class Surprise(Exception):
@@ -91,8 +93,8 @@ class Tour:
             return problem["code"], f"deny {problem['code']}: {problem['detail']} (HTTP {error.code}){pointers}"
         except urllib.error.URLError as error:
             # A client shows only the status of a refused CONNECT; why is in the record.
-            refused = "Tunnel connection failed: 403" in str(error.reason)
-            return "host_not_declared" if refused else "failed", f"deny: {error.reason}"
+            code = self._place.last_code() if "Tunnel connection failed: 403" in str(error.reason) else "failed"
+            return code, f"deny {code}: the agent sees {str(error.reason)!r}"
 
     def _tell(self, seen: list[Seen]) -> None:
         for each in seen:
