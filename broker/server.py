@@ -141,15 +141,19 @@ class Server:
     # Configuration.
 
     async def _watch(self) -> None:
-        seen = await asyncio.to_thread(self._signature)
+        # The first look finds all of it new, so that nothing is missed that changed between the first load and now.
+        seen: tuple[tuple[str, int, int, int], ...] = ()
         while True:
             await asyncio.sleep(_WATCH_S)
-            now = await asyncio.to_thread(self._signature)
-            if now != seen:
-                seen = now
-                await self._reload()
-            elif self._certified and clock.now() - self._certified[1] > _RECERTIFY_S:
-                await self._publish(self._snapshot)
+            try:
+                now = await asyncio.to_thread(self._signature)
+                if now != seen:
+                    seen = now
+                    await self._reload()
+                elif self._certified and clock.now() - self._certified[1] > _RECERTIFY_S:
+                    await self._publish(self._snapshot)
+            except Exception:  # a folder that vanishes while it is listed, or a fault of ours: the next look must follow
+                log.exception("the manifests could not be looked at; revision %s stays in force", self._snapshot.revision)
 
     def _signature(self) -> tuple[tuple[str, int, int, int], ...]:
         found = []

@@ -95,6 +95,18 @@ def test_a_bad_change_is_reported_with_its_place_and_the_rules_before_stay_in_fo
         stack.until(lambda: client.get("/plain/items/a").status_code == 403, 3, "the corrected change is in force")
 
 
+def test_a_folder_that_is_gone_for_a_while_is_reported_and_what_comes_in_its_place_is_in_force(place):
+    aside, fresh = place.folder / "aside", place.folder / "fresh"
+    shutil.copytree(place.manifests, fresh)
+    stack.write_manifest(fresh, stack.agent("caller", {"plain": WITHHELD}))
+    place.manifests.rename(aside)
+    stack.until(lambda: any("can't be read" in str(r.get("detail")) for r in place.broker.records()), 3, "it is reported")
+    with place.broker.direct("caller") as client:
+        assert client.get("/plain/items/a").status_code == 200
+        fresh.rename(place.manifests)
+        stack.until(lambda: client.get("/plain/items/a").status_code == 403, 3, "the new folder is in force")
+
+
 def test_a_rule_flipped_a_hundred_times_under_load_fails_no_call_and_each_decision_has_one_revision(place):
     arrivals = traffic.Arrivals(place.plain)
     start = place.broker.records()[-1]["seq"]
