@@ -112,7 +112,9 @@ def _identity_state() -> HttpFilter:
 def _carried(key: str, source: str) -> filter_state.FilterStateValue:
     return filter_state.FilterStateValue(
         object_key=key,
-        factory_key="envoy.string",
+        # Hashable: Envoy pools its internal connections by these values. A plain `envoy.string` is left out of the pool's key,
+        # and a tunnel could then lead into a connection that carries another agent's identity.
+        factory_key="envoy.hashable_string",
         format_string=core.SubstitutionFormatString(
             text_format_source=core.DataSource(inline_string=source), omit_empty_values=True
         ),
@@ -160,8 +162,8 @@ def http_access_log() -> accesslog.AccessLog:
     decided = matcher.MetadataMatcher(
         filter=site.GATE_NAMESPACE,
         path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
-        value=matcher.ValueMatcher(present_match=True),
-        invert=True,
+        # Envoy's log filter ignores `invert`; where the key is set, this never matches, so nothing is logged.
+        value=matcher.ValueMatcher(null_match=matcher.ValueMatcherNullMatch()),
     )
     return accesslog.AccessLog(
         name="processor",
