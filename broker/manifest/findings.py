@@ -5,20 +5,17 @@ Law: a finding is safe to print. It never quotes a value that could be a secret,
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Literal
-
-Severity = Literal["error", "warning"]
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Finding:
     """One thing to know about one place. `line` and `column` count from 1; `code` is stable; `advice` begins with a verb.
 
-    `file` is relative to the manifests folder, with `/`.
+    `file` is relative to the manifests folder, with `/`. `severity` is `error` or `warning`.
     """
 
     file: str
@@ -27,33 +24,26 @@ class Finding:
     code: str
     message: str
     advice: str
-    severity: Severity = "error"
+    severity: str = "error"
 
-
-# C0, C1, line separators, bidirectional controls, and the surrogates by which Python carries file names that are not UTF-8.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+    @property
+    def sentence(self) -> str:
+        """What is wrong, and what to do."""
+        return f"{self.message}; {self.advice}" if self.advice else self.message
 
 
 def printable(text: str) -> str:
-    """The text with every character that a terminal would act on written as an escape."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    """The text with every character that a terminal would act on, or that can't be seen, written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
 
 
 def as_text(findings: Iterable[Finding]) -> str:
     """`file:line:column: code: message, and what to do`, one line each; a warning says so after its code."""
-    return "".join(printable(f"{_place(finding)}: {_label(finding)}: {_sentence(finding)}") + "\n" for finding in findings)
-
-
-def _place(finding: Finding) -> str:
-    return f"{finding.file}:{finding.line}:{finding.column}"
-
-
-def _label(finding: Finding) -> str:
-    return finding.code if finding.severity == "error" else f"{finding.code} (warning)"
-
-
-def _sentence(finding: Finding) -> str:
-    return f"{finding.message}; {finding.advice}" if finding.advice else finding.message
+    mark = {"error": "", "warning": " (warning)"}
+    lines = (f"{f.file}:{f.line}:{f.column}: {f.code}{mark[f.severity]}: {f.sentence}" for f in findings)
+    return "".join(printable(line) + "\n" for line in lines)
 
 
 def as_json(findings: Iterable[Finding]) -> str:
@@ -63,46 +53,31 @@ def as_json(findings: Iterable[Finding]) -> str:
 
 def as_github(findings: Iterable[Finding]) -> str:
     """GitHub's workflow commands, which become annotations on the pull request."""
+
+    def escaped(text: str, more: str = "") -> str:
+        # `%` is the escape character of workflow commands; CR and LF would end one and begin the next.
+        return printable("".join(f"%{ord(char):02X}" if char in f"%\r\n{more}" else char for char in text))
+
     return "".join(
-        f"::{finding.severity} file={_property(finding.file)},line={finding.line},col={finding.column}"
-        f",title={_property(finding.code)}::{_data(_sentence(finding))}\n"
-        for finding in findings
+        f"::{f.severity} file={escaped(f.file, ':,')},line={f.line},col={f.column},title={f.code}::{escaped(f.sentence)}\n"
+        for f in findings
     )
-
-
-def _data(text: str) -> str:
-    # `%` is the escape character of workflow commands; CR and LF would end one and begin the next.
-    return printable(text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A"))
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def as_sarif(findings: Iterable[Finding]) -> str:
     """SARIF 2.1.0 (OASIS), the least that code-scanning services take."""
     found = tuple(findings)
-    rules = [{"id": code} for code in sorted({finding.code for finding in found})]
-    run = {
-        "tool": {"driver": {"name": "broker check", "rules": rules}},
-        "columnKind": "unicodeCodePoints",
-        "results": [_result(finding) for finding in found],
-    }
+    driver = {"name": "broker check", "rules": [{"id": code} for code in sorted({finding.code for finding in found})]}
+    run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": [_result(finding) for finding in found]}
     log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=1) + "\n"
 
 
-def _result(finding: Finding) -> Mapping[str, object]:
-    place = {
-        "artifactLocation": {"uri": finding.file},
-        "region": {"startLine": finding.line, "startColumn": finding.column},
-    }
-    return {
-        "ruleId": finding.code,
-        "level": finding.severity,
-        "message": {"text": printable(_sentence(finding))},
-        "locations": [{"physicalLocation": place}],
-    }
+def _result(finding: Finding) -> dict[str, Any]:
+    region = {"startLine": finding.line, "startColumn": finding.column}
+    place = {"artifactLocation": {"uri": finding.file}, "region": region}
+    message = {"text": printable(finding.sentence)}
+    return {"ruleId": finding.code, "level": finding.severity, "message": message, "locations": [{"physicalLocation": place}]}
 
 
 FORMATS: Mapping[str, Callable[[Iterable[Finding]], str]] = MappingProxyType(

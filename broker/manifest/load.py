@@ -5,8 +5,7 @@ Law: only a folder that can't be listed raises. Whatever is in it, the answer is
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from broker.errors import UsageError
+from broker.manifest.admission import Source, Vocabulary, admit
 from broker.manifest.compile import compile_policy
-from broker.manifest.fields import CUSTOM_CODES, REMEDY, redacted
 from broker.manifest.findings import Finding
-from broker.manifest.models import KINDS, Kind
-from broker.manifest.scope import Declared, Source, Vocabulary
+from broker.manifest.models import KINDS
 from broker.manifest.strict_yaml import MAX_BYTES, Document, Pointer, read
 from broker.policy.snapshot import PolicySnapshot
-from broker.policy.types import Json
+from broker.redaction import redacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,8 @@ def vocabulary() -> Vocabulary:
     from broker.credentials import ISSUERS  # noqa: PLC0415 - what needs no registry (schemas, `findings`) must not import all
     from broker.protocols.registry import ADAPTERS  # noqa: PLC0415 - the same
 
-    return Vocabulary(ADAPTERS, ISSUERS)
+    locations = {name: adapter.locations for name, adapter in ADAPTERS.items()}
+    return Vocabulary(locations, {name: issuer.check for name, issuer in ISSUERS.items()})
 
 
 def load(directory: Path, words: Vocabulary | None = None) -> Loaded:
@@ -54,10 +53,8 @@ def load(directory: Path, words: Vocabulary | None = None) -> Loaded:
         try:
             texts[name] = _bytes(path)
         except OSError as error:
-            message = f"the file can't be read ({error.strerror or error})"
-            findings.append(
-                Finding(name, 1, 1, "file_unreadable", message, "make it a file that the broker may read, or remove it")
-            )
+            message, advice = f"the file can't be read ({error.strerror or error})", "let the broker read it, or remove it"
+            findings.append(Finding(name, 1, 1, "file_unreadable", message, advice))
     return load_texts(texts, directory, words, tuple(findings))
 
 
@@ -69,11 +66,8 @@ def _listed(directory: Path) -> list[Path]:
         found = [path for pattern in ("*.yaml", "*.yml") for path in directory.rglob(pattern) if not path.is_dir()]
     except OSError as error:
         raise UsageError(f"{str(directory)!r} can't be listed ({error.strerror})", "let the broker read it") from error
-    return sorted(path for path in found if _wanted(path.relative_to(directory).parts))
-
-
-def _wanted(parts: tuple[str, ...]) -> bool:
-    return parts[0] != "schema" and not any(part.startswith(".") for part in parts)
+    parts = {path: path.relative_to(directory).parts for path in found}
+    return sorted(path for path in found if parts[path][0] != "schema" and not any(part[0] == "." for part in parts[path]))
 
 
 def _bytes(path: Path) -> bytes:
@@ -92,127 +86,84 @@ def load_texts(
     """
     findings = list(before)
     sources: list[Source] = []
-    declared: dict[str, frozenset[str]] = {}
     for file in sorted(texts):
         documents, problems = read(file, texts[file])
         findings += problems
         for document in documents:
-            declared |= _declared(document.data)
-            source, more = _typed(file, document, {(problem.line, problem.column) for problem in problems})
-            findings += more
+            source, more = _typed(file, document)
+            seen = {(problem.line, problem.column) for problem in problems}  # what YAML made of it is told already
+            findings += [finding for finding in more if (finding.line, finding.column) not in seen]
             sources += [source] if source else []
     if not texts and not before:
         advice = "write platform.yaml, tools/*.yaml and agents/*.yaml"
         findings.append(Finding(".", 1, 1, "manifests_missing", "there is no manifest here", advice))
-    snapshot, problems, references = compile_policy(sources, words or vocabulary(), lambda name: _bytes(base / name), declared)
-    findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *problems)})
+    more, pems = admit(sources, words or vocabulary(), lambda name: _bytes(base / name))
+    findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *more)})
     failed = any(finding.severity == "error" for finding in findings)
-    files = tuple(base / name for name in (*sorted(texts), *references))
-    return Loaded(None if failed else snapshot, tuple(findings), files)
+    files = tuple(base / name for name in (*sorted(texts), *pems))
+    return Loaded(None if failed else compile_policy(sources, pems, base), tuple(findings), files)
 
 
-def _declared(data: Mapping[str, Any]) -> Declared:
-    metadata, spec = data.get("metadata"), data.get("spec")
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    operations = spec.get("operations") if isinstance(spec, dict) else None
-    if data.get("kind") != "Tool" or not isinstance(name, str):
-        return {}
-    return {name: frozenset(operations if isinstance(operations, dict) else ())}
+def _typed(file: str, document: Document) -> tuple[Source | None, list[Finding]]:
+    """The document as its kind, and what is wrong with it.
 
-
-# --------------------------------------------------------------------------------------------------------- data to kinds
-
-_ROUNDS = 4
-"""How often what is wrong is left out before a document is given up: deeper mistakes don't hide others."""
-
-
-def _typed(file: str, document: Document, seen: set[tuple[int, int]]) -> tuple[Source | None, list[Finding]]:
-    """The document as its kind, and what is wrong with it, except at the places `seen`, which have their finding already."""
-    findings = [_secret(file, document, pointer) for pointer in _secrets(document.data, ())]
-    seen |= {(finding.line, finding.column) for finding in findings}
+    What is wrong is cut out until the rest is right, so that mistakes don't hide what other rules say of the rest.
+    """
     kind = document.data.get("kind")
-    if "kind" not in document.data or not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         code = "kind_unknown" if "kind" in document.data else "field_missing"
-        words = ", ".join(KINDS)
-        findings.append(Finding(file, *document.at(("kind",)), code, "kind says what a document is", f"write one of: {words}"))
-        return None, findings
-    canonical = json.dumps(document.data, sort_keys=True, separators=(",", ":"))
-    model, errors = _validated(KINDS[kind], canonical)
-    findings += [
-        found for found in (_invalid(file, document, error) for error in errors) if (found.line, found.column) not in seen
-    ]
-    rest, cut = canonical, []
-    for _ in range(_ROUNDS):
-        if model:
-            break
-        cut += [_cut(error) for error in errors]
-        rest = _without(rest, [_cut(error) for error in errors])
-        model, errors = _validated(KINDS[kind], rest)
-    return (Source(file, document, canonical, model, tuple(cut)) if model else None), findings
+        advice = f"write one of: {', '.join(KINDS)}"
+        return None, [Finding(file, *document.at(("kind",)), code, "kind says what a document is", advice)]
+    canonical = rest = json.dumps(document.data, sort_keys=True, separators=(",", ":"))
+    findings: list[Finding] = []
+    cut: list[Pointer] = []
+    while True:
+        try:
+            return Source(file, document, canonical, KINDS[kind].model_validate_json(rest), tuple(cut)), findings
+        except ValidationError as invalid:
+            errors = invalid.errors(include_url=False, include_input=False)
+        findings = findings or [_finding(file, document, error) for error in errors]
+        data = json.loads(rest)
+        if not sum(_cut(data, error, cut) for error in reversed(errors)):  # the last first, so that no index shifts
+            return None, findings
+        rest = json.dumps(data)
 
 
-def _validated(kind: type[Kind], text: str) -> tuple[Kind | None, list[ErrorDetails]]:
+def _finding(file: str, document: Document, error: ErrorDetails) -> Finding:
+    ctx: dict[str, Any] = error.get("ctx", {})
+    pointer = [part for part in error["loc"] if part != "[key]"]
+    for text in ctx.get("pointer", "").split("/")[1:]:
+        part = text.replace("~1", "/").replace("~0", "~")
+        pointer.append(int(part) if part.isdigit() and (*pointer, part) not in document.values else part)
+    name = ".".join(map(str, error["loc"])) or "the document"
+    key = error["loc"][-1:] == ("[key]",)
+    sentence = re.sub(r"^(Input|String|Value) should", "it should", error["msg"])
+    code, why = error["type"], sentence
+    if code in _FIELDS:
+        key = True
+        code, why = _FIELDS[code]
+        why = why.format(name)
+    elif code == "field_invalid" or "why" not in ctx:
+        code, why = "field_invalid", f"{name} is not right: {sentence}"
+    message, _, advice = why.partition("; ")
+    return Finding(file, *document.at(tuple(pointer), key=key), code, message, advice or "see the reference of this kind")
+
+
+_FIELDS = {
+    "extra_forbidden": ("field_unknown", "there is no field {}; correct its name, or take it out"),
+    "missing": ("field_missing", "{} is missing; add it"),
+}
+
+
+def _cut(data: Any, error: ErrorDetails, cut: list[Pointer]) -> bool:
+    """Take the wrong value out, or what lacks a field; False where there is nothing to take."""
+    pointer = tuple(part for part in error["loc"] if part != "[key]")
+    pointer = pointer[:-1] if error["type"] == "missing" else pointer
     try:
-        return kind.model_validate_json(text), []
-    except ValidationError as error:
-        return None, error.errors(include_url=False, include_input=False)
-
-
-def _pointer(error: ErrorDetails) -> tuple[Pointer, bool]:
-    """Where in the document, and whether it is about the key there rather than its value."""
-    location = error["loc"]
-    if location[-1:] == ("[key]",):
-        return location[:-1], True
-    return location, error["type"] in ("extra_forbidden", "missing")
-
-
-def _invalid(file: str, document: Document, error: ErrorDetails) -> Finding:
-    pointer, key = _pointer(error)
-    name = ".".join(str(part) for part in pointer) or "the document"
-    place = document.at(pointer, key=key)
-    if error["type"] == "extra_forbidden":
-        return Finding(file, *place, "field_unknown", f"there is no field {name}", "correct its name, or take it out")
-    if error["type"] == "missing":
-        return Finding(file, *place, "field_missing", f"{name} is missing", "add it")
-    if error["type"] == "secret_literal":
-        return Finding(file, *place, "secret_literal", error["msg"], REMEDY)
-    code = error["type"] if error["type"] in CUSTOM_CODES else "field_invalid"
-    sentence, _, advice = re.sub(r"^(Input|String|Value) should", "it should", error["msg"]).partition("; ")
-    return Finding(file, *place, code, f"{name} is not right: {sentence}", advice or "see the reference of this kind")
-
-
-def _cut(error: ErrorDetails) -> Pointer:
-    """What to leave out: the wrong value, or what lacks a field."""
-    pointer, _ = _pointer(error)
-    return pointer[:-1] if error["type"] == "missing" else pointer
-
-
-def _without(text: str, pointers: Iterable[Pointer]) -> str:
-    data = json.loads(text)
-    # The last first, so that no index shifts before its turn.
-    for pointer in sorted(set(pointers), key=lambda parts: [(isinstance(part, str), part) for part in parts], reverse=True):
-        _delete(data, pointer)
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
-def _delete(data: Any, pointer: Pointer) -> None:
-    with suppress(LookupError, TypeError):  # what held it may be gone already
         for part in pointer[:-1]:
             data = data[part]
         del data[pointer[-1]]
-
-
-def _secrets(data: Json, pointer: Pointer) -> Iterator[Pointer]:
-    if isinstance(data, str):
-        if redacted(data) != data:
-            yield pointer
-    elif isinstance(data, dict):
-        for key, value in data.items():
-            yield from _secrets(value, (*pointer, key))
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _secrets(value, (*pointer, index))
-
-
-def _secret(file: str, document: Document, pointer: Pointer) -> Finding:
-    return Finding(file, *document.at(pointer), "secret_literal", "this holds a credential of a well-known form", REMEDY)
+    except (LookupError, TypeError):  # what held it is gone already
+        return False
+    cut.append(pointer)
+    return True

@@ -1,33 +1,141 @@
-"""The four kinds that users write: Tool, Agent, Platform, PolicyTest.
+"""The four kinds that users write (Tool, Agent, Platform, PolicyTest), and before them the words that their fields are made of.
 
 Law: this file is the one description of them. The loader validates with it, and the JSON Schemas and the reference pages are
-generated from it, so every field says here what it means. What is not a field here is refused.
+generated from it, so every field says what it means, and what is not a field is refused. Whatever a value tells by itself is
+judged here. A secret is named by reference: a literal one is refused with `secret_literal`, and no message repeats it.
 """
 
-from collections.abc import Mapping
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from broker.manifest.fields import (
-    Cidr,
-    CountRate,
-    Duration,
-    Header,
-    Model,
-    MoneyRate,
-    Name,
-    OperationName,
-    Schema,
-    SecretReference,
-    Size,
-    SizeRate,
-    Template,
-    Word,
-)
+from broker.manifest.addresses import parse_endpoint, parse_spiffe
+from broker.policy.match import PathTemplate
+from broker.policy.schema import ParameterSchema, SchemaError
+from broker.policy.snapshot import Endpoint
 from broker.policy.types import Code, Effect, Verdict
+from broker.redaction import REMEDY, redacted
+
+
+class Model(BaseModel):
+    """The base of all parts: strict, frozen, and nothing but what is declared."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def refusal(why: str, code: str = "field_invalid", pointer: str = "") -> PydanticCustomError:
+    """The refusal of a value, or of what is at `pointer` in it: what is wrong; what to write. It must not quote the value."""
+    return PydanticCustomError(code, "{why}", {"why": why, "pointer": pointer})
+
+
+def _text(parse: Callable[[str], object], code: str = "field_invalid", shown: Any = str) -> PlainValidator:
+    """Text that `parse` turns into what is meant, or refuses by a `ValueError`; `shown` is its type in the JSON Schema."""
+
+    def read(value: object) -> object:
+        if not isinstance(value, str):
+            raise refusal("it should be a valid string")
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise refusal(str(error), code) from None
+
+    return PlainValidator(read, json_schema_input_type=shown)
+
+
+def _quantity(units: Mapping[str, int], example: str) -> Callable[[str], int]:
+    shape = re.compile(rf"([1-9][0-9]{{0,8}})({'|'.join(units)})")
+
+    def read(text: str) -> int:
+        if not (found := shape.fullmatch(text)):
+            raise refusal(f"it should be a whole number with one of {', '.join(filter(None, units))}; write it as in {example}")
+        return int(found[1]) * units[found[2]]
+
+    return read
+
+
+_bytes = _quantity({"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}, "1MiB")
+_seconds = _quantity({"s": 1, "m": 60, "h": 3600, "d": 86400}, "5m")
+
+
+def _cidr(text: str) -> str:
+    if "/" not in text:
+        raise refusal("it should be an address range in CIDR form; write 127.0.0.1/32 for one address")
+    return str(ipaddress.ip_network(text))
+
+
+def _schema(value: object) -> ParameterSchema:
+    if not isinstance(value, dict):
+        raise refusal("it should be a JSON Schema; write a mapping")
+    try:
+        return ParameterSchema(value, "")
+    except SchemaError as error:
+        raise refusal(f"{error.message[:300]}; write JSON Schema 2020-12", "schema_invalid", error.pointer) from None
+
+
+def _reference(value: object) -> object:
+    if isinstance(value, str):
+        raise refusal(f"this field holds a literal secret; {REMEDY}", "secret_literal")
+    if isinstance(value, dict) and len(value) != 1:
+        raise refusal("a secret is named by exactly one of env and file; write {env: NAME} or {file: PATH}")
+    return value
+
+
+def _template(value: str) -> str:
+    if redacted(value) != value or re.search(r"(?=[^{}\s]*[0-9])[A-Za-z0-9_+/=.~-]{12}", value):
+        raise refusal(f"the template holds a literal secret; {REMEDY}", "secret_literal")
+    if value.count("{}") != 1 or not value.isascii() or not value.isprintable():
+        raise refusal('it should be one line of ASCII with {} once, where the credential goes; write it as in "Bearer {}"')
+    return value
+
+
+_RESERVED = {
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "keep-alive",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+
+
+def _header(value: str) -> str:
+    if value in _RESERVED or value.startswith(("x-broker-", "x-envoy-", "x-forwarded-", "proxy-")):
+        raise refusal("this header belongs to HTTP or to the broker; name the header that the tool reads its credential from")
+    return value
+
+
+# Also a label of DNS and a segment of a path.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62})$")]
+# Wide enough for every MCP tool name.
+OperationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+# Free text that names something outside the broker.
+Word = Annotated[str, Field(min_length=1, max_length=256)]
+Seconds = Annotated[int, _text(_seconds, shown=Annotated[str, Field(pattern="^[1-9][0-9]{0,8}[smhd]$", examples=["5m", "1h"])])]
+# Up to 1 GiB, as a number or with a unit.
+Bytes = Annotated[
+    int,
+    BeforeValidator(lambda value: _bytes(value) if isinstance(value, str) else value, json_schema_input_type=int | str),
+    Field(ge=0, le=1 << 30, examples=["1MiB", 65536]),
+]
+# k, M and G are thousands, millions and billions.
+_PER = "/(s|min|minute|h|hour|day)$"
+CountRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}[kMG]?{_PER}")]
+SizeRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}(KiB|MiB|GiB)?{_PER}")]
+MoneyRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}(\.[0-9]{{1,6}})?{_PER}")]
+Params = dict[str, Annotated[ParameterSchema, PlainValidator(_schema, json_schema_input_type=dict[str, JsonValue])]]
+Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
+# RFC 9110 section 5.1, in lower case.
+Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), AfterValidator(_header)]
+Spiffe = Annotated[str, _text(parse_spiffe, "spiffe_invalid")]
+TrustDomain = Annotated[str, Field(pattern="^[a-z0-9._-]{1,255}$")]
 
 
 class Metadata(Model):
@@ -46,34 +154,36 @@ class Kind(Model):
     metadata: Metadata = Field(description="What this is called, and who answers for it.")
 
 
-# ---------------------------------------------------------------------------------------------------------------- kind: Tool
-
-
 class Placement(Model):
     """Where the credential goes in the request."""
 
     header: Header = Field("authorization", description="The header, in lower case.")
-    template: Template = Field("Bearer {}", description="Its value, with {} where the credential goes.")
+    template: Annotated[str, AfterValidator(_template)] = Field("Bearer {}", description="Its value; the credential goes to {}.")
 
 
 class Credential(Model):
     """Which credential the broker adds to each call."""
 
     issuer: Word = Field(description="Who makes it: static, jwt, or another issuer that this broker has.")
-    secret: SecretReference | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
+    secret: Secret | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
     scopes: JsonValue = Field(None, description="What the credential is narrowed to; its shape is the issuer's.")
     audience: Word | None = Field(None, description="Whom a minted credential is for; the tool's name unless given.")
-    ttl: Duration | None = Field(None, description="How long a minted credential lives; the platform's max_ttl is the bound.")
+    ttl: Seconds | None = Field(None, description="How long a minted credential lives; the platform's max_ttl is the bound.")
     placement: Placement = Field(Placement.model_construct(), alias="as", description="Where it goes in the request.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is written for the issuer."""
+        return self.model_dump(exclude={"issuer", "placement"}, exclude_unset=True)
 
 
 class UpstreamSpec(Model):
     """How the endpoint is reached."""
 
-    ca: Word | None = Field(
-        None, description="A PEM file of trust roots that replace the system's for this tool, relative to the manifests folder."
+    ca: Word | None = Field(None, description="A PEM file, in the manifests folder, of trust roots in place of the system's.")
+    addresses: tuple[Annotated[str, _text(_cidr)], ...] = Field(
+        (), description="The private or loopback ranges that the host may resolve to, as CIDRs (RFC 4632)."
     )
-    addresses: tuple[Cidr, ...] = Field((), description="The private or loopback ranges that the host may resolve to, as CIDRs.")
 
 
 class Match(Model):
@@ -82,10 +192,8 @@ class Match(Model):
     method: Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] | None = Field(
         None, description="The HTTP method (rest)."
     )
-    path: str | None = Field(
-        None,
-        description="The path below the endpoint; {name} is one segment, {+name} the rest (rest).",
-        examples=["/repos/{owner}"],
+    path: Annotated[PathTemplate, _text(PathTemplate.parse, "match_invalid")] | None = Field(
+        None, description="The path below the endpoint; {name} is one segment, {+name} the rest (rest)."
     )
     tool: Word | None = Field(None, description="The MCP tool's name, where it differs from the operation's (mcp).")
 
@@ -96,10 +204,8 @@ class OperationSpec(Model):
     match: Match = Field(Match.model_construct(), description="How a call is recognised as this operation.")
     effect: Effect = Field(description="What it does to the world.")
     data: tuple[Word, ...] = Field((), description="The classes of data that it touches, such as pii or source-code.")
-    params: dict[str, Schema] = Field(
-        {}, description="A JSON Schema 2020-12 for each location: path, query and body (rest), arguments (mcp)."
-    )
-    max_body: Size = Field(1 << 20, description="The largest request body, in bytes or such as 1MiB.")
+    params: Params = Field({}, description="A JSON Schema for each location: path, query and body (rest), arguments (mcp).")
+    max_body: Bytes = Field(1 << 20, description="The largest request body, in bytes or such as 1MiB.")
     description: str = Field("", description="What it does, to people.")
 
 
@@ -107,13 +213,13 @@ class ToolSpec(Model):
     """One endpoint and its operations."""
 
     protocol: Word = Field(description="What the endpoint speaks: rest or mcp.")
-    endpoint: str = Field(
+    endpoint: Annotated[Endpoint, _text(parse_endpoint, "endpoint_invalid")] = Field(
         description="Scheme, host, port and base path: the only destination.", examples=["https://api.github.com"]
     )
     upstream: UpstreamSpec = Field(UpstreamSpec.model_construct(), description="How the endpoint is reached.")
     unsafe_plaintext: bool = Field(
         default=False,
-        description="Lets an http:// endpoint beyond this machine carry calls and credentials that anyone on the way can read.",
+        description="Lets an http:// endpoint elsewhere carry calls and credentials that anyone on the way can read.",
     )
     credential: Credential | None = Field(None, description="Which credential the broker adds to each call.")
     operations: dict[OperationName, OperationSpec] = Field(description="What the tool can do; all else is denied.")
@@ -124,9 +230,6 @@ class Tool(Kind):
 
     kind: Literal["Tool"] = Field(description="Always Tool.")
     spec: ToolSpec = Field(description="One endpoint and its operations.")
-
-
-# --------------------------------------------------------------------------------------------------------------- kind: Agent
 
 
 class Limits(Model):
@@ -146,18 +249,17 @@ class Limits(Model):
 class Identity(Model):
     """How the broker knows the agent: at least one way."""
 
-    spiffe: str | None = Field(
-        None, description="The SPIFFE ID in its client certificate.", examples=["spiffe://acme.example/agents/refund-bot"]
+    spiffe: Spiffe | None = Field(
+        None, description="The SPIFFE ID in its client certificate.", examples=["spiffe://a.example/bot"]
     )
     token: bool = Field(default=False, description="Whether broker token may issue tokens for it.")
     namespace: Name | None = Field(None, description="The network namespace that its calls come from.")
 
     @model_validator(mode="after")
     def _any(self) -> "Identity":
-        if self.spiffe is None and self.namespace is None and not self.token:
-            raise PydanticCustomError(
-                "identity_missing", "no call could be known as its own; write token: true, a spiffe ID or a namespace"
-            )
+        if not (self.spiffe or self.namespace or self.token):
+            why = "no call could be known as its own; write token: true, a spiffe ID or a namespace"
+            raise refusal(why, "identity_missing")
         return self
 
 
@@ -165,15 +267,13 @@ class Approval(Model):
     """Asks a human before each call."""
 
     approvers: int = Field(1, ge=1, le=9, description="How many people must approve.")
-    when: dict[str, Schema] | None = Field(
-        None, description="Only calls whose parameters fit these schemas, by location, need it."
-    )
+    when: Params | None = Field(None, description="Only calls whose parameters fit these schemas, by location, need it.")
 
 
 class GrantSpec(Model):
     """The right to one operation, perhaps narrowed."""
 
-    params: dict[str, Schema] = Field({}, description="A JSON Schema for each location, in addition to the catalog's.")
+    params: Params = Field({}, description="A JSON Schema for each location, in addition to the catalog's.")
     limits: Limits | None = Field(None, description="Bounds on this operation alone.")
     approval: Approval | None = Field(None, description="Asks a human before each call.")
 
@@ -202,87 +302,10 @@ class Agent(Kind):
     spec: AgentSpec = Field(description="Who the agent is and what it may do.")
 
 
-# ------------------------------------------------------------------------------------------------------------ kind: Platform
-
-
-class Team(Model):
-    """A team that owns agents."""
-
-    oncall: Word = Field("", description="Who is paged about its agents.")
-    ceilings: Limits | None = Field(None, description="The most that its manifests may ask for.")
-
-
 class CredentialRules(Model):
     """Bounds on every credential."""
 
-    max_ttl: Duration = Field(3600, description="The longest life of an issued credential.")
-
-
-class Price(Model):
-    """US dollars per million tokens of one model."""
-
-    input: float = Field(ge=0, description="For what is sent.")
-    output: float = Field(ge=0, description="For what is answered.")
-    cached: float | None = Field(None, ge=0, description="For what is sent and was cached by the provider.")
-
-
-Action = Literal["alert", "revoke_run", "revoke_agent"]
-
-
-class Burst(Model):
-    """So many in a window of time."""
-
-    count: int = Field(ge=1, description="How many.")
-    window: Duration = Field(description="In what time.")
-    action: Action = Field(description="What happens then.")
-
-
-class Tripwire(Model):
-    """One is enough."""
-
-    action: Action = Field(description="What happens then.")
-
-
-class Containment(Model):
-    """When an agent is cut off without waiting for a human."""
-
-    denied_burst: Burst | None = Field(None, description="Many denials in a short time.")
-    honeytoken: Tripwire | None = Field(None, description="The use of a credential that nobody should ever use.")
-
-
-class Flow(Model):
-    """What a call leads to."""
-
-    effect: Effect | None = Field(None, description="Calls with this effect.")
-    egress: Literal["external", "internal"] | None = Field(None, description="Calls that leave the organisation, or that don't.")
-
-
-class FlowRule(Model):
-    """What a run may no longer do after it touched certain data."""
-
-    after: tuple[Word, ...] = Field(min_length=1, description="The classes of data.")
-    deny: Flow = Field(description="What is denied from then on.")
-    unless: Literal["approval"] | None = Field(None, description="What lifts the denial.")
-
-
-class Route(Model):
-    """Where some alerts go."""
-
-    match: dict[str, Word] = Field({}, description="The labels that an alert must have, such as severity.")
-    to: Word = Field(description="The receiver.")
-
-
-class PagerDuty(Model):
-    """The receiver pagerduty."""
-
-    routing_key: SecretReference = Field(description="Where its routing key is found.")
-
-
-class Alerts(Model):
-    """Who hears of what."""
-
-    routes: tuple[Route, ...] = Field((), description="The first route that matches takes the alert.")
-    pagerduty: PagerDuty | None = Field(None, description="The receiver pagerduty.")
+    max_ttl: Seconds = Field(3600, description="The longest life of an issued credential.")
 
 
 class TrustBundle(Model):
@@ -294,21 +317,26 @@ class TrustBundle(Model):
 class PlatformIdentity(Model):
     """What proves an agent's identity."""
 
-    trust_bundles: dict[str, TrustBundle] = Field({}, description="X.509 authorities by SPIFFE trust domain.")
+    trust_bundles: dict[TrustDomain, TrustBundle] = Field({}, description="X.509 authorities by SPIFFE trust domain.")
+
+
+class Alerts(Model):
+    """Who hears of what."""
+
+    routes: JsonValue = Field(None, description="The first route that matches takes the alert.")
+    pagerduty: dict[Literal["routing_key"], Secret] | None = Field(None, description="The receiver pagerduty.")
 
 
 class PlatformSpec(Model):
-    """What manifests may ask for at all; every part is optional."""
+    """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
 
-    teams: dict[Name, Team] | None = Field(None, description="The teams that own agents.")
+    teams: JsonValue = Field(None, description="The teams that own agents, their on-call contacts and ceilings.")
     environment: Word = Field("", description="The name of this environment, such as production.")
     identity: PlatformIdentity = Field(PlatformIdentity.model_construct(), description="What proves an agent's identity.")
     credentials: CredentialRules = Field(CredentialRules.model_construct(), description="Bounds on every credential.")
-    prices: dict[Word, dict[Word, Price]] | None = Field(
-        None, description="US dollars per million tokens, by provider and model."
-    )
-    containment: Containment | None = Field(None, description="When an agent is cut off without waiting for a human.")
-    flow: tuple[FlowRule, ...] | None = Field(None, description="What a run may no longer do after it touched certain data.")
+    prices: JsonValue = Field(None, description="US dollars per million tokens, by provider and model.")
+    containment: JsonValue = Field(None, description="When an agent is cut off without waiting for a human.")
+    flow: JsonValue = Field(None, description="What a run may no longer do after it touched certain data.")
     alerts: Alerts | None = Field(None, description="Who hears of what.")
 
 
@@ -317,9 +345,6 @@ class Platform(Kind):
 
     kind: Literal["Platform"] = Field(description="Always Platform.")
     spec: PlatformSpec = Field(description="What manifests may ask for at all.")
-
-
-# ---------------------------------------------------------------------------------------------------------- kind: PolicyTest
 
 
 class CallSpec(Model):
@@ -363,5 +388,5 @@ class PolicyTest(Kind):
     spec: PolicyTestSpec = Field(description="Cases of one agent.")
 
 
-KINDS: Mapping[str, type[Kind]] = MappingProxyType({"Tool": Tool, "Agent": Agent, "Platform": Platform, "PolicyTest": PolicyTest})
+KINDS: Mapping[str, type[Kind]] = MappingProxyType({kind.__name__: kind for kind in (Tool, Agent, Platform, PolicyTest)})
 """The kinds, by the word that `kind:` takes."""

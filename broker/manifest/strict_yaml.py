@@ -14,6 +14,7 @@ import yaml
 
 from broker.manifest.findings import Finding
 from broker.policy.types import Json
+from broker.redaction import REMEDY, redacted
 
 MAX_BYTES = 1_048_576
 """The largest file, in bytes: a thousand times a typical manifest, and little enough to parse in a second."""
@@ -38,7 +39,7 @@ _NUMBER_LIKE = re.compile(
 )
 # YAML's own set (1.2 section 5.1) without what reviewers can't see: NEL and the Unicode line breaks, which YAML 1.1 and 1.2 read
 # differently, byte-order marks, and the bidirectional controls.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_FORBIDDEN = re.compile("[^\n\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,85 +64,72 @@ class Document:
 
 def read(file: str, content: bytes) -> tuple[tuple[Document, ...], tuple[Finding, ...]]:
     """The documents of one file (those that are mappings), and everything that is wrong with its YAML."""
-    text, findings = _decode(file, content)
-    if findings:
-        return (), findings
-    reader = _Reader(file, text)
-    documents = tuple(reader.documents())
-    if not reader.seen and not reader.findings:
+    reader = _Reader(file)
+    if (text := reader.decoded(content)) is None:
+        return (), tuple(reader.findings)
+    documents = tuple(reader.documents(text))
+    if not reader.findings and not documents:
         reader.note((1, 1), "yaml_empty", "the file holds no document", "begin it with apiVersion: broker/v1, or delete it")
     return documents, tuple(reader.findings)
 
 
-def _decode(file: str, content: bytes) -> tuple[str, tuple[Finding, ...]]:
-    if len(content) > MAX_BYTES:
-        advice = "split it into several files"
-        return "", (Finding(file, 1, 1, "yaml_size", f"the file is larger than {MAX_BYTES} bytes", advice),)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8")
-        line, column = _position(before, len(before))
-        return "", (Finding(file, line, column, "yaml_encoding", "this is not UTF-8", "save the file as UTF-8"),)
-    if text.startswith("\ufeff"):
-        advice = "save the file as UTF-8 without BOM"
-        return "", (Finding(file, 1, 1, "yaml_encoding", "the file begins with a byte-order mark", advice),)
-    return text, tuple(_characters(file, text))
-
-
-def _characters(file: str, text: str) -> Iterator[Finding]:
-    for found in _FORBIDDEN.finditer(text):
-        line, column = _position(text, found.start())
-        message = f"the character U+{ord(found[0]):04X} is invisible or not allowed in YAML"
-        yield Finding(file, line, column, "yaml_character", message, "delete it, or write it as an escape in double quotes")
-    if "\t" in text:
-        for number, line_text in enumerate(text.split("\n"), 1):
-            if (at := line_text.find("\t")) >= 0:
-                advice = r"indent with spaces; in a string write \t between double quotes"
-                yield Finding(file, number, at + 1, "yaml_tab", "this is a tab", advice)
-
-
-def _position(text: str, offset: int) -> tuple[int, int]:
-    return text.count("\n", 0, offset) + 1, offset - (text.rfind("\n", 0, offset) + 1) + 1
-
-
 class _TooDeepError(ValueError):
-    """Nesting passed `MAX_DEPTH`; the rest of the file is not read."""
+    """Nesting passed `MAX_DEPTH` at `place`; the rest of the file is not read."""
+
+    def __init__(self, place: tuple[int, int]) -> None:
+        self.place = place
 
 
 class _Reader:
     """Turns one file's events into documents and notes what is wrong on the way."""
 
-    def __init__(self, file: str, text: str) -> None:
+    def __init__(self, file: str) -> None:
         self.findings: list[Finding] = []
-        self.seen = False
         self._file = file
-        self._loader = _Loader(text)
-        self._values: dict[Pointer, tuple[int, int]] = {}
-        self._keys: dict[Pointer, tuple[int, int]] = {}
 
     def note(self, place: tuple[int, int], code: str, message: str, advice: str) -> None:
         self.findings.append(Finding(self._file, *place, code, message, advice))
 
-    def documents(self) -> Iterator[Document]:
+    def decoded(self, content: bytes) -> str | None:
+        if len(content) > MAX_BYTES:
+            self.note((1, 1), "yaml_size", f"the file is larger than {MAX_BYTES} bytes", "split it into several files")
+            return None
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            lines = content[: error.start].decode().split("\n")
+            self.note((len(lines), len(lines[-1]) + 1), "yaml_encoding", "this is not UTF-8", "save the file as UTF-8")
+            return None
+        if text.startswith("\ufeff"):
+            self.note((1, 1), "yaml_encoding", "the file begins with a byte-order mark", "save the file as UTF-8 without BOM")
+            return None
+        for number, line in enumerate(text.split("\n"), 1):
+            for found in _FORBIDDEN.finditer(line):
+                code = "yaml_tab" if found[0][0] == "\t" else "yaml_character"
+                message = f"the character U+{ord(found[0][0]):04X} is invisible or not allowed in YAML"
+                advice = "delete it, or write it as an escape in double quotes; indent with spaces"
+                self.note((number, found.start() + 1), code, message, advice)
+        return None if self.findings else text
+
+    def documents(self, text: str) -> Iterator[Document]:
+        self._loader = _Loader(text)
         try:
             while not self._loader.check_event(yaml.StreamEndEvent):
-                event = self._loader.get_event()
-                if isinstance(event, yaml.DocumentStartEvent):
-                    self.seen = True
+                if isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
                     yield from self._document()
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             problem = getattr(error, "problem", None) or "this can't be read"
             self.note(place, "yaml_syntax", f"this is not YAML: {problem}", "correct the indentation, brackets or quotes here")
-        except _TooDeepError:
-            self.note(self._place, "yaml_depth", f"nesting is deeper than {MAX_DEPTH} levels", "flatten it")
+        except _TooDeepError as error:
+            self.note(error.place, "yaml_depth", f"nesting is deeper than {MAX_DEPTH} levels", "flatten it")
         finally:
             self._loader.dispose()
 
     def _document(self) -> Iterator[Document]:
-        self._values, self._keys = {}, {}
+        self._values: dict[Pointer, tuple[int, int]] = {}
+        self._keys: dict[Pointer, tuple[int, int]] = {}
         event = self._loader.get_event()
         start = _start(event)
         data = self._node(event, ())
@@ -155,8 +143,7 @@ class _Reader:
     def _node(self, event: Any, pointer: Pointer) -> Json:
         place = self._values[pointer] = _start(event)
         if len(pointer) > MAX_DEPTH:
-            self._place = place
-            raise _TooDeepError
+            raise _TooDeepError(place)
         if isinstance(event, yaml.AliasEvent):
             self.note(place, "yaml_alias", f"*{event.anchor} is an alias", "write the value out: a review must see what applies")
             return None
@@ -202,6 +189,8 @@ class _Reader:
 
     def _scalar(self, event: Any, place: tuple[int, int]) -> Json:
         text: str = event.value
+        if redacted(text) != text:
+            self.note(place, "secret_literal", "this holds a credential of a well-known form", REMEDY)
         if not event.implicit[0]:  # quoted, a block, or tagged
             return text
         if text in _PLAIN:

