@@ -115,6 +115,13 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Put this decision ID on an answer that Envoy gave by itself; it is recorded under it from the access log."""
+
+    decision_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Observe:
     """Stream the answer's body by, chunk for chunk."""
 
@@ -131,5 +138,5 @@ class Cut:
     """Break the stream now."""
 
 
-Command = WantBody | Issue | Send | Reply | Pass | Observe | Replace | Cut
+Command = WantBody | Issue | Send | Reply | Pass | Mark | Observe | Replace | Cut
 Steps = Generator[Command, Event, None]

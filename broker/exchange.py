@@ -8,7 +8,7 @@ is sent before its decision is in the audit log. One exchange sees one snapshot.
     RequestHead           WantBody · Issue · Send · Reply
     RequestBody           Issue · Send · Reply
     Issued                Send · Reply
-    ResponseHead          Pass · Observe · Reply
+    ResponseHead          Pass · Mark · Observe · Reply
     ResponseChunk         Replace · Cut
     close()               (the call is over, however it ended)
 """
@@ -27,6 +27,7 @@ from broker.events import (
     Event,
     Issue,
     Issued,
+    Mark,
     Observe,
     Pass,
     Replace,
@@ -51,6 +52,8 @@ from broker.protocols.problem import problem, reply, status_at
 log = logging.getLogger(__name__)
 
 _HTTP_10 = "HTTP/1.0"
+_DECISION_HEADER = "x-broker-decision-id"
+_OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it was whole
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
@@ -82,8 +85,8 @@ class Exchange:
         try:
             if self._steps is None:
                 if not isinstance(event, RequestHead):
-                    # An answer that Envoy gave by itself, before this filter saw the request: recorded from the access log.
-                    return Pass()
+                    # An answer that Envoy gave by itself, before this filter saw the request.
+                    return self._mark(event)
                 self._steps = self._run(event)
                 return next(self._steps)
             return self._steps.send(event)
@@ -99,6 +102,10 @@ class Exchange:
             self._sent = False
             duration = (self._services.mono_ns() - self._started) / 1e6
             self._record_outcome(replace(self._ending, duration_ms=round(duration, 3)))
+
+    def _mark(self, event: Event) -> Command:
+        named = isinstance(event, ResponseHead) and any(name == _DECISION_HEADER for name, _ in event.headers)
+        return Pass() if named else Mark(self._decision_id)
 
     # The order of a call.
 
@@ -175,6 +182,8 @@ class Exchange:
         if declared.isdigit() and int(declared) > limit:
             return _too_large(limit)
         event = yield WantBody()
+        if isinstance(event, ResponseHead) and event.details == _OVER_BUFFER:
+            return _too_large(limit)
         if not isinstance(event, RequestBody):
             return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive")
         if len(event.body) > limit:

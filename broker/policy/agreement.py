@@ -35,12 +35,15 @@ def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Deci
 
     First that applies:
 
-    1. base-url: the first path segment is the tool's name.
-    2. the authority is not a declared endpoint for this scheme → `host_not_declared`
-    3. in a tunnel: CONNECT host or SNI names another host → `authority_mismatch`
-    4. no tool at that host has this path below its base path → `operation_not_declared`
-    5. Envoy routes it to another tool than this one → `authority_mismatch`
+    1. more than one Host → `protocol_violation` (RFC 9112 section 3.2; Envoy joins the values by a comma)
+    2. base-url: the first path segment is the tool's name.
+    3. the authority is not a declared endpoint for this scheme → `host_not_declared`
+    4. in a tunnel: CONNECT host or SNI names another host → `authority_mismatch`
+    5. no tool at that host has this path below its base path → `operation_not_declared`
+    6. Envoy routes it to another tool than this one → `authority_mismatch`
     """
+    if "," in wire.authority:
+        return deny(Code.PROTOCOL_VIOLATION, "the request names more than one host")
     if wire.door is Door.BASE_URL:
         return _by_name(snapshot, wire)
     tools = _at_authority(snapshot, wire.scheme, wire.authority)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from broker.audit.record import Attempt, decision_record
 from broker.dataplane import site
 from broker.events import Services
 from broker.policy.types import Code, Decision, deny
+from broker.processor.convert import BROKER_REPLY
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +49,14 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
         return StreamAccessLogsResponse()
 
     def _http(self, entry: Any) -> None:
-        if site.DECISION_HEADER in entry.response.response_headers:
-            return
         request, common = entry.request, entry.common_properties
         details = entry.response.response_code_details
-        self._record(
-            common,
-            deny(_code(details), f"Envoy refused the request: {details or 'no details'}"),
-            method=_METHODS.get(request.request_method, ""),
-            host=request.authority,
-            path=request.path.partition("?")[0],
-        )
+        if details in _RECORDED or (request.request_method == _CONNECT and entry.response.response_code.value == _OPENED):
+            return
+        marked = entry.response.response_headers.get(site.DECISION_HEADER, "")
+        attempt = self._attempt(common, marked, host=request.authority)
+        attempt = replace(attempt, method=_METHODS.get(request.request_method, ""), path=request.path.partition("?")[0])
+        self._record(attempt, deny(_code(details), f"Envoy refused the request: {details or 'no details'}"))
 
     def _connection(self, entry: Any) -> None:
         common = entry.common_properties
@@ -66,22 +65,27 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
             return
         sni = common.tls_properties.tls_sni_hostname
         what = f"TLS was opened to {sni!r}, which is not declared" if sni else "TLS was opened without a declared name"
-        self._record(common, deny(Code.HOST_NOT_DECLARED, what), method="", host=sni, path="")
+        self._record(self._attempt(common, "", host=sni), deny(Code.HOST_NOT_DECLARED, what))
 
-    def _record(self, common: Any, decision: Decision, *, method: str, host: str, path: str) -> None:
-        services = self._services
-        snapshot = services.snapshot()
+    def _attempt(self, common: Any, marked: str, host: str) -> Attempt:
+        snapshot = self._services.snapshot()
         carried = common.filter_state_objects.get(site.STATE_AGENT)
         agent = snapshot.agents.get(_text(carried)) if carried is not None else None
-        attempt = Attempt(
-            services.random_id(), snapshot.revision, agent.described if agent else {}, method=method, host=host, path=path
-        )
+        about = agent.described if agent else {}
+        return Attempt(marked or self._services.random_id(), snapshot.revision, about, host=host)
+
+    def _record(self, attempt: Attempt, decision: Decision) -> None:
+        services = self._services
         try:
             services.audit.append(decision_record(services.now(), services.mono_ns(), attempt, decision))
         except AuditUnavailable as error:
             log.error("a refusal of Envoy's could not be recorded: %s", error)  # noqa: TRY400 - no trace needed
         services.decided(decision.verdict, decision.code or "")
 
+
+# Denials that the processor gave (immediate replies; ext_authz) are in the record. An opened tunnel is no refusal.
+_RECORDED = (BROKER_REPLY, "ext_authz_denied")
+_CONNECT, _OPENED = 6, 200
 
 _METHODS = {1: "GET", 2: "HEAD", 3: "POST", 4: "PUT", 5: "DELETE", 6: "CONNECT", 7: "OPTIONS", 8: "TRACE", 9: "PATCH"}
 

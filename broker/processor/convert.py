@@ -17,11 +17,14 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import (
 from google.protobuf.struct_pb2 import Struct
 
 from broker.dataplane import site
-from broker.events import Command, Event, Observe, Replace, RequestBody, RequestHead, ResponseChunk, ResponseHead, Send
+from broker.events import Command, Event, Mark, Observe, Replace, RequestBody, RequestHead, ResponseChunk, ResponseHead, Send
 from broker.identity import Evidence
 from broker.policy.agreement import Wire
 from broker.policy.types import Door, Request
 from broker.protocols.base import Reply
+
+BROKER_REPLY = "broker_reply"
+"""The response code details of an answer that the broker gave itself."""
 
 _FILTER = "envoy.filters.http.ext_proc"
 _OBSERVED = ProcessingMode(
@@ -108,6 +111,9 @@ def response_of(command: Command, message: Any) -> Any:
         return ProcessingResponse(immediate_response=immediate(command))
     if isinstance(command, Send):
         return _proven(command, message)
+    if isinstance(command, Mark):
+        common = CommonResponse(header_mutation=HeaderMutation(set_headers=[_set(site.DECISION_HEADER, command.decision_id)]))
+        return ProcessingResponse(response_headers=HeadersResponse(response=common))
     if isinstance(command, Replace):
         mutation = BodyMutation(body=command.data)
         return ProcessingResponse(response_body=BodyResponse(response=CommonResponse(body_mutation=mutation)))
@@ -133,7 +139,7 @@ def immediate(reply: Reply) -> Any:
         status={"code": reply.status},
         headers=HeaderMutation(set_headers=[_set(name, value) for name, value in reply.headers]),
         body=reply.body,
-        details="broker_reply",
+        details=BROKER_REPLY,
     )
 
 

@@ -26,6 +26,7 @@ from broker.events import (
     Event,
     Issue,
     Issued,
+    Mark,
     Observe,
     Pass,
     RequestBody,
@@ -516,10 +517,20 @@ def test_what_fails_while_the_answer_streams_cuts_it_for_good(error, code):
     assert events_of(outside)[-1] == ("outcome", code)
 
 
-def test_an_answer_of_envoys_own_before_any_request_passes_and_is_not_ours_to_record():
+def test_an_answer_of_envoys_own_before_any_request_gets_an_id_and_is_not_ours_to_record():
     outside = services()
-    assert play(outside, ResponseHead(400, (), "http1.codec_error", has_body=False)) == [Pass()]
+    assert [type(command) for command in play(outside, ResponseHead(400, (), "upgrade_failed", has_body=False))] == [Mark]
     assert outside.audit == []
+
+
+def test_a_denial_that_already_has_its_id_keeps_it():
+    refused = ResponseHead(403, (("x-broker-decision-id", "d0"),), "ext_authz_denied", has_body=True)
+    assert play(services(), refused) == [Pass()]
+
+
+def test_a_body_that_envoy_gave_up_on_is_too_large():
+    _, denied = play(services(), POST, ResponseHead(413, (), "request_payload_too_large", has_body=True))
+    assert (denied.status, json.loads(denied.body)["code"]) == (413, "body_too_large")
 
 
 # Any order.
