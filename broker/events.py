@@ -49,9 +49,10 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """The whole body, as it will be sent."""
+    """The whole body, as it will be sent. `trailers` says that header fields follow it, which nobody has judged."""
 
     body: bytes
+    trailers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

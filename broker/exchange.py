@@ -186,6 +186,8 @@ class Exchange:
             return _too_large(limit)
         if not isinstance(event, RequestBody):
             return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive")
+        if event.trailers:
+            return Refusal(Code.PROTOCOL_VIOLATION, "trailers are not passed on")
         if len(event.body) > limit:
             return _too_large(limit)
         return adapter.recognise(tool, request, event.body)

@@ -43,7 +43,8 @@ def event_of(message: Any) -> Event | None:
     if kind == "request_headers":
         return _request_head(message)
     if kind == "request_body":
-        return RequestBody(message.request_body.body)
+        # A buffered body is whole, so the stream goes on after it only where trailers follow.
+        return RequestBody(message.request_body.body, trailers=not message.request_body.end_of_stream)
     if kind == "response_headers":
         return _response_head(message)
     if kind == "response_body":

@@ -528,6 +528,11 @@ def test_a_denial_that_already_has_its_id_keeps_it():
     assert play(services(), refused) == [Pass()]
 
 
+def test_trailers_are_refused_since_they_would_leave_unjudged():
+    _, denied = play(services(), POST, RequestBody(b'{"title": "x"}', trailers=True))
+    assert (denied.status, json.loads(denied.body)["code"]) == (400, "protocol_violation")
+
+
 def test_a_body_that_envoy_gave_up_on_is_too_large():
     _, denied = play(services(), POST, ResponseHead(413, (), "request_payload_too_large", has_body=True))
     assert (denied.status, json.loads(denied.body)["code"]) == (413, "body_too_large")
