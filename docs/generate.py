@@ -1,0 +1,382 @@
+"""Writes what can be read off the code: docs/reference/*.md and the golden configurations in envoy/.
+
+`python -m docs.generate [--check]`, from the repository's root. With `--check` nothing is written: each file that differs is
+named on stderr, and the exit code is 1.
+
+Law: whatever a page says of the code, it took from there. Prose that the code doesn't hold (the meaning of a record's field)
+stands here in a table, and the script fails when the code has a field that the table lacks, or the reverse.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+import yaml
+
+from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record, revocation_record
+from broker.cli import options
+from broker.cli.main import cli
+from broker.cli.render import placeholders, rendered
+from broker.dataplane.site import Site
+from broker.manifest.findings import Finding
+from broker.manifest.load import load, load_texts
+from broker.manifest.models import KINDS
+from broker.manifest.strict_yaml import MAX_BYTES
+from broker.policy.types import ALLOW, Code, deny
+from broker.protocols.problem import STATUS, TYPE_PREFIX, WORDS
+
+_MADE = "<!-- Made by `python -m docs.generate`. Change the code, not this file. -->\n"
+
+
+def files() -> Mapping[str, str]:
+    """Path, relative to the repository's root → content."""
+    made: Mapping[str, Callable[[], str]] = {
+        "docs/reference/kinds.md": kinds,
+        "docs/reference/codes.md": codes,
+        "docs/reference/cli.md": verbs,
+        "docs/reference/audit.md": audit,
+        "envoy/sample-organisation.yaml": lambda: _golden("manifests"),
+        "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
+    }
+    return {path: make() for path, make in made.items()}
+
+
+def _golden(directory: str) -> str:
+    snapshot = load(Path(directory)).snapshot
+    if snapshot is None:
+        raise SystemExit(f"{directory} has errors; run `broker check {directory}`")
+    # The defaults of `broker render envoy`.
+    site = Site(
+        ("127.0.0.1", 15001), ("127.0.0.1", 15002), "/run/broker/processor.sock", "/run/broker/envoy-admin.sock", options.ROOTS[0]
+    )
+    text: str = yaml.safe_dump(rendered(snapshot, site, placeholders(snapshot)), sort_keys=False, width=120)
+    return f"# broker render envoy {directory}\n{text}"
+
+
+# -------------------------------------------------------------------------------------------------------------------- kinds
+
+
+def kinds() -> str:
+    """The four kinds, field by field, from their JSON Schemas. A part that several kinds share is shown once."""
+    seen: set[str] = set()
+    sections = [_kind(name, model.model_json_schema(), seen) for name, model in KINDS.items()]
+    intro = (
+        "What a manifests folder may hold. A field that is not listed is an error, and so is a value of another type. "
+        "`manifests/schema/` has the same as JSON Schemas for editors; `broker check` judges.\n"
+    )
+    return f"{_MADE}# Kinds\n\n{intro}\n" + "\n".join(sections)
+
+
+def _kind(name: str, schema: dict[str, Any], seen: set[str]) -> str:
+    definitions: dict[str, Any] = schema.get("$defs", {})
+    text, waiting = f"## {name}\n\n{schema['description']}\n" + _fields(schema, definitions), [*_references(schema["properties"])]
+    while waiting:
+        part = waiting.pop(0)
+        body = definitions[part]
+        if part in seen or "properties" not in body:
+            continue
+        seen.add(part)
+        text += f"\n### {part}\n\n{body.get('description', '')}\n" + _fields(body, definitions)
+        waiting += _references(body["properties"])
+    return text
+
+
+def _references(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield _last(node["$ref"])
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+def _last(reference: str) -> str:
+    return reference.rpartition("/")[2]
+
+
+def _fields(body: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    required = body.get("required", [])
+    rows = [
+        f"| `{field}` | {_type(spec, definitions)} | {_default(field, spec, required)} | {_meaning(spec, definitions)} |"
+        for field, spec in body["properties"].items()
+    ]
+    return "\n| field | type | default | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+
+
+def _meaning(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    # A field that is a part of its own says nothing where the part says the same.
+    part = definitions.get(_last(spec.get("$ref", "")), {})
+    return _cell(spec.get("description") or part.get("description", ""))
+
+
+def _type(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "$ref" in spec:
+        return _named(_last(spec["$ref"]), definitions)
+    if "anyOf" in spec:
+        return " or ".join(_type(each, definitions) for each in spec["anyOf"] if each.get("type") != "null")
+    if "const" in spec:
+        return f"`{spec['const']}`"
+    if "enum" in spec:
+        return _cell(" | ".join(f"`{word}`" for word in spec["enum"]))
+    kind = spec.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(spec['items'], definitions)}"
+    if kind == "object":
+        inside = spec.get("additionalProperties") or next(iter(spec.get("patternProperties", {}).values()), None)
+        return f"map to {_type(inside, definitions)}" if isinstance(inside, dict) else "map"
+    return f"{kind} `{_cell(spec['pattern'])}`" if "pattern" in spec else str(kind)
+
+
+def _named(name: str, definitions: Mapping[str, Any]) -> str:
+    if name == "JsonValue":
+        return "any JSON"
+    if name == "Code":
+        return "[a code](codes.md)"
+    body = definitions[name]
+    return f"[{name}](#{name.lower()})" if "properties" in body else _type(body, definitions)
+
+
+def _default(field: str, spec: Mapping[str, Any], required: Iterable[str]) -> str:
+    if field in required:
+        return "required"
+    value = spec.get("default")
+    return "" if value in (None, "", [], {}) or isinstance(value, dict) else f"`{orjson.dumps(value).decode()}`"
+
+
+def _cell(text: str) -> str:
+    # GitHub splits cells at a bar, also between backticks.
+    return text.replace("|", "\\|")
+
+
+# -------------------------------------------------------------------------------------------------------------------- codes
+
+
+def codes() -> str:
+    """Codes of denials, then codes of findings."""
+    unused = _unused()
+    rows = "\n".join(_denial(code) for code in Code if code not in unused)
+    later = ", ".join(f"`{code}`" for code in unused)
+    found = "\n".join(_finding(example) for _, example in sorted(_findings().items()))
+    return (
+        f"{_MADE}# Codes\n\n"
+        "Both lists are stable: programs, dashboards and policy tests match on these words.\n\n"
+        "## Denials\n\n"
+        f"`code` in a problem body (its `type` is `{TYPE_PREFIX}` and the code), in the audit record, and as a label of the "
+        "metric `broker_decisions_total`. At the proxy door `agent_unknown` answers 407.\n\n"
+        f"| code | HTTP | title | next steps, as the agent reads them |\n| --- | --- | --- | --- |\n{rows}\n\n"
+        f"Reserved for parts that are not built yet; no call gets them today: {later}.\n\n"
+        "## Findings of `broker check`\n\n"
+        "Each with an example: the message, and after the first semicolon what to do. Warnings don't change the exit code.\n\n"
+        f"| code | severity | example |\n| --- | --- | --- |\n{found}\n"
+    )
+
+
+def _denial(code: Code) -> str:
+    title, steps = WORDS[code]
+    return f"| `{code}` | {STATUS[code]} | {title} | {_cell(' '.join(steps))} |"
+
+
+def _unused() -> tuple[Code, ...]:
+    """The codes that no module decides on. `agent_revoked` is decided on, but as long as no view says `revoked`, nobody is."""
+    ours = {Path("broker/policy/types.py"), Path("broker/protocols/problem.py")}
+    text = "".join(path.read_text() for path in Path("broker").rglob("*.py") if path not in ours)
+    named = {code for code in Code if f"Code.{code.name}" in text}
+    if "View(revoked=" not in text:
+        named.discard(Code.AGENT_REVOKED)
+    return tuple(code for code in Code if code not in named)
+
+
+def _finding(example: Finding) -> str:
+    return f"| `{example.code}` | {example.severity} | {_cell(f'{example.message}; {example.advice}')} |"
+
+
+_PLAINTEXT = b"""{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web},
+spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, operations: {}}}"""
+
+
+def _findings() -> Mapping[str, Finding]:
+    """Each code with a finding of it, from tests/bad_manifests and what is too large, empty or allowed to stand there."""
+    examples: dict[str, Finding] = {}
+    folder = Path("tests/bad_manifests")
+    bad = [{path.name: path.read_bytes()} for path in sorted(folder.glob("*.yaml"))]
+    more: list[dict[str, bytes]] = [{}, {"large.yaml": b"#" * (MAX_BYTES + 1)}, {"shop.yaml": _PLAINTEXT}]
+    for texts in (*bad, *more):
+        for finding in load_texts(texts, folder).findings:
+            examples.setdefault(finding.code, finding)
+    named = {code for path in Path("broker/manifest").glob("*.py") for code in _named_codes(ast.parse(path.read_text()))}
+    if missing := named - set(examples):
+        raise SystemExit(f"no example shows these codes of findings: {', '.join(sorted(missing))}; add a file to {folder}")
+    return examples
+
+
+_CODE = re.compile(r"[a-z]+(_[a-z]+)+\Z")
+
+
+def _named_codes(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _called(node) in ("error", "warn", "note", "Finding"):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and _CODE.match(argument.value):
+                    yield argument.value
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+# -------------------------------------------------------------------------------------------------------------------- verbs
+
+
+def verbs() -> str:
+    """The help of every verb, as it is printed 100 columns wide."""
+    parts = "\n".join(f"## {path}\n\n```text\n{text}\n```\n" for path, text in _helps(cli, "broker", None))
+    return (
+        f"{_MADE}# Command line\n\n"
+        "Exit codes: 0 yes, 1 findings or a denial, 2 wrong usage or unreadable input, 3 the broker is at fault.\n\n"
+        f"{parts}"
+    )
+
+
+def _helps(command: click.Command, path: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
+    name = path.rpartition(" ")[2]
+    settings: dict[str, Any] = {"terminal_width": 100, "max_content_width": 100} if parent is None else {}
+    context = click.Context(command, info_name=name, parent=parent, help_option_names=["-h", "--help"], **settings)
+    yield path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for word in command.list_commands(context):
+            verb = command.get_command(context, word)
+            if verb is not None:
+                yield from _helps(verb, f"{path} {word}", context)
+
+
+# ------------------------------------------------------------------------------------------------------------------- record
+
+_MEANING: Mapping[str, str] = {
+    "schema": "Always `broker.audit/v1`.",
+    "seq": "Number of the record, from 1, without gaps.",
+    "time": "When it was written, RFC 3339, UTC, microseconds.",
+    "mono_ns": "The monotonic clock in nanoseconds: orders records within one run of the broker when the wall clock jumps.",
+    "event": "`decision`, `outcome`, `config` or `revocation`.",
+    "prev_hash": "`hash` of the record before; 64 zeros for the first.",
+    "hash": "SHA-256 of this record in canonical JSON without `hash`, lower-case hex.",
+    "decision_id": "Names the decision; also in the header `x-broker-decision-id` of a denial, and in the outcome.",
+    "agent": "`name`, `spiffe`, `owner`, `oncall`, from the manifest; empty where none was proven, `name` alone in a revocation.",
+    "run_id": "The run that the agent named (`x-run-id`, or W3C baggage `run.id`). It groups; it proves nothing.",
+    "step": "Number of the call in its run. Not counted yet: always 0.",
+    "trace_id": "The trace ID of the request's `traceparent`.",
+    "tool": "The tool's name in the catalog.",
+    "operation": "The operation's name, or what was tried where none matched.",
+    "revision": "The configuration that decided; in a `config` record, the one in force now.",
+    "door": "`proxy` or `base-url`; null where Envoy refused the request below HTTP.",
+    "effect": "`read`, `write` or `destructive`, from the catalog.",
+    "data": "The operation's data classes.",
+    "method": "The HTTP method; `CONNECT` for a tunnel.",
+    "host": "The authority as sent; the declared one where a tool was found.",
+    "path": "The raw path without query; parameters of an operation with the data class `pii` or `secret` are masked.",
+    "args": "The parameters by location, redacted, at most 16 KiB.",
+    "args_hash": "`sha256:` over the canonical JSON of all parameters, unredacted.",
+    "verdict": "`allow` or `deny`.",
+    "code": "Why it was denied, or why the broker ended an allowed call. See [codes](codes.md).",
+    "rule": "Where the decisive rule stands, `file#pointer`.",
+    "detail": "One sentence for people.",
+    "violations": "Each with `pointer`, `rule`, `message`; at most 32. A message never quotes the value.",
+    "credential": "`issuer`, `scopes`, `lease_id`, `expires` of what was injected; never the credential. Null where none was.",
+    "upstream": "`status` (0: nothing answered), `bytes` of the body as far as they are known, `duration_ms` of the whole call.",
+    "response_hash": "Reserved: null.",
+    "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
+}
+_NOW = 1_767_225_600.0
+
+
+def audit() -> str:
+    """The record's fields, by event, and one whole example."""
+    samples = _samples()
+    every = [name for name in _MEANING if all(name in record for record in samples.values())]
+    sections = [_record_fields("In every record", every)]
+    for event, record in samples.items():
+        rest = [name for name in _MEANING if name in record and name not in every]
+        sections.append(_record_fields(f"`{event}`", rest))
+    unknown = {name for record in samples.values() for name in record} ^ set(_MEANING)
+    if unknown:
+        raise SystemExit(f"docs/generate.py and broker/audit/record.py disagree on: {', '.join(sorted(unknown))}")
+    example = orjson.dumps(samples["decision"], option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode()
+    return (
+        f"{_MADE}# The audit record\n\n"
+        "`STATE/audit/*.jsonl`: one canonical JSON object a line (UTF-8, keys sorted, no whitespace), in files of at most "
+        "64 MiB that are named by their first `seq`. `checkpoint.json` holds the signed end of the chain. An allow is written "
+        "before the call leaves; its outcome after it ended, however it ended.\n"
+        f"{''.join(sections)}\n## A decision\n\nShown indented; `hash` and `prev_hash` shortened.\n\n```json\n{example}\n```\n"
+    )
+
+
+def _record_fields(title: str, names: Iterable[str]) -> str:
+    rows = "\n".join(f"| `{name}` | {_MEANING[name]} |" for name in names)
+    return f"\n## {title}\n\n| field | meaning |\n| --- | --- |\n{rows}\n" if rows else ""
+
+
+def _samples() -> Mapping[str, Mapping[str, Any]]:
+    agent = {
+        "name": "refund-bot",
+        "spiffe": "spiffe://acme.example/agents/refund-bot",
+        "owner": "team-payments",
+        "oncall": "payments-primary",
+    }
+    attempt = Attempt(
+        decision_id="5f1c0c6c1f9f4c0e9a3d",
+        revision="sha256:53b9…",
+        agent=agent,
+        door="proxy",
+        method="POST",
+        host="api.stripe.com",
+        path="/v1/refunds",
+        tool="stripe",
+        operation="refunds.create",
+        effect="write",
+        data=("financial",),
+        params={"path": {}, "query": {}, "body": {"charge": "ch_1", "amount": 1200}},
+        run_id="run-7",
+    )
+    credential: dict[str, Any] = {"issuer": "static", "scopes": [], "lease_id": "static-0f3a…", "expires": None}
+    link = {"seq": 42, "prev_hash": "9a0b…", "hash": "c71d…"}
+    allowed = decision_record(_NOW, 812_345_678, attempt, ALLOW, credential)
+    denied = decision_record(_NOW, 812_345_678, attempt, deny(Code.PARAMS_INVALID, ""))
+    if set(allowed) != set(denied):
+        raise SystemExit("an allow and a denial have different fields; say so in the reference")
+    revocation = revocation_record(_NOW, 812_345_678, {"name": "refund-bot"}, "tokens revoked by an operator")
+    return {
+        "decision": allowed | link,
+        "outcome": outcome_record(_NOW, 812_345_678, attempt, Ending(status=200)) | link,
+        "config": config_record(_NOW, 812_345_678, "configuration in force") | link,
+        "revocation": revocation | {"revoked": {"tokens_until": _NOW}} | link,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str], root: Path = Path()) -> int:
+    """Write or compare below `root`; 1 where a file is missing or differs."""
+    made = files()
+    stale = [path for path, text in made.items() if not _is(root / path, text)]
+    if "--check" in arguments:
+        sys.stderr.writelines(f"{path} differs from what the code says; run python -m docs.generate\n" for path in stale)
+        return 1 if stale else 0
+    for path in stale:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(made[path], encoding="utf-8")
+    return 0
+
+
+def _is(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
