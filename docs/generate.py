@@ -18,6 +18,7 @@ import click
 import orjson
 import yaml
 
+from broker.audit.chain import CHECKPOINT
 from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record, revocation_record
 from broker.cli import options
 from broker.cli.main import cli
@@ -211,24 +212,33 @@ def _findings() -> Mapping[str, Finding]:
         for finding in load_texts(texts, folder).findings:
             examples.setdefault(finding.code, finding)
     named = {code for path in Path("broker/manifest").glob("*.py") for code in _named_codes(ast.parse(path.read_text()))}
-    if missing := named - set(examples):
+    fields = {field for model in KINDS.values() for field in _field_names(model.model_json_schema())}
+    if missing := named - fields - set(examples):
         raise SystemExit(f"no example shows these codes of findings: {', '.join(sorted(missing))}; add a file to {folder}")
     return examples
+
+
+def _field_names(schema: Mapping[str, Any]) -> Iterator[str]:
+    for body in (schema, *schema.get("$defs", {}).values()):
+        yield from body.get("properties", {})
 
 
 _CODE = re.compile(r"[a-z]+(_[a-z]+)+\Z")
 
 
 def _named_codes(tree: ast.AST) -> Iterator[str]:
+    """Words of a code's form that stand before something else in a tuple (a problem) or in a call that makes a finding."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _called(node) in ("error", "warn", "note", "Finding"):
-            for argument in node.args:
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and _CODE.match(argument.value):
-                    yield argument.value
+        for part in _parts(node)[:-1]:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and _CODE.match(part.value):
+                yield part.value
 
 
-def _called(node: ast.Call) -> str:
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+def _parts(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.Tuple):
+        return node.elts
+    makes = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("note", "Finding"))
+    return node.args if isinstance(node, ast.Call) and makes else []
 
 
 # -------------------------------------------------------------------------------------------------------------------- verbs
@@ -310,7 +320,7 @@ def audit() -> str:
     return (
         f"{_MADE}# The audit record\n\n"
         "`STATE/audit/*.jsonl`: one canonical JSON object a line (UTF-8, keys sorted, no whitespace), in files of at most "
-        "64 MiB that are named by their first `seq`. `checkpoint.json` holds the signed end of the chain. An allow is written "
+        f"64 MiB that are named by their first `seq`. `{CHECKPOINT}` holds the signed end of the chain. An allow is written "
         "before the call leaves; its outcome after it ended, however it ended.\n"
         f"{''.join(sections)}\n## A decision\n\nShown indented; `hash` and `prev_hash` shortened.\n\n```json\n{example}\n```\n"
     )
