@@ -34,6 +34,8 @@ _OBSERVED = ProcessingMode(
     response_body_mode=ProcessingMode.STREAMED,
     response_trailer_mode=ProcessingMode.SEND,
 )
+_PROOF = Struct()  # made once: a quarter of what an allow took to write was this
+_PROOF[site.GATE_NAMESPACE] = {site.GATE_KEY: site.GATE_ALLOW}
 _DOORS = {site.PROXY: Door.PROXY, site.INNER: Door.PROXY, site.BASE_URL: Door.BASE_URL}
 
 
@@ -154,10 +156,5 @@ def _proven(command: Send, message: Any) -> Any:
     mutation = HeaderMutation(set_headers=[_set(name, value) for name, value in pairs], remove_headers=command.remove_headers)
     common = CommonResponse(header_mutation=mutation)
     if message.WhichOneof("request") == "request_body":
-        response = ProcessingResponse(request_body=BodyResponse(response=common))
-    else:
-        response = ProcessingResponse(request_headers=HeadersResponse(response=common))
-    proof = Struct()
-    proof[site.GATE_KEY] = site.GATE_ALLOW
-    response.dynamic_metadata[site.GATE_NAMESPACE] = proof
-    return response
+        return ProcessingResponse(request_body=BodyResponse(response=common), dynamic_metadata=_PROOF)
+    return ProcessingResponse(request_headers=HeadersResponse(response=common), dynamic_metadata=_PROOF)
