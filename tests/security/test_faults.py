@@ -175,6 +175,20 @@ def test_a_folder_that_breaks_under_load_leaves_what_was_in_force(shared):
         assert found.refused == refused
 
 
+def test_a_processor_that_comes_back_to_a_broken_folder_denies_until_it_is_mended(shared):
+    with _load(shared) as found:
+        errors = shared.manifests / "broken.yaml"
+        errors.write_text("kind: Nonsense\n")
+        pid = shared.broker.child("processor")
+        os.kill(pid, signal.SIGKILL)
+        stack.until(lambda: _status(f"{shared.broker.admin}/readyz") == 503, 20, "it is back, and not ready")
+        passed = found.passed
+        stack.until(lambda: 401 in list(found.answers.values())[-20:], 10, "it knows nobody")
+        assert found.passed == passed
+        errors.unlink()
+        found.resumes()
+
+
 def test_a_full_disk_under_the_audit_log_denies_until_there_is_room_again():
     with _place() as place:
         audit = place.state / "audit"
