@@ -1,4 +1,4 @@
-"""One broker with four tools and three agents, shared by the tests that only send calls."""
+"""One broker with a few tools and agents, shared by the tests that only send calls."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ OPERATIONS = {
     "items.delete": {"match": {"method": "DELETE", "path": "/items/{id}"}, "effect": "destructive"},
     "items.upload": {"match": {"method": "PUT", "path": "/items/{id}"}, "effect": "write", "max_body": 1000},
 }
+QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}
+PAGES = {"search_pages": {"effect": "read", "params": {"arguments": QUERY}}, "delete_page": {"effect": "destructive"}}
 LOOPBACK = {"addresses": ["127.0.0.0/8", "::1/128"]}
 STATIC = {"issuer": "static", "secret": {"env": "UPSTREAM_SECRET"}}
 
@@ -38,6 +40,11 @@ def world() -> Iterator[SimpleNamespace]:
     plain = stack.Upstream()
     secure = stack.Upstream(ca.issue(folder / "certs", "localhost"))
     other = stack.Upstream(ca.issue(folder / "certs", "127.0.0.1"))
+    wiki = stack.Upstream()
+    inward = stack.Upstream(ca.issue(folder / "certs", "localhost"))
+    foreign = stack.Upstream(stack.TestCA().issue(folder / "certs", "localhost"))
+    misnamed = stack.Upstream(ca.issue(folder / "certs", "elsewhere.example"))
+    upstreams = (plain, secure, other, wiki, inward, foreign, misnamed)
     trusted = {"ca": "ca.pem", **LOOPBACK}
     granted = {"items.list": {}, "items.get": {"params": {"path": {"properties": {"id": {"pattern": "^[a-z0-9]+$"}}}}}}
     writer = {**granted, "items.create": {}, "items.upload": {}}
@@ -47,8 +54,19 @@ def world() -> Iterator[SimpleNamespace]:
         stack.tool("plain", f"http://127.0.0.1:{plain.port}", OPERATIONS, upstream=LOOPBACK, credential=STATIC),
         stack.tool("secure", f"https://localhost:{secure.port}", OPERATIONS, upstream=trusted, credential=STATIC),
         stack.tool("other", f"https://127.0.0.1:{other.port}/v1", OPERATIONS, upstream=trusted),
+        stack.tool("wiki", f"http://127.0.0.1:{wiki.port}/mcp", PAGES, protocol="mcp", upstream=LOOPBACK),
+        stack.tool("inward", f"https://localhost:{inward.port}", OPERATIONS, upstream={"ca": "ca.pem"}, credential=STATIC),
+        stack.tool("foreign", f"https://localhost:{foreign.port}", OPERATIONS, upstream=trusted, credential=STATIC),
+        stack.tool("misnamed", f"https://localhost:{misnamed.port}", OPERATIONS, upstream=trusted, credential=STATIC),
+        stack.tool("far", "https://far.test:8443", OPERATIONS, credential=STATIC),
         stack.agent("reader", {name: {"operations": granted} for name in ("plain", "secure")}),
-        stack.agent("writer", {name: {"operations": writer} for name in ("plain", "secure", "other")}),
+        stack.agent(
+            "writer",
+            {
+                **{name: {"operations": writer} for name in ("plain", "secure", "other", "far", "inward", "foreign", "misnamed")},
+                "wiki": {"operations": {"search_pages": {}}},
+            },
+        ),
         stack.agent("nobody", {}),
         stack.agent("mutual", {"secure": {"operations": granted}}, identity={"spiffe": "spiffe://acme.example/agents/mutual"}),
     )
@@ -61,6 +79,11 @@ def world() -> Iterator[SimpleNamespace]:
         plain=plain,
         secure=secure,
         other=other,
+        wiki=wiki,
+        inward=inward,
+        foreign=foreign,
+        misnamed=misnamed,
+        upstreams=upstreams,
         folder=folder,
         ca=ca,
         svid=certificate,
@@ -69,7 +92,7 @@ def world() -> Iterator[SimpleNamespace]:
         secret=SECRET,
     )
     broker.stop()
-    for upstream in (plain, secure, other):
+    for upstream in upstreams:
         upstream.close()
     shutil.rmtree(folder)
 
@@ -78,5 +101,5 @@ def world() -> Iterator[SimpleNamespace]:
 def _fresh(request: pytest.FixtureRequest) -> None:
     if "world" in request.fixturenames:
         found = request.getfixturevalue("world")
-        for upstream in (found.plain, found.secure, found.other):
+        for upstream in found.upstreams:
             upstream.seen.clear()
