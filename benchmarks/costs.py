@@ -1,0 +1,217 @@
+"""What one allowed call costs inside the processor, without Envoy and gRPC, in microseconds of one core.
+
+`python -m benchmarks.costs --profile` prints where that time goes, by function.
+"""
+
+import argparse
+import cProfile
+import os
+import pstats
+import shutil
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import orjson
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
+
+from benchmarks import world
+from broker import clock
+from broker.audit.log import AuditLog
+from broker.audit.record import Attempt, decision_record
+from broker.credentials.static import StaticIssuer
+from broker.dataplane import site
+from broker.events import Command, Pass, Send, Services, WantBody
+from broker.exchange import Exchange
+from broker.identity import TokenAuthority
+from broker.ledger.revocations import Revocations
+from broker.manifest.load import load_texts
+from broker.policy.evaluate import evaluate
+from broker.policy.snapshot import PolicySnapshot
+from broker.policy.types import ALLOW, Request, ToolCall
+from broker.processor.convert import event_of, response_of
+from broker.protocols.registry import ADAPTERS
+from tests import stack
+
+TARGET_US = 60
+_ATTRIBUTES = "envoy.filters.http.ext_proc"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call, as its adapter and as the processor see it."""
+
+    tool: str
+    host: str
+    path: str
+    below: str
+    body: bytes
+
+
+CALLS = {
+    "REST": Call("plain", "127.0.0.1:1", world.CREATE, world.CREATE, world.ISSUE),
+    "MCP": Call("wiki", "127.0.0.1:9", "/mcp", "/", world.SEARCH),
+}
+
+
+def measure(*, quick: bool) -> list[dict[str, Any]]:
+    """`[{name, us, target_us}]`."""
+    loops, repeats = (50, 2) if quick else (2000, 9)
+    rows: list[dict[str, Any]] = []
+
+    def row(name: str, once: Callable[[], object], target: int | None = None) -> None:
+        best = min(timeit.repeat(once, number=loops, repeat=repeats)) / loops * 1e6
+        rows.append({"name": name, "us": round(best, 2), "target_us": target})
+
+    with _services() as services:
+        for name, call in CALLS.items():
+            row(f"decision of a 1 KB {name} call (recognise, evaluate)", _decision(services.snapshot(), call), TARGET_US)
+        attempt = _attempt(services.snapshot(), CALLS["REST"])
+        row("record of that REST decision", lambda: decision_record(1.7e9, 1, attempt, ALLOW))
+        record = decision_record(1.7e9, 1, attempt, ALLOW)
+        row("append to the audit log", lambda: services.audit.append(record))
+        for name, call in CALLS.items():
+            row(f"whole {name} exchange, without protobuf", _exchange(services, call))
+            row(f"whole {name} exchange", _messages(services, call))
+    return rows
+
+
+def _request(call: Call) -> Request:
+    return Request("POST", call.below, "", tuple(world.headers(call.host, call.body)[1:]))
+
+
+def _recognised(snapshot: PolicySnapshot, call: Call) -> ToolCall:
+    tool = snapshot.tools[call.tool]
+    found = ADAPTERS[tool.protocol].recognise(tool, _request(call), call.body)
+    if not isinstance(found, ToolCall):
+        raise SystemExit(f"the benchmark's call is refused: {found.detail}")
+    return found
+
+
+def _decision(snapshot: PolicySnapshot, call: Call) -> Callable[[], object]:
+    tool, agent, request = snapshot.tools[call.tool], snapshot.agents[world.AGENT], _request(call)
+    adapter = ADAPTERS[tool.protocol]
+    decision = evaluate(snapshot, agent, _recognised(snapshot, call))
+    if decision is not ALLOW:
+        raise SystemExit(f"the benchmark's call is denied: {decision.detail}")
+
+    def once() -> object:
+        found = adapter.recognise(tool, request, call.body)
+        return isinstance(found, ToolCall) and evaluate(snapshot, agent, found)
+
+    return once
+
+
+def _attempt(snapshot: PolicySnapshot, call: Call) -> Attempt:
+    found = _recognised(snapshot, call)
+    operation = snapshot.tools[call.tool].operations[found.operation or ""]
+    return Attempt(
+        "0123456789abcdef0123", snapshot.revision, snapshot.agents[world.AGENT].described, door="proxy", method="POST",
+        host=call.host, path=call.path, tool=call.tool, operation=operation.name, effect=operation.effect,
+        data=operation.data, params=found.params, run_id="nightly-2026-11-20",
+    )  # fmt: skip
+
+
+# The whole of the processor but its transport.
+
+
+@contextmanager
+def _services() -> Iterator[Services]:
+    folder = stack.short_folder()
+    os.environ["BENCH_SECRET"] = world.SECRET
+    texts = {f"{number}.yaml": orjson.dumps(each) for number, each in enumerate(world.documents(1, 2, ""))}
+    loaded = load_texts(texts, Path())
+    if loaded.snapshot is None:
+        raise SystemExit(f"the benchmark's manifests have errors: {loaded.findings}")
+    snapshot, key, numbers = loaded.snapshot, Ed25519PrivateKey.generate(), count()
+    with AuditLog(folder / "audit", key, clock.now(), clock.mono_ns()) as log:
+        yield Services(
+            snapshot=lambda: snapshot,
+            adapters=ADAPTERS,
+            issuers={"static": StaticIssuer()},
+            audit=log,
+            tokens=TokenAuthority(key),
+            revocations=Revocations(),
+            now=clock.now,
+            mono_ns=clock.mono_ns,
+            random_id=lambda: f"{next(numbers):020x}",
+            decided=lambda *_: None,
+        )
+    shutil.rmtree(folder)
+
+
+def _wire(services: Services, call: Call) -> list[bytes]:
+    """What Envoy sends for it: request head, request body, response head."""
+    token = services.tokens.mint(world.AGENT, services.now())
+    pseudo = [(":method", "POST"), (":path", call.path), (":authority", call.host), (":scheme", "http")]
+    proof = [("proxy-authorization", stack.basic(world.AGENT, token))]
+    sent = [*pseudo, *world.headers("", call.body)[1:], *proof]
+    answered = [(":status", "200"), ("content-type", "application/json"), ("content-length", str(len(world.ANSWER)))]
+    head = ProcessingRequest(request_headers={"headers": _map(sent)})
+    head.attributes[_ATTRIBUTES].update({"xds.route_name": f"{site.PROXY}/{call.tool}", "request.protocol": "HTTP/1.1"})
+    answer = ProcessingRequest(response_headers={"headers": _map(answered)})
+    answer.attributes[_ATTRIBUTES].update({"response.code_details": "via_upstream"})
+    body = ProcessingRequest(request_body={"body": call.body, "end_of_stream": True})
+    return [message.SerializeToString() for message in (head, body, answer)]
+
+
+def _map(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    return {"headers": [{"key": name, "raw_value": value.encode()} for name, value in pairs]}
+
+
+def _messages(services: Services, call: Call) -> Callable[[], object]:
+    wire = _wire(services, call)
+
+    def once() -> None:
+        exchange = Exchange(services)
+        for data in wire:
+            message = ProcessingRequest.FromString(data)
+            event = event_of(message)
+            if event is not None:
+                response_of(exchange.handle(event), message).SerializeToString()
+        exchange.close()
+
+    return once
+
+
+def _exchange(services: Services, call: Call) -> Callable[[], object]:
+    events = [event for data in _wire(services, call) if (event := event_of(ProcessingRequest.FromString(data)))]
+
+    def once() -> list[Command]:
+        exchange = Exchange(services)
+        commands = [exchange.handle(event) for event in events]
+        exchange.close()
+        return commands
+
+    if [type(command) for command in once()] != [WantBody, Send, Pass]:
+        raise SystemExit(f"the benchmark's exchange is not let through: {once()}")
+    return once
+
+
+def profile(calls: int) -> None:
+    """Print self times by function, a call being `ncalls / calls`."""
+    with _services() as services:
+        for name, call in CALLS.items():
+            once, profiler = _messages(services, call), cProfile.Profile()
+            once()
+            profiler.enable()
+            for _ in range(calls):
+                once()
+            profiler.disable()
+            print(f"{calls} {name} exchanges")
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.costs", description=__doc__)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, instead of how much it is")
+    if parser.parse_args().profile:
+        profile(20_000)
+    else:
+        for cost in measure(quick=False):
+            print(f"{cost['us']:8.2f} us  {cost['name']}")

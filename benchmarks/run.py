@@ -1,0 +1,211 @@
+"""Side by side, in one interleaved run: no proxy, a bare Envoy, the broker. Prints a Markdown table.
+
+Law: numbers only, no judgement: nothing fails for being slow. A wrong answer fails.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import costs, envoys, world
+from benchmarks.load import Load
+from broker.supervisor import envoy_binary, envoy_version
+from tests import stack
+
+WAYS = ("direct", "bare Envoy", "broker")
+CONNECTIONS = (1, 16)
+_WARM_S = 0.2
+_GRACE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One call by one way."""
+
+    call: str
+    way: str
+    load: Load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, and print the table (or, with --json, all numbers) on stdout; progress goes to stderr."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the median counts (default 3)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one short round, whose numbers mean little")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    given = parser.parse_args(arguments)
+    seconds, rounds = (0.2, 1) if given.quick else (given.seconds, given.rounds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    with _cells(seconds) as cells:
+        rows = measure(cells, rounds)
+    found = {"machine": _machine(), "calls": rows, "costs": costs.measure(quick=given.quick)}
+    print(json.dumps(found) if given.json else table(found))
+
+
+# The three ways.
+
+
+@contextmanager
+def _cells(seconds: float) -> Iterator[list[Cell]]:
+    folder = stack.short_folder()
+    os.environ["BENCH_SECRET"] = world.SECRET
+    http, https, proxy, base_url = (stack.free_port() for _ in range(4))
+    ca = stack.TestCA()
+    (folder / "upstream-ca.pem").write_text(ca.pem)
+    manifests = world.write(folder / "manifests", http, https, ca.pem)
+    answering = envoys.upstream(http, https, ca.issue(folder / "certs", "localhost"), world.ANSWER)
+    bare, bare_ca = envoys.bare(manifests, folder, proxy, base_url)
+    with ExitStack() as running:
+        running.callback(shutil.rmtree, folder)
+        running.enter_context(envoys.running(folder, "upstream", answering, [http, https], "--concurrency", "1"))
+        pid = running.enter_context(envoys.running(folder, "bare", bare, [proxy]))
+        broker = stack.Broker(manifests, folder / "state")
+        running.callback(broker.stop)
+        blank = Load(("127.0.0.1", http), "", world.ANSWER, 1, seconds, _WARM_S)
+        pids = {"envoy": broker.child("envoy"), "processor": broker.child("processor")}
+        authorization = stack.basic(world.AGENT, broker.token(world.AGENT))
+        ways = {
+            "direct": (blank, replace(blank, address=("127.0.0.1", https), tls_ca=str(folder / "upstream-ca.pem"))),
+            "bare Envoy": _proxied(replace(blank, address=("127.0.0.1", proxy), pids={"envoy": pid}), str(bare_ca), https),
+            "broker": _proxied(replace(blank, address=broker.proxy, pids=pids), broker.ca, https, authorization),
+        }
+        yield [_cell(call, way, ways[way], (http, https), authorization) for call in _CALLS for way in WAYS]
+
+
+def _proxied(plain: Load, ca: str, https: int, authorization: str = "") -> tuple[Load, Load]:
+    proof = f"proxy-authorization: {authorization}\r\n" if authorization else ""
+    target = f"localhost:{https}"
+    return plain, replace(plain, connect=f"CONNECT {target} HTTP/1.1\r\nhost: {target}\r\n{proof}\r\n", tls_ca=ca)
+
+
+_CALLS = {
+    "GET, no body": ("GET", world.LIST, b"", False),
+    "POST 1 KB": ("POST", world.CREATE, world.ISSUE, False),
+    "POST 1 KB, HTTPS": ("POST", world.CREATE, world.ISSUE, True),
+}
+
+
+def _cell(call: str, way: str, loads: tuple[Load, Load], ports: tuple[int, int], authorization: str) -> Cell:
+    method, path, body, secure = _CALLS[call]
+    host = f"localhost:{ports[1]}" if secure else f"127.0.0.1:{ports[0]}"
+    absolute = way != "direct" and not secure
+    proof = [("proxy-authorization", authorization)] if absolute and way == "broker" else []
+    request = world.request(method, f"http://{host}{path}" if absolute else path, host, body, *proof)
+    return Cell(call, way, replace(loads[secure], request=request, tls_name="localhost" if secure else ""))
+
+
+# Measuring.
+
+
+def measure(cells: list[Cell], rounds: int) -> list[dict[str, Any]]:
+    """Each call by each way, at each number of connections: the medians of the rounds."""
+    seen: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        for connections in CONNECTIONS:
+            for cell in cells:
+                _say(f"round {number + 1}/{rounds}: {cell.call}, {connections} connections, {cell.way}")
+                found = _run(replace(cell.load, connections=connections))
+                seen.setdefault((cell.call, cell.way, connections), []).append(found)
+    _say("")
+    return [_row(cell, seen) for cell in cells]
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _run(load: Load) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("load.py"))]
+    limit = load.seconds + load.warm_s + _GRACE_S
+    done = subprocess.run(command, input=load.to_json(), stdout=subprocess.PIPE, timeout=limit, check=False)
+    if done.returncode:
+        raise SystemExit(f"the load generator ended with {done.returncode}; see its message above")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _row(cell: Cell, seen: dict[tuple[str, str, int], list[dict[str, Any]]]) -> dict[str, Any]:
+    one, many = (seen[cell.call, cell.way, connections] for connections in CONNECTIONS)
+    bare = seen[cell.call, "bare Envoy", CONNECTIONS[-1]]
+    requests = sum(each["requests"] for each in many)
+    return {
+        "call": cell.call,
+        "way": cell.way,
+        "requests_per_s": round(median(map(_rate, many))),
+        "to_bare": round(median(_rate(each) / _rate(other) for each, other in zip(many, bare, strict=True)), 3),
+        **{
+            f"p{share}_ms_at_{count}": round(median(_percentile(each["latencies"], share) for each in runs) * 1000, 3)
+            for count, runs in zip(CONNECTIONS, (one, many), strict=True)
+            for share in (50, 99)
+        },
+        "cpu_us": {name: round(sum(each["cpu"][name] for each in many) / requests * 1e6) for name in many[0]["cpu"]},
+    }
+
+
+def _rate(found: dict[str, Any]) -> float:
+    return float(found["requests"] / found["seconds"])
+
+
+def _percentile(ordered: list[float], share: int) -> float:
+    return ordered[min(len(ordered) - 1, len(ordered) * share // 100)]
+
+
+# Printing.
+
+
+def table(found: dict[str, Any]) -> str:
+    """All numbers as Markdown."""
+    machine = found["machine"]
+    lines = [
+        "{cpus} cores ({cpu}), Linux {linux}, Python {python}, Envoy {envoy}.".format(**machine),
+        "",
+        *_heading("call", "way", "requests/s", "to bare", "p50/p99 at 1", "p50/p99 at 16", "CPU Envoy", "CPU processor"),
+        *map(_line, found["calls"]),
+        "",
+        *_heading("inside the processor", "us", "target"),
+        *(f"| {each['name']} | {each['us']:.1f} | {each['target_us'] or '-'} |" for each in found["costs"]),
+    ]
+    return "\n".join(lines)
+
+
+def _heading(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    def latency(count: int) -> str:
+        return f"{row[f'p50_ms_at_{count}']:.2f} / {row[f'p99_ms_at_{count}']:.2f} ms"
+
+    cpu: Callable[[str], str] = lambda name: f"{row['cpu_us'][name]} us" if name in row["cpu_us"] else "-"  # noqa: E731 - beside the one above
+    cells = (row["call"], row["way"], f"{row['requests_per_s']:,}", f"{row['to_bare']:.2f}", latency(1), latency(16))
+    return "| " + " | ".join((*cells, cpu("envoy"), cpu("processor"))) + " |"
+
+
+def _machine() -> dict[str, Any]:
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": model[0].partition(": ")[2] if model else platform.machine(),
+        "linux": platform.release(),
+        "python": platform.python_version(),
+        "envoy": envoy_version(envoy_binary()),
+    }
+
+
+if __name__ == "__main__":
+    main()
