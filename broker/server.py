@@ -51,6 +51,7 @@ _WATCH_S = 0.25
 _SYNC_S = 1.0
 _RECERTIFY_S = 86_400.0
 _GRACE_S = 5.0
+_ANNOUNCED = 4096  # characters of Envoy's words
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,8 @@ class Server:
         if error is None:
             self._announce({"event": "accepted", "revision": self._snapshot.revision})
         else:
-            self._announce({"event": "refused", "error": error})
+            # The supervisor reads lines of bounded length; the log has all of it.
+            self._announce({"event": "refused", "error": error[:_ANNOUNCED]})
             self._record(config_record(clock.now(), clock.mono_ns(), f"Envoy refused: {error}", self._snapshot.revision))
 
     # The rest.

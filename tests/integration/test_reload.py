@@ -78,7 +78,11 @@ def test_a_bad_change_is_reported_with_its_place_and_the_rules_before_stay_in_fo
     stack.write_manifest(place.manifests, bad)
 
     def refused() -> list[dict[str, object]]:
-        return [r for r in place.broker.records() if r["event"] == "config" and str(r["detail"]).startswith("refused: 1 error")]
+        return [
+            r
+            for r in place.broker.records()
+            if r["event"] == "config" and r["detail"] == "refused: 1 errors in the manifests, see the log"
+        ]
 
     [record] = stack.until(refused, 3, "the audit log says so")
     assert record["revision"] == revision
