@@ -18,7 +18,8 @@ from urllib.parse import unquote
 import orjson
 
 from broker.audit import AuditUnavailable
-from broker.policy.types import Decision, Json, Violation
+from broker.policy.types import Decision, Json
+from broker.redaction import SHAPE
 
 SCHEMA = "broker.audit/v1"
 
@@ -26,28 +27,22 @@ SCHEMA = "broker.audit/v1"
 _MAX_TEXT = 256  # characters of one argument
 _MAX_NAME = 2048  # characters of a path or host: beyond that only an attack is that long
 _MAX_DEPTH = 16
-_MAX_ARGS = 16_384 - 1_024  # bytes; the rest is for the marks of what was left out, at most two a level
+_MAX_ARGS = 8_192  # bytes of one location
 _MAX_VIOLATIONS = 32
+# How far into a text a secret is looked for: longer texts are not recorded anyway, and the search stays cheap on hostile ones.
+_SEARCHED = 512
 
 _REDACTED = "[redacted]"
-_SENSITIVE = ("secret", "pii")
 _CREDENTIAL_KEY = re.compile(
     r"passw(?:or)?d|passphrase|pwd|secret|token|apikey|accesskey|privatekey|signingkey|sessionid|authorization|cookie"
     r"|credential|bearer|jwt|signature|^(?:auth|pass|otp|pin|cvc|cvv|sig)$"
 )
-_SECRET_SHAPE = re.compile(
-    r"[srp]k_(?:live|test)_\w|whsec_\w|\bsk-[\w-]{8}|gh[pousr]_\w{8}|github_pat_\w|glpat-\w|xox[a-z]-\w|xapp-\w|\bA(?:KIA|SIA)[A-Z0-9]{12}"
-    r"|\bAIza[\w-]{20}|\beyJ[\w-]+\.[\w-]+\.|-----BEGIN [A-Z]|\b[Bb](?:earer|asic) +[\w+/=.~-]{8}"
-)
+_SECRET = re.compile(SHAPE + r"|\b[Bb](?:earer|asic) +[\w+/=.~-]{8}")
 # Each shape holds one of these; looking for them first is eight times as fast on text that holds none.
-# fmt: off
 _MARKS = (
-    "k_live_", "k_test_", "whsec_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "_pat_", "glpat-", "xox", "xapp-", "AKIA",
-    "ASIA", "AIza", "eyJ", "--BEGIN", "earer ", "asic ",
+    *("k_live_", "k_test_", "whsec_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "_pat_", "glpat-", "xox", "xapp-", "npm_"),
+    *("AKIA", "ASIA", "AIza", "eyJ", "--BEGIN", "earer ", "asic "),
 )
-# fmt: on
-# How far into a text a secret is looked for: longer texts are not recorded anyway, and the search stays cheap on hostile ones.
-_SEARCHED = 512
 
 
 def canonical(value: Any) -> bytes:
@@ -109,12 +104,14 @@ def decision_record(
 
     `credential` holds `issuer`, `scopes`, `lease_id`, `expires`, never the credential. Raises `AuditUnavailable` as `args_hash`.
     """
+    violations = decision.violations[:_MAX_VIOLATIONS]
     return {
-        **_call(_event("decision", now, mono_ns), attempt),
+        **_event("decision", now, mono_ns),
+        **_call(attempt),
         "door": attempt.door or None,
         "effect": attempt.effect or None,
         "data": list(attempt.data),
-        "method": _text(attempt.method, _MAX_TEXT),
+        "method": _text(attempt.method),
         "host": _text(attempt.host, _MAX_NAME),
         "path": _path(attempt),
         "args": redact(attempt.params, attempt.data),
@@ -123,7 +120,8 @@ def decision_record(
         "code": str(decision.code) if decision.code else None,
         "rule": decision.rule or None,
         "detail": _text(decision.detail, _MAX_NAME) or None,
-        "violations": [_violation(violation) for violation in decision.violations[:_MAX_VIOLATIONS]],
+        # A pointer holds names that the agent chose.
+        "violations": [{"pointer": _text(v.pointer), "rule": v.rule, "message": _text(v.message, _MAX_NAME)} for v in violations],
         "credential": dict(credential) if credential else None,
     }
 
@@ -131,7 +129,8 @@ def decision_record(
 def outcome_record(now: float, mono_ns: int, attempt: Attempt, ending: Ending) -> dict[str, Any]:
     """The record of how an allowed call ended, tied to its decision by `decision_id`."""
     return {
-        **_call(_event("outcome", now, mono_ns), attempt),
+        **_event("outcome", now, mono_ns),
+        **_call(attempt),
         "code": ending.code or None,
         "detail": _text(ending.detail, _MAX_NAME) or None,
         "upstream": {"status": ending.status, "bytes": ending.size, "duration_ms": ending.duration_ms},
@@ -141,11 +140,7 @@ def outcome_record(now: float, mono_ns: int, attempt: Attempt, ending: Ending) -
 
 def config_record(now: float, mono_ns: int, detail: str, revision: str = "") -> dict[str, Any]:
     """The record of a change to what is in force (or of a refused one, as `detail` says); `revision` is what is in force now."""
-    return {
-        **_event("config", now, mono_ns),
-        "detail": _text(detail, _MAX_NAME),
-        "revision": revision or None,
-    }
+    return {**_event("config", now, mono_ns), "detail": _text(detail, _MAX_NAME), "revision": revision or None}
 
 
 def revocation_record(
@@ -165,26 +160,16 @@ def _event(event: str, now: float, mono_ns: int) -> dict[str, Any]:
     return {"schema": SCHEMA, "time": timestamp(now), "mono_ns": mono_ns, "event": event}
 
 
-def _call(record: dict[str, Any], attempt: Attempt) -> dict[str, Any]:
-    record.update(
-        decision_id=attempt.decision_id,
-        agent={key: _text(value, _MAX_TEXT) for key, value in attempt.agent.items()},
-        run_id=_text(attempt.run_id, _MAX_TEXT) or None,
-        step=attempt.step,
-        trace_id=_text(attempt.trace_id, _MAX_TEXT) or None,
-        tool=attempt.tool or None,
-        operation=attempt.operation or None,
-        revision=attempt.revision,
-    )
-    return record
-
-
-def _violation(violation: Violation) -> dict[str, str]:
-    # A pointer holds names that the agent chose.
+def _call(attempt: Attempt) -> dict[str, Any]:
     return {
-        "pointer": _text(violation.pointer, _MAX_TEXT),
-        "rule": violation.rule,
-        "message": _text(violation.message, _MAX_NAME),
+        "decision_id": attempt.decision_id,
+        "agent": {key: _text(value) for key, value in attempt.agent.items()},
+        "run_id": _text(attempt.run_id) or None,
+        "step": attempt.step,
+        "trace_id": _text(attempt.trace_id) or None,
+        "tool": attempt.tool or None,
+        "operation": attempt.operation or None,
+        "revision": attempt.revision,
     }
 
 
@@ -200,7 +185,7 @@ def _path(attempt: Attempt) -> str:
 
 
 def redact(params: Mapping[str, Json], data_classes: tuple[str, ...]) -> dict[str, Any]:
-    """The parameters as they may be recorded: at most 16 KiB of canonical JSON, 16 levels deep.
+    """The parameters as they may be recorded: each location at most 8 KiB of canonical JSON, 16 levels deep.
 
     First that applies to a value:
 
@@ -208,62 +193,34 @@ def redact(params: Mapping[str, Json], data_classes: tuple[str, ...]) -> dict[st
     2. the operation's data classes hold `secret` or `pii`, and it is text or a number of nine digits → `[pii 12 chars]`
     3. it looks like a secret → `[redacted]`
     4. it is text over 256 characters → its length and hash
-    5. it is deeper or later than the bounds → how much was left out
+    5. it is deeper or longer than the bounds → how much was left out
     """
-    clean = _Redaction(_sensitive(data_classes)).value(dict(params), 0)
-    return clean if isinstance(clean, dict) else {}
+    clean = _clean(dict(params), _sensitive(data_classes), 0)
+    sizes = {name: len(canonical(value)) for name, value in clean.items()}
+    return {name: value if sizes[name] <= _MAX_ARGS else f"[{sizes[name]} bytes left out]" for name, value in clean.items()}
 
 
 def _sensitive(data_classes: tuple[str, ...]) -> str:
-    return next((kind for kind in _SENSITIVE if kind in data_classes), "")
+    return next((kind for kind in ("secret", "pii") if kind in data_classes), "")
 
 
-class _Redaction:
-    """One walk over one call's parameters, with the bytes that are left for it."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.left = _MAX_ARGS
-
-    def value(self, value: Json, depth: int) -> Json:
-        if isinstance(value, (dict, list)) and depth >= _MAX_DEPTH:
-            value = f"[{len(value)} more, too deep]"
-        elif isinstance(value, dict):
-            return self._object(value, depth)
-        elif isinstance(value, list):
-            return self._array(value, depth)
-        elif isinstance(value, str):
-            value = f"[{self.kind} {len(value)} chars]" if self.kind else _text(value, _MAX_TEXT)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = self._integer(value)
-        self.left -= len(canonical(value)) + 1
-        return value
-
-    def _object(self, value: dict[str, Json], depth: int) -> Json:
-        out: dict[str, Json] = {}
-        self.left -= 3
-        for count, (key, item) in enumerate(value.items()):
-            name = _text(key, _MAX_TEXT)
-            self.left -= len(canonical(name)) + 1
-            if self.left <= 0:
-                return {**out, "[left out]": f"[{len(value) - count} more]"}
-            out[name] = self.value(_REDACTED if _is_credential(key, item) else item, depth + 1)
-        return out
-
-    def _array(self, value: list[Json], depth: int) -> Json:
-        out: list[Json] = []
-        self.left -= 3
-        for count, item in enumerate(value):
-            if self.left <= 0:
-                return [*out, f"[{len(value) - count} more]"]
-            out.append(self.value(item, depth + 1))
-        return out
-
-    def _integer(self, value: int) -> Json:
+def _clean(value: Any, kind: str, depth: int) -> Any:
+    if isinstance(value, (dict, list)) and depth >= _MAX_DEPTH:
+        return f"[{len(value)} more, too deep]"
+    if isinstance(value, dict):
+        return {
+            _text(key): _REDACTED if _is_credential(key, item) else _clean(item, kind, depth + 1) for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_clean(item, kind, depth + 1) for item in value]
+    if isinstance(value, str):
+        return f"[{kind} {len(value)} chars]" if kind else _text(value)
+    if isinstance(value, int) and not isinstance(value, bool):
         # Nine digits and more: social security, phone and card numbers. Smaller ones are amounts and counts.
-        if self.kind and abs(value) >= 100_000_000:  # noqa: PLR2004
-            return f"[{self.kind} number]"
+        if kind and abs(value) >= 100_000_000:  # noqa: PLR2004
+            return f"[{kind} number]"
         return value if -(2**63) <= value < 2**63 else f"[number of {value.bit_length()} bits]"
+    return value
 
 
 def _is_credential(key: str, value: Json) -> bool:
@@ -276,11 +233,11 @@ def _names_credential(key: str) -> bool:
     return _CREDENTIAL_KEY.search(re.sub(r"[^a-z0-9]", "", key.lower())) is not None
 
 
-def _text(text: str, limit: int) -> str:
+def _text(text: str, limit: int = _MAX_TEXT) -> str:
     """Text as it may be recorded; always encodable, however it was decoded from the wire."""
     for mark in _MARKS:
         if mark in text:
-            if _SECRET_SHAPE.search(text, 0, _SEARCHED):
+            if _SECRET.search(text, 0, _SEARCHED):
                 return _REDACTED
             break
     if not text.isascii():

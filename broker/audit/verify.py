@@ -1,8 +1,8 @@
 """Whether a log is what the broker wrote: every line, every link, and the signed end.
 
-Laws: reads only, as a stream, also while a broker writes. The checkpoint is read before the lines, so that a live log can only be
-longer than it. Nothing found is ever silent: a missing folder is an error, a missing checkpoint a problem. After a problem the
-walk goes on from what the line says of itself, so that one change is one problem.
+Laws: reads only, as a stream, also while a broker writes: the checkpoint is read before the lines, so that a live log can only be
+longer than it, and a last line without its end is no record yet. Nothing found is ever silent: a missing folder is an error, a
+missing checkpoint a problem. After a problem the walk goes on from what the line says of itself: one change is one problem.
 """
 
 from collections.abc import Iterator
@@ -16,128 +16,102 @@ from broker.audit.chain import START, Checkpoint, Link
 from broker.errors import UsageError
 
 _MAX_PROBLEMS = 100  # a reader has seen enough by then, and a hostile file must not fill the memory
-_EVIDENCE = "keep the folder as evidence and compare it with a copy"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: where, what, and what to do about it."""
+    """One thing that is wrong: where, and what."""
 
     file: str
     line: int
     what: str
-    advice: str = _EVIDENCE
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.what}; {self.advice}"
+        return f"{self.file}:{self.line}: {self.what}; keep the folder as evidence and compare it with a copy"
 
 
 @dataclass(slots=True)
 class Verified:
     """What a walk over a log found. It is what the broker wrote exactly when `problems` is empty (at most 100 are listed).
 
-    `first` and `last` are sequence numbers (0: no records), `head` the last record's hash. `signed_at` is the checkpoint's time
-    (RFC 3339), empty where there was no valid one or no key to check it with.
+    `end` is the last record's link. `signed_at` is the checkpoint's time (RFC 3339), empty where there was no valid one or no key
+    to check it with.
     """
 
     records: int = 0
-    segments: int = 0
-    first: int = 0
-    last: int = 0
-    head: str = chain.ZERO
+    end: Link = START
     signed_at: str = ""
     problems: list[Problem] = field(default_factory=list)
 
+    def problem(self, path: Path, number: int, what: str) -> None:
+        """Note one, unless there are too many."""
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(Problem(str(path), number, what))
 
-def verify(directory: Path, public_key: Ed25519PublicKey | None) -> Verified:
+
+def verify(directory: Path, public_key: Ed25519PublicKey | None, *, tail: bool = False) -> Verified:
     """Walk the log in `directory`. Without a key the chain is checked, but not who signed its end.
 
-    Raises `UsageError` where there is no such folder or a file of it can't be read.
+    `tail` begins with the segment of the checkpoint. Raises `UsageError` where there is no such folder, or it can't be read.
     """
     if not directory.is_dir():
         raise UsageError(f"there is no audit log in {directory}", "name the broker's state folder with --state")
     try:
-        return _Walk(directory, public_key).run()
+        return _walk(directory, public_key, tail=tail)
     except OSError as error:
         raise UsageError(f"the audit log can't be read: {error}", "run this as the user that the broker runs as") from error
 
 
-class _Walk:
-    def __init__(self, directory: Path, public_key: Ed25519PublicKey | None) -> None:
-        self.directory = directory
-        self.public_key = public_key
-        self.result = Verified()
-        self.before = START
-
-    def run(self) -> Verified:
-        checkpoint = self._checkpoint()
-        found = chain.segments(self.directory)
-        self.result.segments = len(found)
-        for path, _ in found:
-            for number, line in _lines(path):
-                last = path == found[-1][0]
-                if line.endswith(b"\n"):
-                    self._line(path, number, line[:-1], checkpoint)
-                elif not (last and chain.is_live(self.directory)):  # a live log may be in the middle of a write
-                    advice = "start the broker, which sets it aside" if last else _EVIDENCE
-                    self._problem(path, number, "the line is incomplete", advice)
-        self.result.last, self.result.head = self.before.seq, self.before.hash
-        if checkpoint and checkpoint.seq > self.before.seq:
-            what = f"record {checkpoint.seq} was signed, but the log ends with record {self.before.seq}: its tail was cut off"
-            self._problem(self.directory / chain.CHECKPOINT, 1, what)
-        return self.result
-
-    def _checkpoint(self) -> Checkpoint | None:
-        path = self.directory / chain.CHECKPOINT
-        try:
-            checkpoint = Checkpoint.read(self.directory)
-            if checkpoint is None:
-                raise ValueError("there is no checkpoint, so nothing shows where the log must end")  # noqa: TRY301 - told as the others
-            if self.public_key is not None:
-                checkpoint.check(self.public_key)
-                self.result.signed_at = checkpoint.time
-        except ValueError as error:
-            self._problem(path, 1, str(error))
-            return None
-        return checkpoint
-
-    def _line(self, path: Path, number: int, line: bytes, checkpoint: Checkpoint | None) -> None:
-        self.result.records += 1
-        try:
-            link = chain.read_link(line)
-            self._follows(path, number, link)
-        except ValueError as error:
-            self._problem(path, number, str(error))
-            claimed = chain.claimed_link(line)
-            if claimed is None:
-                return
-            link = claimed
-        if checkpoint and link.seq == checkpoint.seq and link.hash != checkpoint.hash:
-            self._problem(path, number, f"record {link.seq} is not the one that was signed: the log was rewritten")
-        self.result.first = self.result.first or link.seq
-        self.before = link
-
-    def _follows(self, path: Path, number: int, link: Link) -> None:
-        if link.seq != self.before.seq + 1:
-            what = f"record {link.seq} stands where {self.before.seq + 1} belongs: records were removed, inserted or moved"
-        elif link.prev_hash != self.before.hash:
-            what = f"record {link.seq} does not follow the record before it: one of them was replaced"
-        elif number == 1 and path.name != chain.segment_name(link.seq):
-            what = f"record {link.seq} begins a file that is named otherwise: files were renamed or added"
-        else:
-            return
-        self._problem(path, number, what)
-
-    def _problem(self, path: Path, number: int, what: str, advice: str = _EVIDENCE) -> None:
-        if len(self.result.problems) < _MAX_PROBLEMS:
-            self.result.problems.append(Problem(str(path), number, what, advice))
+def _walk(directory: Path, public_key: Ed25519PublicKey | None, *, tail: bool) -> Verified:
+    found = Verified()
+    checkpoint = _checkpoint(directory, public_key, found)
+    paths = [path for path, _ in chain.segments(directory)]
+    if tail and checkpoint:
+        later = sum(path.name > chain.segment_name(checkpoint.seq) for path in paths)
+        paths = paths[-later - 1 :]
+    for path, number, line in _lines(paths):
+        found.records += 1
+        link, wrong = chain.read_link(line)
+        if link:
+            before = Link(link.seq - 1, "", link.prev_hash) if tail and found.records == 1 else found.end
+            signed = checkpoint.hash if checkpoint and checkpoint.seq == link.seq else link.hash
+            begins = chain.segment_name(link.seq) if number == 1 else path.name
+            wrong = wrong or _misplaced(link, before, signed, renamed=path.name != begins)
+            found.end = link
+        if wrong:
+            found.problem(path, number, wrong)
+    if checkpoint and checkpoint.seq > found.end.seq:
+        what = f"record {checkpoint.seq} was signed, but the log ends with record {found.end.seq}: its tail was cut off"
+        found.problem(directory / chain.CHECKPOINT, 1, what)
+    return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(chain.MAX_LINE):
-            number += 1
-            yield number, line
-            if len(line) == chain.MAX_LINE and not line.endswith(b"\n"):
-                return  # reported as incomplete; what follows can't be told apart from it
+def _checkpoint(directory: Path, public_key: Ed25519PublicKey | None, found: Verified) -> Checkpoint | None:
+    what = "there is no checkpoint, so nothing shows where the log must end"
+    try:
+        if checkpoint := Checkpoint.read(directory, public_key):
+            found.signed_at = checkpoint.time if public_key else ""
+            return checkpoint
+    except ValueError as error:
+        what = str(error)
+    found.problem(directory / chain.CHECKPOINT, 1, what)
+    return None
+
+
+def _misplaced(link: Link, before: Link, signed: str, *, renamed: bool) -> str:
+    if link.seq != before.seq + 1:
+        return f"record {link.seq} stands where {before.seq + 1} belongs: records were removed, inserted or moved"
+    if link.prev_hash != before.hash:
+        return f"record {link.seq} does not follow the record before it: one of them was replaced"
+    if link.hash != signed:
+        return f"record {link.seq} is not the one that was signed: the log was rewritten"
+    if renamed:
+        return f"record {link.seq} begins a file that is named otherwise: files were renamed or added"
+    return ""
+
+
+def _lines(paths: list[Path]) -> Iterator[tuple[Path, int, bytes]]:
+    for path in paths:
+        for number, line in enumerate(chain.lines(path), 1):
+            if line.endswith(b"\n") or path != paths[-1] or len(line) == chain.MAX_LINE:
+                yield path, number, line

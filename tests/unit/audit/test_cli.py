@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record
-from broker.cli.audit import audit, render, visible
+from broker.cli.audit import audit, render
 from broker.errors import UsageError
+from broker.manifest.findings import printable
 from broker.policy.types import ALLOW, Code, deny
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
@@ -42,7 +43,7 @@ def state(tmp_path):
 
 
 def run(*words):
-    return CliRunner().invoke(audit, [str(word) for word in words])
+    return CliRunner().invoke(audit, [str(word) for word in words], standalone_mode=False)
 
 
 TIME = "2023-11-14T22:13:20.000000Z"
@@ -85,7 +86,7 @@ def test_tail_json_is_the_lines_as_they_are(state):
     ],
 )
 def test_nothing_that_a_terminal_acts_on_is_printed(text, shown):
-    assert visible(text) == shown
+    assert printable(text) == shown
     line = orjson.dumps({"time": TIME, "verdict": "deny", "host": text, "method": "GET"})
     assert render(line) == f"{TIME}  deny        GET {shown}"
 
@@ -111,16 +112,15 @@ def test_tail_follows_across_segments(state):
 def test_verify_says_ok_with_what_it_checked(state):
     result = run("verify", "--state", state)
     last = orjson.loads(run("tail", "--state", state, "-n", 1, "--json").stdout)["hash"]
-    count = len(list((state / "audit").glob("*.jsonl")))
-    assert result.stdout == f"ok: 5 records in {count} segments, chain unbroken to {last}, checkpoint signed at {TIME}\n"
-    assert result.exit_code == 0
+    assert result.stdout == f"ok: 5 records, chain unbroken to {last}, checkpoint signed at {TIME}\n"
+    assert result.return_value == 0
 
 
 def test_verify_without_a_key_says_so(state):
     (state / "keys" / "audit.pub.pem").unlink()
     result = run("verify", "--state", state)
-    assert "signature not checked: no key" in result.stdout
-    assert result.exit_code == 0
+    assert "checkpoint not checked: no key" in result.stdout
+    assert result.return_value == 0
 
 
 def test_verify_prints_problems_and_exits_1(state):
@@ -128,18 +128,10 @@ def test_verify_prints_problems_and_exits_1(state):
     path.write_bytes(path.read_bytes().replace(b"first", b"other"))
     result = run("verify", "--state", state)
     assert result.stdout.startswith(f"{path}:1: record 1 does not have the hash it states: it was edited; keep the folder")
-    assert result.exit_code == 1
+    assert result.return_value == 1
     as_json = run("verify", "--state", state, "--json")
     assert (orjson.loads(as_json.stdout)["ok"], orjson.loads(as_json.stdout)["problems"][0]["line"]) == (False, 1)
-    assert as_json.exit_code == 1
-
-
-def test_verify_takes_a_copy_of_the_key_from_elsewhere(state, tmp_path):
-    other = tmp_path / "other.pem"
-    other.write_bytes(public_pem(Ed25519PrivateKey.generate()))
-    result = run("verify", "--state", state, "--public-key", other)
-    assert "not signed by the key" in result.stdout
-    assert result.exit_code == 1
+    assert as_json.return_value == 1
 
 
 @pytest.mark.parametrize("verb", ["tail", "verify"])
