@@ -606,11 +606,11 @@ def test_a_compressed_envelope_is_refused(world, encoding):
 
 CLAIMS = (
     "authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "x-auth-token", "x-agent-id", "x-broker-decision",
-    "x-broker-agent", "x-broker-token-2", "x-broker-decision-id", "x-forwarded-client-cert", "x-forwarded-for", 
-    "x-forwarded-host", "x-forwarded-proto", "x-forwarded-uri", "forwarded", "via", "x-real-ip", "true-client-ip", "x-envoy-original-path",
-    "x-envoy-original-host", "x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on", "x-envoy-internal", "x-http-method-override",
-    "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url", "x_broker_decision", "X_Agent_Id", "x_forwarded_for",
-    "X_Api_Key", "X-BROKER_decision", "X_HTTP_METHOD_OVERRIDE",
+    "x-broker-agent", "x-broker-token-2", "x-broker-decision-id", "x-forwarded-client-cert", "x-forwarded-for",
+    "x-forwarded-host", "x-forwarded-proto", "x-forwarded-uri", "forwarded", "via", "x-real-ip", "true-client-ip",
+    "x-envoy-original-path", "x-envoy-original-host", "x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on", "x-envoy-internal",
+    "x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url", "x_broker_decision",
+    "X_Agent_Id", "x_forwarded_for", "X_Api_Key", "X-BROKER_decision", "X_HTTP_METHOD_OVERRIDE",
 )  # fmt: skip
 
 
