@@ -97,10 +97,9 @@ def segments(directory: Path) -> list[tuple[Path, int]]:
     return [(path, path.stat().st_size) for path in sorted(directory.glob("*.jsonl"))]
 
 
-def lines(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """The lines of a segment from `offset` on, each with its newline; what has none is the last, and damage or not yet whole."""
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a segment, each with its newline; what has none is the last, and damage or not yet whole."""
     with path.open("rb") as file:
-        file.seek(offset)
         while line := file.readline(MAX_LINE):
             yield line
             if not line.endswith(b"\n"):

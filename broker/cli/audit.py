@@ -4,10 +4,9 @@ Laws: reads only, also from a live broker. What an agent wrote reaches a termina
 lines as they are, for programs.
 """
 
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from broker.cli import options
 from broker.errors import UsageError
 from broker.manifest.findings import printable
 
-_POLL = 0.2  # seconds; a person does not notice, and it costs one stat each time
-
 
 @click.group()
 def audit() -> None:
@@ -33,49 +30,15 @@ def audit() -> None:
 
 @audit.command()
 @options.state
-@click.option("--follow", "-f", is_flag=True, help="Go on with new records until interrupted.")
-@click.option("--lines", "-n", type=click.IntRange(min=0), default=20, show_default=True, help="How many records to begin with.")
+@click.option("--lines", "-n", type=click.IntRange(min=0), default=20, show_default=True, help="How many.")
 @options.as_json
-def tail(*, state: Path, follow: bool, lines: int, as_json: bool) -> None:
+def tail(*, state: Path, lines: int, as_json: bool) -> None:
     """Print the last records, oldest first."""
     directory = state / "audit"
     if not directory.is_dir():
         raise UsageError(f"there is no audit log in {directory}", "name the broker's state folder with --state")
-    place = _Place(directory)
-    for line in deque(place.new(), lines):
-        _show(line, as_json=as_json)
-    try:
-        while follow:
-            for line in place.new():
-                _show(line, as_json=as_json)
-            time.sleep(_POLL)
-    except KeyboardInterrupt:
-        return
-
-
-class _Place:
-    """How far a log was read. It begins with the last segments, for no one reads more than a few thousand lines of a tail."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._name = max((path.name for path, _ in chain.segments(directory)[:-2]), default="")
-        self._offset = 0
-
-    def new(self) -> Iterator[bytes]:
-        """Whole lines behind this place, without their ends."""
-        for path, size in chain.segments(self._directory):
-            if path.name < self._name or (path.name == self._name and size <= self._offset):
-                continue
-            if path.name != self._name:
-                self._name, self._offset = path.name, 0
-            for line in chain.lines(path, self._offset):
-                if line.endswith(b"\n"):
-                    self._offset += len(line)
-                    yield line[:-1]
-
-
-def _show(line: bytes, *, as_json: bool) -> None:
-    click.echo(line if as_json else render(line))
+    for line in reversed(list(islice(chain.backwards(chain.segments(directory)), lines))):
+        click.echo(line if as_json else render(line))
 
 
 def render(line: bytes) -> str:

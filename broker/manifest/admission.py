@@ -168,8 +168,8 @@ def _named(model: Kind) -> Iterator[tuple[Pointer, str]]:
     if isinstance(model, Tool) and model.spec.upstream.ca:
         yield ("spec", "upstream", "ca"), model.spec.upstream.ca
     if isinstance(model, Platform):
-        for domain, bundle in model.spec.identity.trust_bundles.items():
-            yield ("spec", "identity", "trust_bundles", domain, "file"), bundle.file
+        for domain, bundle in model.spec.identity.get("trust_bundles", {}).items():
+            yield ("spec", "identity", "trust_bundles", domain, "file"), bundle["file"]
 
 
 def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
             agents[model.metadata.name] = _agent(source, model)
         elif isinstance(model, models.Platform):
             platform = model.spec
+    bundles = {name: pems[part["file"]] for name, part in platform.identity.get("trust_bundles", {}).items()}
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
     return PolicySnapshot(
         revision="sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -38,8 +39,8 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         tools=MappingProxyType(tools),
         hosts=MappingProxyType(hosts),
         by_spiffe=MappingProxyType({agent.spiffe: agent for agent in agents.values() if agent.spiffe}),
-        trust_bundles=MappingProxyType({name: pems[part.file] for name, part in platform.identity.trust_bundles.items()}),
-        max_ttl=platform.credentials.max_ttl,
+        trust_bundles=MappingProxyType(bundles),
+        max_ttl=platform.credentials.get("max_ttl", 3600),
         environment=platform.environment,
     )
 

@@ -136,6 +136,7 @@ Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_referenc
 Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), AfterValidator(_header)]
 Spiffe = Annotated[str, _text(parse_spiffe, "spiffe_invalid")]
 TrustDomain = Annotated[str, Field(pattern="^[a-z0-9._-]{1,255}$")]
+PemFile = Annotated[dict[Literal["file"], Word], Field(min_length=1)]
 
 
 class Metadata(Model):
@@ -302,42 +303,19 @@ class Agent(Kind):
     spec: AgentSpec = Field(description="Who the agent is and what it may do.")
 
 
-class CredentialRules(Model):
-    """Bounds on every credential."""
-
-    max_ttl: Seconds = Field(3600, description="The longest life of an issued credential.")
-
-
-class TrustBundle(Model):
-    """The X.509 authorities of one SPIFFE trust domain."""
-
-    file: Word = Field(description="A PEM file, relative to the manifests folder.")
-
-
-class PlatformIdentity(Model):
-    """What proves an agent's identity."""
-
-    trust_bundles: dict[TrustDomain, TrustBundle] = Field({}, description="X.509 authorities by SPIFFE trust domain.")
-
-
-class Alerts(Model):
-    """Who hears of what."""
-
-    routes: JsonValue = Field(None, description="The first route that matches takes the alert.")
-    pagerduty: dict[Literal["routing_key"], Secret] | None = Field(None, description="The receiver pagerduty.")
-
-
 class PlatformSpec(Model):
     """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
 
     teams: JsonValue = Field(None, description="The teams that own agents, their on-call contacts and ceilings.")
     environment: Word = Field("", description="The name of this environment, such as production.")
-    identity: PlatformIdentity = Field(PlatformIdentity.model_construct(), description="What proves an agent's identity.")
-    credentials: CredentialRules = Field(CredentialRules.model_construct(), description="Bounds on every credential.")
+    identity: dict[Literal["trust_bundles"], dict[TrustDomain, PemFile]] = Field(
+        {}, description="What proves an agent's identity: X.509 authorities by SPIFFE trust domain, each as a PEM file."
+    )
+    credentials: dict[Literal["max_ttl"], Seconds] = Field({}, description="The longest life of an issued credential (1h).")
     prices: JsonValue = Field(None, description="US dollars per million tokens, by provider and model.")
     containment: JsonValue = Field(None, description="When an agent is cut off without waiting for a human.")
     flow: JsonValue = Field(None, description="What a run may no longer do after it touched certain data.")
-    alerts: Alerts | None = Field(None, description="Who hears of what.")
+    alerts: JsonValue = Field(None, description="Who hears of what.")
 
 
 class Platform(Kind):

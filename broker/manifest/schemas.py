@@ -1,13 +1,16 @@
 """The JSON Schemas of the four kinds, for editors: generated from the models, checked in, compared by a test.
 
-`python -m broker.manifest.schemas` writes `manifests/schema/*.json`.
+`python -m broker.manifest.schemas [--check]` writes `manifests/schema/*.json`, or only says (exit 1) whether they are current.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from broker.manifest.models import KINDS
+
+FOLDER = Path("manifests/schema")
 
 
 def schemas() -> Mapping[str, str]:
@@ -20,5 +23,10 @@ def schemas() -> Mapping[str, str]:
 
 
 if __name__ == "__main__":
-    for name, text in schemas().items():
-        Path("manifests/schema", name).write_text(text, encoding="utf-8")
+    stale = {
+        name: text for name, text in schemas().items() if not (FOLDER / name).exists() or (FOLDER / name).read_text() != text
+    }
+    if "--check" in sys.argv:
+        sys.exit(f"{', '.join(stale)}: stale; run python -m broker.manifest.schemas" if stale else 0)
+    for name, text in stale.items():
+        (FOLDER / name).write_text(text)

@@ -1,9 +1,5 @@
 """`broker audit tail` and `verify`, as a person runs them."""
 
-import os
-import subprocess
-import sys
-
 import orjson
 import pytest
 from click.testing import CliRunner
@@ -95,18 +91,6 @@ def test_nothing_that_a_terminal_acts_on_is_printed(text, shown):
 def test_a_line_that_is_no_record_is_shown_as_such(line):
     assert render(line).startswith("(not a record) ")
     assert render(line).isprintable()
-
-
-def test_tail_follows_across_segments(state):
-    code = "from broker.cli.audit import audit; audit()"
-    words = [sys.executable, "-c", code, "tail", "--state", str(state), "-f", "-n", "1", "--json"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as follower:
-        assert orjson.loads(follower.stdout.readline())["seq"] == 5
-        with AuditLog(state / "audit", KEY, NOW, 1, segment_bytes=500) as log:
-            written = [log.append({"n": number, "text": "x" * 200})["seq"] for number in range(6)]
-            assert [orjson.loads(follower.stdout.readline())["seq"] for _ in written] == written
-        follower.send_signal(2)
-        assert follower.wait(10) == 0
 
 
 def test_verify_says_ok_with_what_it_checked(state):
