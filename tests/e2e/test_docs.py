@@ -1,4 +1,4 @@
-"""The tutorial, as a reader follows it: every block is run in order, and every output is the one that the page shows.
+"""The pages, as a reader follows them: every block of the tutorial is run in order, and every output is the one that it shows.
 
 How a block is read, by the words after its fence:
 
@@ -156,6 +156,35 @@ def reader() -> Iterator[Reader]:
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(reader):
     reader.follow((ROOT / "docs" / "tutorial.md").read_text())
+
+
+@pytest.mark.envoy
+def test_the_readme_shows_the_tour_as_it_is():
+    [shown] = [block for kind, _, block in blocks((ROOT / "README.md").read_text()) if block.startswith("An agent's environment")]
+    ports = [option for name in ("--proxy", "--base-url") for option in (name, f"127.0.0.1:{stack.free_port()}")]
+    command = [*stack.BROKER, "demo", "--once", *ports]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    printed = re.sub(r"localhost:\d+", "localhost:PORT", done.stdout)
+    assert re.fullmatch(pattern(re.sub(r"localhost:\d+", "localhost:PORT", shown)), printed), printed
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "envoy" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"`[^`\n]*`", "", page.read_text())
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith("https://")]
+    assert [target for target in targets if not _leads(page, target)] == []
+
+
+def _leads(page: Path, target: str) -> bool:
+    file, _, anchor = target.partition("#")
+    place = page.parent / file if file else page
+    if not anchor or not place.is_file():
+        return place.exists()
+    headings = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE)
+    return anchor in (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
 
 
 def _environment(folder: Path, ports: dict[str, str]) -> dict[str, str]:
