@@ -118,8 +118,10 @@ class AuditLog:
             self._undo = False
 
     def _rotate(self, seq: int) -> None:
+        os.fdatasync(
+            self._fd
+        )  # at most what a second brought, once in 64 MiB; and first, so that a failure leaves no file behind
         fresh = os.open(self._directory / chain.segment_name(seq), _APPEND | os.O_EXCL, 0o600)
-        os.fdatasync(self._fd)  # at most what a second brought, once in 64 MiB
         os.close(self._fd)
         self._fd, self._end = fresh, 0
 

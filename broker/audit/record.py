@@ -143,12 +143,9 @@ def config_record(now: float, mono_ns: int, detail: str, revision: str = "") -> 
     return {**_event("config", now, mono_ns), "detail": _text(detail, _MAX_NAME), "revision": revision or None}
 
 
-def revocation_record(
-    now: float, mono_ns: int, agent: Mapping[str, str], detail: str, *, released: bool = False
-) -> dict[str, Any]:
-    """The record of an agent's revocation, or of its release. `detail` says by whom and why."""
-    event = _event("release" if released else "revocation", now, mono_ns)
-    return {**event, "agent": dict(agent), "detail": _text(detail, _MAX_NAME)}
+def revocation_record(now: float, mono_ns: int, agent: Mapping[str, str], detail: str) -> dict[str, Any]:
+    """The record of an agent's revocation. `detail` says by whom and why."""
+    return {**_event("revocation", now, mono_ns), "agent": dict(agent), "detail": _text(detail, _MAX_NAME)}
 
 
 def timestamp(now: float) -> str:

@@ -20,6 +20,7 @@ MAX_BYTES = 1_048_576
 """The largest file, in bytes: a thousand times a typical manifest, and little enough to parse in a second."""
 MAX_DEPTH = 64
 """The deepest nesting: four times what a deep parameter schema needs, and far below any recursion limit."""
+_TOO_DEEP = f"nesting is deeper than {MAX_DEPTH} levels"
 _MAX_DIGITS = 18  # beyond that, JSON readers disagree on an integer's value (RFC 8259 section 6)
 
 Pointer = tuple[str | int, ...]
@@ -73,13 +74,6 @@ def read(file: str, content: bytes) -> tuple[tuple[Document, ...], tuple[Finding
     return documents, tuple(reader.findings)
 
 
-class _TooDeepError(ValueError):
-    """Nesting passed `MAX_DEPTH` at `place`; the rest of the file is not read."""
-
-    def __init__(self, place: tuple[int, int]) -> None:
-        self.place = place
-
-
 class _Reader:
     """Turns one file's events into documents and notes what is wrong on the way."""
 
@@ -121,9 +115,8 @@ class _Reader:
             mark = getattr(error, "problem_mark", None)
             place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             problem = getattr(error, "problem", None) or "this can't be read"
-            self.note(place, "yaml_syntax", f"this is not YAML: {problem}", "correct the indentation, brackets or quotes here")
-        except _TooDeepError as error:
-            self.note(error.place, "yaml_depth", f"nesting is deeper than {MAX_DEPTH} levels", "flatten it")
+            code = "yaml_depth" if problem == _TOO_DEEP else "yaml_syntax"
+            self.note(place, code, f"this can't be read on: {problem}", "correct the indentation, brackets or quotes here")
         finally:
             self._loader.dispose()
 
@@ -143,7 +136,7 @@ class _Reader:
     def _node(self, event: Any, pointer: Pointer) -> Json:
         place = self._values[pointer] = _start(event)
         if len(pointer) > MAX_DEPTH:
-            raise _TooDeepError(place)
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             self.note(place, "yaml_alias", f"*{event.anchor} is an alias", "write the value out: a review must see what applies")
             return None
@@ -153,9 +146,7 @@ class _Reader:
             self.note(place, "yaml_tag", "tags such as !!str have no meaning here", "take the tag out; quote a string instead")
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, place)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(pointer)
-        return self._mapping(pointer)
+        return self._sequence(pointer) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(pointer)
 
     def _sequence(self, pointer: Pointer) -> Json:
         items: list[Json] = []

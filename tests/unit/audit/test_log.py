@@ -163,6 +163,18 @@ def test_a_rollback_that_fails_too_is_made_up_for_before_the_next_record(folder,
     assert_whole(folder, 2)
 
 
+def test_a_rotation_that_fails_denies_and_the_next_one_passes(folder, monkeypatch):
+    with opened(folder, segment_bytes=300) as log:
+        log.append({"a": "x" * 100})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(AuditUnavailable, match="can't be written: Input/output error"):
+                log.append({"b": "x" * 100})
+        assert log.append({"c": "x" * 100})["seq"] == 2
+        log.sync(NOW)
+    assert_whole(folder, 2)
+
+
 def test_a_full_disk_denies_and_recovers_by_itself(folder):
     folder.mkdir()
     mount = subprocess.run(

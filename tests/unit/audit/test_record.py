@@ -210,7 +210,6 @@ def test_an_outcome_is_tied_to_its_decision():
     assert "args" not in record
 
 
-def test_config_revocation_and_release_say_what_happened():
+def test_config_and_revocation_say_what_happened():
     assert config_record(NOW, 1, "reloaded", "sha256:r")["event"] == "config"
     assert revocation_record(NOW, 1, AGENT, "by jo")["event"] == "revocation"
-    assert revocation_record(NOW, 1, AGENT, "by jo", released=True)["event"] == "release"
