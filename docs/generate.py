@@ -132,8 +132,8 @@ def _type(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "object":
         inside = spec.get("additionalProperties") or next(iter(spec.get("patternProperties", {}).values()), None)
         keys = spec.get("propertyNames", {})
-        words = [keys["const"]] if "const" in keys else keys.get("enum", [])
-        of = "".join(f" of `{word}`" for word in words)
+        words = " or ".join(f"`{word}`" for word in ([keys["const"]] if "const" in keys else keys.get("enum", [])))
+        of = f" of {words}" if words else ""
         return f"map{of} to {_type(inside, definitions)}" if isinstance(inside, dict) else "map"
     return f"{kind} `{_cell(spec['pattern'])}`" if "pattern" in spec else str(kind)
 
