@@ -1,4 +1,4 @@
-"""The life of one call, in order. Read `Exchange._run` top to bottom.
+"""The life of one call, in order. Read `Exchange._decide` top to bottom.
 
 Laws: no I/O here: events come in, commands go out, and the driver (`broker/processor/ext_proc.py`) turns both into gRPC. Nothing
 is sent before its decision is in the audit log. One exchange sees one snapshot. An exception is a fault, and a fault is a denial.
@@ -16,10 +16,10 @@ is sent before its decision is in the audit log. One exchange sees one snapshot.
 import logging
 import re
 from collections.abc import Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, Ending, decision_record, outcome_record
+from broker.audit.record import Ending
+from broker.case import Case
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion
 from broker.events import (
     Command,
@@ -40,14 +40,13 @@ from broker.events import (
     Steps,
     WantBody,
 )
-from broker.identity import Principal, identify
 from broker.policy.agreement import destination
-from broker.policy.evaluate import View, admit, evaluate
+from broker.policy.evaluate import evaluate
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.strip import strip
-from broker.policy.types import Code, Decision, Door, Json, Refusal, Request, ToolCall, deny
+from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter, Reply, ResponseBlocked, ResponseFilter
-from broker.protocols.problem import problem, reply, status_at
+from broker.protocols.problem import reply, status_at
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +69,8 @@ class Exchange:
     """One call. `handle` takes an event and gives a command; `close` says that the call is over."""
 
     def __init__(self, services: Services) -> None:
-        self._services = services
-        self._snapshot = services.snapshot()
-        self._decision_id = services.random_id()
+        self._case = Case(services)
         self._started = services.mono_ns()
-        self._attempt = Attempt(self._decision_id, self._snapshot.revision, {})
         self._sent = False
         self._ending = Ending()
         self._asks_at = Door.BASE_URL
@@ -83,92 +79,83 @@ class Exchange:
     def handle(self, event: Event) -> Command:
         """The next command. Never raises: a fault before the request left is a denial, after that a cut."""
         try:
-            if self._steps is None:
-                if not isinstance(event, RequestHead):
-                    # An answer that Envoy gave by itself, before this filter saw the request.
-                    return self._mark(event)
-                self._steps = self._run(event)
-                return next(self._steps)
-            return self._steps.send(event)
+            if self._steps is not None:
+                return self._steps.send(event)
+            if not isinstance(event, RequestHead):
+                return self._mark(event)
+            self._steps = self._run(event)
+            return next(self._steps)
         except StopIteration:
             return Cut()
         except Exception:
-            log.exception("decision %s: the broker is at fault", self._decision_id)
+            log.exception("decision %s: the broker is at fault", self._case.attempt.decision_id)
             return self._fault()
 
     def close(self) -> None:
         """The call is over: its outcome is recorded, once."""
         if self._sent:
             self._sent = False
-            duration = (self._services.mono_ns() - self._started) / 1e6
-            self._record_outcome(replace(self._ending, duration_ms=round(duration, 3)))
-
-    def _mark(self, event: Event) -> Command:
-        named = isinstance(event, ResponseHead) and any(name == _DECISION_HEADER for name, _ in event.headers)
-        return Pass() if named else Mark(self._decision_id)
-
-    # The order of a call.
+            duration = (self._case.services.mono_ns() - self._started) / 1e6
+            self._case.record_outcome(replace(self._ending, duration_ms=round(duration, 3)))
 
     def _run(self, head: RequestHead) -> Steps:
-        services, snapshot = self._services, self._snapshot
-        self._note_head(head)
-
-        agent = self._identify(head)
-        if isinstance(agent, Decision):
-            yield from self._deny(agent)
-            return
-
-        if head.protocol == _HTTP_10:
-            yield from self._deny(deny(Code.PROTOCOL_VIOLATION, "HTTP/1.0 is taken for CONNECT only"))
-            return
-        found = destination(snapshot, head.wire)
-        if isinstance(found, Decision):
-            yield from self._deny(found)
-            return
-        tool, path = found
-        adapter = services.adapters[tool.protocol]
-        self._attempt = replace(self._attempt, tool=tool.name, host=tool.endpoint.authority)
-
-        clean = strip(tool, head.request, path)
-        call = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
-        self._note_call(tool, call)
-        decision = _refused(call) if isinstance(call, Refusal) else evaluate(snapshot, agent, call)
-        if isinstance(call, Refusal) or not decision.allowed:
-            yield from self._deny(decision, adapter, call)
-            return
-
-        lease = yield from self._lease(agent, tool, call)
-        if isinstance(lease, Decision):
-            yield from self._deny(lease, adapter, call)
-            return
-
-        if not self._record(decision, lease):
-            yield from self._deny(deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded"), adapter, call, record=False)
+        verdict = yield from self._decide(head)
+        if isinstance(verdict, _Denied):
+            if verdict.record:
+                self._case.record(verdict.decision)
+            yield self._reply(verdict)
             return
         self._sent = True
+        answer = yield verdict.send
+        yield from self._observe(verdict, answer)
+
+    def _decide(self, head: RequestHead) -> Generator[Command, Event, "_Allowed | _Denied"]:
+        """The order of a call, up to its record."""
+        case, services, snapshot = self._case, self._case.services, self._case.snapshot
+        self._note_head(head)
+
+        # identify
+        who = case.identify(head.evidence)
+        if isinstance(who, Decision):
+            return _Denied(who)
+        _, agent = who
+
+        # recognise
+        if head.protocol == _HTTP_10:
+            return _Denied(deny(Code.PROTOCOL_VIOLATION, "HTTP/1.0 is taken for CONNECT only"))
+        found = destination(snapshot, head.wire)
+        if isinstance(found, Decision):
+            return _Denied(found)
+        tool, path = found
+        adapter = services.adapters[tool.protocol]
+        case.note(tool=tool.name, host=tool.endpoint.authority)
+        clean = strip(tool, head.request, path)
+        call = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
+        if isinstance(call, Refusal):
+            return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
+        self._note_call(tool, call)
+
+        # evaluate
+        decision = evaluate(snapshot, agent, call)
+        if not decision.allowed:
+            return _Denied(decision, adapter, call)
+
+        # issue
+        lease = yield from self._lease(agent, tool, call)
+        if isinstance(lease, Decision):
+            return _Denied(lease, adapter, call)
+
+        # record
+        if not case.record(decision, lease):
+            return _Denied(deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded"), adapter, call, record=False)
         injected = ((lease.header, lease.value.reveal()),) if lease else ()
-        answer = yield Send(
+        send = Send(
             set_headers=(("accept-encoding", "identity"), *injected),
             remove_headers=clean.removed,
             path=_whole_path(head, clean.request) if clean.query_changed else None,
-            decision_id=self._decision_id,
+            decision_id=case.attempt.decision_id,
         )
-        yield from self._observe(adapter, tool, agent, call, answer)
-
-    def _identify(self, head: RequestHead) -> Agent | Decision:
-        services = self._services
-        proven = identify(head.evidence, self._snapshot, services.tokens, services.now())
-        if isinstance(proven, Decision):
-            return proven
-        return self._admit(proven)
-
-    def _admit(self, principal: Principal) -> Agent | Decision:
-        if self._services.revocations.taken_back(principal):
-            return deny(Code.AGENT_UNKNOWN, "the token was taken back")
-        agent = admit(self._snapshot, principal.agent, View())
-        if isinstance(agent, Agent):
-            self._note_agent(agent)
-        return agent
+        return _Allowed(send, adapter, tool, agent, call)
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, request: Request, *, has_body: bool
@@ -178,64 +165,63 @@ class Exchange:
         limit = adapter.body_limit(tool, request)
         if isinstance(limit, Refusal):
             return limit
+        too_large = Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that this operation takes")
         declared = request.header("content-length") or ""
         if declared.isdigit() and int(declared) > limit:
-            return _too_large(limit)
+            return too_large
         event = yield WantBody()
         if isinstance(event, ResponseHead) and event.details == _OVER_BUFFER:
-            return _too_large(limit)
+            return too_large
         if not isinstance(event, RequestBody):
             return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive")
         if event.trailers:
             return Refusal(Code.PROTOCOL_VIOLATION, "trailers are not passed on")
-        if len(event.body) > limit:
-            return _too_large(limit)
-        return adapter.recognise(tool, request, event.body)
+        return adapter.recognise(tool, request, event.body) if len(event.body) <= limit else too_large
 
     def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
-        operation = tool.operations.get(call.operation or "") or next(iter(tool.operations.values()), None)
-        if operation is None or operation.credential is None:
+        if tool.credential is None:
             return None
-        spec = operation.credential
-        issuer, now = self._services.issuers[spec.issuer], self._services.now()
-        occasion = Occasion(agent, tool, operation, spec, self._attempt.run_id, self._snapshot.max_ttl)
+        services, operation = self._case.services, tool.operations.get(call.operation or "")
+        issuer, now = services.issuers[tool.credential.issuer], services.now()
+        occasion = Occasion(agent, tool, operation, tool.credential, self._case.attempt.run_id, self._case.snapshot.max_ttl)
         try:
-            lease = issuer.cached(occasion, now)
+            lease: Lease | CredentialUnavailable | None = issuer.cached(occasion, now)
         except CredentialUnavailable as error:
-            return _no_credential(error)
-        if lease is not None:
+            lease = error
+        if lease is None:
+            event = yield Issue(issuer, occasion, now)
+            lease = event.lease if isinstance(event, Issued) else CredentialUnavailable("the issuer gave no answer")
+        if isinstance(lease, Lease):
             return lease
-        event = yield Issue(issuer, occasion, now)
-        if isinstance(event, Issued) and isinstance(event.lease, Lease):
-            return event.lease
-        return _no_credential(
-            event.lease if isinstance(event, Issued) and isinstance(event.lease, CredentialUnavailable) else None
-        )
+        # The advice is for whoever runs the broker: it names variables and files, so it goes to the log, not to the agent.
+        log.warning("no credential: %s", lease)
+        return deny(Code.CREDENTIAL_UNAVAILABLE, "no credential for this tool can be had now")
 
-    def _observe(self, adapter: Adapter, tool: Tool, agent: Agent, call: ToolCall, answer: Event) -> Steps:
+    # The answer.
+
+    def _observe(self, allowed: "_Allowed", answer: Event) -> Steps:
         if not isinstance(answer, ResponseHead):
             raise TypeError(f"an answer was expected, not {type(answer).__name__}")
-        self._ending = Ending(status=answer.status)
         headers = dict(answer.headers)
+        length = headers.get("content-length", "")
+        self._ending = Ending(status=answer.status, size=int(length) if length.isdigit() else 0)
         if answer.details != "via_upstream":
-            yield from self._own_answer(adapter, call, answer)
+            yield from self._own_answer(allowed, answer.details)
             return
-        content_type = headers.get("content-type", "")
-        rewriter = adapter.response_filter(tool, agent.tools[tool.name], call, content_type) if answer.has_body else None
+        rewriter = allowed.filter(headers.get("content-type", "")) if answer.has_body else None
         if rewriter is None:
-            length = headers.get("content-length", "")
-            self._ending = replace(self._ending, size=int(length) if length.isdigit() else 0)
             yield from _pass_on()
-            return
-        if headers.get("content-encoding", "identity") != "identity":
-            yield self._blocked("the answer is compressed, although it was asked for plain", adapter, call)
-            return
-        event = yield Observe()
-        yield from self._rewrite(rewriter, event)
+        elif headers.get("content-encoding", "identity") != "identity":
+            yield self._withheld(allowed, Code.RESPONSE_BLOCKED, "the answer is compressed, although it was asked for plain")
+        else:
+            event = yield Observe()
+            yield from self._rewrite(rewriter, event)
 
     def _rewrite(self, rewriter: ResponseFilter, event: Event) -> Steps:
+        size = 0
         while isinstance(event, ResponseChunk):
-            self._ending = replace(self._ending, size=self._ending.size + len(event.data))
+            size += len(event.data)
+            self._ending = replace(self._ending, size=size)
             try:
                 data = rewriter.feed(event.data, last=event.last)
             except ResponseBlocked as error:
@@ -244,35 +230,29 @@ class Exchange:
                 return
             event = yield Replace(data)
 
-    def _own_answer(self, adapter: Adapter, call: ToolCall, answer: ResponseHead) -> Steps:
+    def _own_answer(self, allowed: "_Allowed", details: str) -> Steps:
         """Envoy answered in the upstream's place: the connection failed, was not trusted, or led to a forbidden address."""
-        untrusted = next((reason for mark, reason in _UNTRUSTED.items() if mark in answer.details), None)
-        if untrusted is None:
-            self._ending = replace(self._ending, detail=answer.details)
-            yield from _pass_on()
+        untrusted = next((reason for mark, reason in _UNTRUSTED.items() if mark in details), None)
+        if untrusted:
+            yield self._withheld(allowed, Code.UPSTREAM_UNTRUSTED, untrusted)
             return
-        decision = deny(Code.UPSTREAM_UNTRUSTED, untrusted)
-        self._ending = replace(self._ending, code=Code.UPSTREAM_UNTRUSTED, detail=untrusted)
-        yield self._reply(decision, adapter, call)
+        self._ending = replace(self._ending, detail=details)
+        yield from _pass_on()
 
-    def _blocked(self, why: str, adapter: Adapter, call: ToolCall) -> Reply:
-        self._ending = replace(self._ending, code=Code.RESPONSE_BLOCKED, detail=why)
-        return self._reply(deny(Code.RESPONSE_BLOCKED, why), adapter, call)
+    def _withheld(self, allowed: "_Allowed", code: Code, why: str) -> Reply:
+        self._ending = replace(self._ending, code=code, detail=why)
+        return self._reply(_Denied(deny(code, why), allowed.adapter, allowed.call))
 
-    # Denials.
+    def _mark(self, event: Event) -> Command:
+        """An answer that Envoy gave by itself, before this filter saw the request."""
+        named = isinstance(event, ResponseHead) and any(name == _DECISION_HEADER for name, _ in event.headers)
+        return Pass() if named else Mark(self._case.attempt.decision_id)
 
-    def _deny(
-        self, decision: Decision, adapter: Adapter | None = None, call: ToolCall | Refusal | None = None, *, record: bool = True
-    ) -> Steps:
-        if record:
-            self._record(decision, None)
-        yield self._reply(decision, adapter, call)
-
-    def _reply(self, decision: Decision, adapter: Adapter | None, call: ToolCall | Refusal | None) -> Reply:
-        attempt = self._attempt
-        body = problem(self._decision_id, attempt.agent.get("name", ""), attempt.tool, attempt.operation, decision)
-        if adapter is not None and call is not None:
-            shaped = adapter.denial(body, call if isinstance(call, Refusal) else decision, call.correlation)
+    def _reply(self, denied: "_Denied") -> Reply:
+        decision, body = denied.decision, self._case.problem(denied.decision)
+        if denied.adapter is not None and denied.call is not None:
+            said = denied.call if isinstance(denied.call, Refusal) else decision
+            shaped = denied.adapter.denial(body, said, denied.call.correlation)
             if shaped is not None:
                 return shaped
         return reply(body, status_at(decision.code or Code.INTERNAL_FAULT, self._asks_at))
@@ -283,63 +263,47 @@ class Exchange:
             return Cut()
         decision = deny(Code.INTERNAL_FAULT, "the broker failed on this request; it was not sent")
         try:
-            self._record(decision, None)
+            self._case.record(decision)
         except Exception:
-            log.exception("decision %s: the fault could not be recorded", self._decision_id)
-        return self._reply(decision, None, None)
-
-    # The record.
-
-    def _record(self, decision: Decision, lease: Lease | None) -> bool:
-        credential: dict[str, Json] | None = None
-        if lease is not None:
-            credential = {
-                "issuer": lease.issuer, "scopes": list(lease.scopes), "lease_id": lease.lease_id, "expires": lease.expires,
-            }  # fmt: skip
-        services = self._services
-        try:
-            services.audit.append(decision_record(services.now(), services.mono_ns(), self._attempt, decision, credential))
-        except AuditUnavailable as error:
-            log.error("decision %s (%s) could not be recorded: %s", self._decision_id, decision.code or "allow", error)  # noqa: TRY400
-            return False
-        services.decided(decision.verdict, decision.code or "")
-        return True
-
-    def _record_outcome(self, ending: Ending) -> None:
-        services = self._services
-        try:
-            services.audit.append(outcome_record(services.now(), services.mono_ns(), self._attempt, ending))
-        except AuditUnavailable as error:
-            log.error("outcome of %s could not be recorded: %s", self._decision_id, error)  # noqa: TRY400
+            log.exception("decision %s: the fault could not be recorded", self._case.attempt.decision_id)
+        return self._reply(_Denied(decision))
 
     def _note_head(self, head: RequestHead) -> None:
         wire, request = head.wire, head.request
         # Inside a tunnel the proxy has answered already: what comes now is an origin's answer, and 407 is a proxy's.
         self._asks_at = Door.BASE_URL if wire.connect_host else wire.door
-        self._attempt = replace(
-            self._attempt,
-            door=wire.door,
-            method=request.method,
-            host=wire.authority,
-            path=request.path,
-            run_id=run_id(request),
-            trace_id=_trace_id(request),
-        )
+        run, trace = run_id(request), _trace_id(request)
+        self._case.note(door=wire.door, method=request.method, host=wire.authority, path=request.path, run_id=run, trace_id=trace)
 
-    def _note_agent(self, agent: Agent) -> None:
-        self._attempt = replace(self._attempt, agent=agent.described)
-
-    def _note_call(self, tool: Tool, call: ToolCall | Refusal) -> None:
-        if isinstance(call, Refusal):
-            return
+    def _note_call(self, tool: Tool, call: ToolCall) -> None:
         operation = tool.operations.get(call.operation or "")
-        self._attempt = replace(
-            self._attempt,
-            operation=operation.name if operation else call.label,
-            effect=operation.effect if operation else "",
-            data=operation.data if operation else (),
-            params=call.params,
-        )
+        effect, data = (operation.effect, operation.data) if operation else ("", ())
+        name = operation.name if operation else call.label
+        self._case.note(operation=name, effect=effect, data=data, params=call.params)
+
+
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    """What leaves, and what its answer is judged by."""
+
+    send: Send
+    adapter: Adapter
+    tool: Tool
+    agent: Agent
+    call: ToolCall
+
+    def filter(self, content_type: str) -> ResponseFilter | None:
+        return self.adapter.response_filter(self.tool, self.agent.tools[self.tool.name], self.call, content_type)
+
+
+@dataclass(frozen=True, slots=True)
+class _Denied:
+    """A denial, and how far the request was understood. `record` is False where the record itself failed."""
+
+    decision: Decision
+    adapter: Adapter | None = None
+    call: ToolCall | Refusal | None = None
+    record: bool = True
 
 
 def _pass_on() -> Steps:
@@ -361,20 +325,6 @@ def _trace_id(request: Request) -> str:
     # W3C Trace Context section 3.2: version-traceid-parentid-flags.
     parts = (request.header("traceparent") or "").split("-")
     return parts[1] if len(parts) >= _TRACEPARENT_PARTS and _TRACE_ID.fullmatch(parts[1]) else ""
-
-
-def _refused(refusal: Refusal) -> Decision:
-    return deny(refusal.code, refusal.detail, violations=refusal.violations)
-
-
-def _too_large(limit: int) -> Refusal:
-    return Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that this operation takes")
-
-
-def _no_credential(error: CredentialUnavailable | None) -> Decision:
-    # The advice is for whoever runs the broker: it names variables and files, so it goes to the log, not to the agent.
-    log.warning("no credential: %s", error or "the issuer gave no answer")
-    return deny(Code.CREDENTIAL_UNAVAILABLE, "no credential for this tool can be had now")
 
 
 def _whole_path(head: RequestHead, request: Request) -> str:

@@ -84,8 +84,8 @@ def explain_call(snapshot: PolicySnapshot, name: str, request: Request, url: str
     decision = evaluate(snapshot, agent, call)
     operation = tool.operations.get(call.operation or "")
     steps["operation"] = f"{operation.name} ({operation.effect}), {operation.rule}" if operation else call.label
-    if decision.allowed and operation and operation.credential:
-        steps["credential"] = _credential(operation.credential)
+    if decision.allowed and tool.credential:
+        steps["credential"] = _credential(tool.credential)
     return Explained(decision, steps)
 
 

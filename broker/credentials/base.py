@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 
 from broker.errors import BrokerError
 from broker.policy.snapshot import Agent, CredentialSpec, Operation, Tool
+from broker.policy.types import Json
 
 
 class CredentialUnavailable(BrokerError):
@@ -35,11 +36,11 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Occasion:
-    """Who calls what: everything that may narrow a credential. `max_ttl` is the platform's bound in seconds."""
+    """Who calls what: what may narrow a credential. `operation` is None for a protocol's housekeeping; `max_ttl` in seconds."""
 
     agent: Agent
     tool: Tool
-    operation: Operation
+    operation: Operation | None
     spec: CredentialSpec
     run_id: str
     max_ttl: int
@@ -55,6 +56,11 @@ class Lease:
     value: Secret = field(repr=False)
     scopes: tuple[str, ...] = ()
     expires: float | None = None
+
+    @property
+    def described(self) -> dict[str, Json]:
+        """What the record says of it."""
+        return {"issuer": self.issuer, "scopes": list(self.scopes), "lease_id": self.lease_id, "expires": self.expires}
 
 
 class Issuer(Protocol):

@@ -47,7 +47,6 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
 
 def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Path) -> Tool:
     spec = model.spec
-    credential = _credential(spec.credential, base) if spec.credential else None
     operations = {
         name: Operation(
             name=name,
@@ -59,7 +58,6 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
             alias=(written.match.tool or name) if spec.protocol == "mcp" else "",
             schemas=_placed(written.params, source.rule("spec", "operations", name, "params")),
             max_body=written.max_body,
-            credential=credential,
         )
         for name, written in spec.operations.items()
     }
@@ -72,6 +70,7 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
         source.rule(),
         MappingProxyType(operations),
         upstream,
+        _credential(spec.credential, base) if spec.credential else None,
     )
 
 

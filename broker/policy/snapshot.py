@@ -74,7 +74,6 @@ class Operation:
     alias: str = ""
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     max_body: int = 1_048_576
-    credential: CredentialSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +87,7 @@ class Tool:
     rule: str
     operations: Mapping[str, Operation]
     upstream: Upstream = Upstream()
+    credential: CredentialSpec | None = None
 
     @property
     def max_body(self) -> int:

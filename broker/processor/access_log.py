@@ -1,8 +1,6 @@
 """Envoy's access log, as far as it tells what the processor never saw: requests and connections refused below it."""
 
-import logging
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,14 +8,11 @@ from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsResponse
 from envoy.service.accesslog.v3.als_pb2_grpc import AccessLogServiceServicer
 from google.protobuf.wrappers_pb2 import StringValue
 
-from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, decision_record
+from broker.case import Case
 from broker.dataplane import site
 from broker.events import Services
-from broker.policy.types import Code, Decision, deny
+from broker.policy.types import Code, deny
 from broker.processor.convert import BROKER_REPLY
-
-log = logging.getLogger(__name__)
 
 # Envoy's response code details that have a code of ours; every other refusal of Envoy's is a protocol violation.
 _CODES: Mapping[str, Code] = {
@@ -53,10 +48,9 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
         details = entry.response.response_code_details
         if details in _RECORDED or (request.request_method == _CONNECT and entry.response.response_code.value == _OPENED):
             return
-        marked = entry.response.response_headers.get(site.DECISION_HEADER, "")
-        attempt = self._attempt(common, marked, host=request.authority)
-        attempt = replace(attempt, method=_METHODS.get(request.request_method, ""), path=request.path.partition("?")[0])
-        self._record(attempt, deny(_code(details), f"Envoy refused the request: {details or 'no details'}"))
+        case = self._case(common, entry.response.response_headers.get(site.DECISION_HEADER, ""), host=request.authority)
+        case.note(method=_METHODS.get(request.request_method, ""), path=request.path.partition("?")[0])
+        case.record(deny(_code(details), f"Envoy refused the request: {details or 'no details'}"))
 
     def _connection(self, entry: Any) -> None:
         common = entry.common_properties
@@ -65,22 +59,14 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
             return
         sni = common.tls_properties.tls_sni_hostname
         what = f"TLS was opened to {sni!r}, which is not declared" if sni else "TLS was opened without a declared name"
-        self._record(self._attempt(common, "", host=sni), deny(Code.HOST_NOT_DECLARED, what))
+        self._case(common, "", host=sni).record(deny(Code.HOST_NOT_DECLARED, what))
 
-    def _attempt(self, common: Any, marked: str, host: str) -> Attempt:
-        snapshot = self._services.snapshot()
+    def _case(self, common: Any, decision_id: str, host: str) -> Case:
+        case = Case(self._services, decision_id, host=host)
         carried = common.filter_state_objects.get(site.STATE_AGENT)
-        agent = snapshot.agents.get(_text(carried)) if carried is not None else None
-        about = agent.described if agent else {}
-        return Attempt(marked or self._services.random_id(), snapshot.revision, about, host=host)
-
-    def _record(self, attempt: Attempt, decision: Decision) -> None:
-        services = self._services
-        try:
-            services.audit.append(decision_record(services.now(), services.mono_ns(), attempt, decision))
-        except AuditUnavailable as error:
-            log.error("a refusal of Envoy's could not be recorded: %s", error)  # noqa: TRY400 - no trace needed
-        services.decided(decision.verdict, decision.code or "")
+        if carried is not None and (agent := case.snapshot.agents.get(_text(carried))):
+            case.note(agent=agent.described)
+        return case
 
 
 # Denials that the processor gave (immediate replies; ext_authz) are in the record. An opened tunnel is no refusal.

@@ -23,7 +23,7 @@ BOT = Agent("bot", "team", "primary", "a#", {}, spiffe="spiffe://acme.example/bo
 
 def occasion(issuer="static", *, agent=BOT, run="", max_ttl=3600, template="Bearer {}", **settings):
     spec = CredentialSpec(issuer, settings, template=template)
-    return Occasion(agent, TOOL, Operation("read", Effect.READ, "t#", credential=spec), spec, run, max_ttl)
+    return Occasion(agent, TOOL, Operation("read", Effect.READ, "t#"), spec, run, max_ttl)
 
 
 def shows(value):

@@ -107,8 +107,9 @@ def test_a_right_folder_becomes_a_snapshot(folder):
         65536,
         ("source-code",),
     )
-    assert dict(create.credential.settings) == {"ttl": 300, "scopes": ["repo"]}
-    assert (create.credential.issuer, create.credential.header, create.credential.template) == ("jwt", "x-api-key", "{}")
+    credential = snapshot.tools["github"].credential
+    assert dict(credential.settings) == {"ttl": 300, "scopes": ["repo"]}
+    assert (credential.issuer, credential.header, credential.template) == ("jwt", "x-api-key", "{}")
     assert create.schemas["body"].rule == "tools/all.yaml#/spec/operations/issues.create/params/body"
     wiki = snapshot.tools["wiki"]
     assert {name: operation.alias for name, operation in wiki.operations.items()} == {
@@ -240,8 +241,8 @@ def test_a_secret_file_is_named_from_the_manifests_folder_wherever_the_broker_wa
     tools = TOOLS.replace(b"{issuer: jwt, ttl: 5m, scopes: [repo],", b"{issuer: static, secret: {file: keys/github},")
     (folder / "tools/all.yaml").write_bytes(tools)
     monkeypatch.chdir(folder.parent)
-    operation = load(Path(folder.name)).snapshot.tools["github"].operations["issues.create"]
-    assert operation.credential.settings["secret"] == {"file": str(folder / "keys/github")}
+    tool = load(Path(folder.name)).snapshot.tools["github"]
+    assert tool.credential.settings["secret"] == {"file": str(folder / "keys/github")}
 
 
 def test_a_credential_of_a_well_known_form_is_found_wherever_it_stands():
