@@ -81,8 +81,10 @@ def split_authority(scheme: str, authority: str) -> tuple[str, int]:
     host, colon, port = authority.rpartition(":")
     if not colon or authority.endswith("]"):
         host, port = authority, {"http": "80", "https": "443"}.get(scheme, "")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if bracketed != (":" in host):  # brackets are IPv6's, and IPv6 has brackets (RFC 3986 section 3.2.2)
+        return host, -1
     if not (port.isascii() and port.isdigit()) or len(port) > _PORT_DIGITS or port[0] == "0":
         return host, -1
     return host, int(port)

@@ -127,6 +127,7 @@ def test_a_connect_to_a_tool_that_the_agent_does_not_hold_is_refused(world):
         pytest.param("0x7f.1:{port}", id="address in hexadecimal"),
         pytest.param("127.1:{port}", id="address cut short"),
         pytest.param("[::ffff:127.0.0.1]:{port}", id="address mapped to IPv6"),
+        pytest.param("[{host}]:{port}", id="brackets that are not IPv6's"),
         pytest.param("xn--lcalhost-rcb:{port}", id="punycode look-alike"),
     ],
 )
