@@ -29,7 +29,7 @@ _MAX_NAME = 2048  # characters of a path or host: beyond that only an attack is 
 _MAX_DEPTH = 16
 _MAX_ARGS = 8_192  # bytes of one location
 _MAX_VIOLATIONS = 32
-# How far into a text a secret is looked for: longer texts are not recorded anyway, and the search stays cheap on hostile ones.
+# How far into a text a secret is looked for, or as far as it may be recorded: the search stays cheap on hostile ones.
 _SEARCHED = 512
 
 _REDACTED = "[redacted]"
@@ -38,11 +38,13 @@ _CREDENTIAL_KEY = re.compile(
     r"|credential|bearer|jwt|signature|^(?:auth|pass|otp|pin|cvc|cvv|sig)$"
 )
 _SECRET = re.compile(SHAPE + r"|\b[Bb](?:earer|asic) +[\w+/=.~-]{8}")
-# Each shape holds one of these; looking for them first is eight times as fast on text that holds none.
-_MARKS = (
-    *("k_live_", "k_test_", "whsec_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "_pat_", "glpat-", "xox", "xapp-", "npm_"),
-    *("AKIA", "ASIA", "AIza", "eyJ", "--BEGIN", "earer ", "asic "),
-)
+# Each shape holds one of these, under a sign that the marks share; looking for them first is far faster on text that holds none.
+_MARKS = {
+    "_": ("k_live_", "k_test_", "whsec_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "_pat_", "npm_"),
+    "-": ("sk-", "glpat-", "xox", "xapp-", "--BEGIN"),
+    "A": ("AKIA", "ASIA", "AIza"),
+    "": ("eyJ", "earer ", "asic "),
+}
 
 
 def canonical(value: Any) -> bytes:
@@ -232,13 +234,20 @@ def _names_credential(key: str) -> bool:
 
 def _text(text: str, limit: int = _MAX_TEXT) -> str:
     """Text as it may be recorded; always encodable, however it was decoded from the wire."""
-    for mark in _MARKS:
-        if mark in text:
-            if _SECRET.search(text, 0, _SEARCHED):
-                return _REDACTED
-            break
+    head = text[: max(limit, _SEARCHED)]
+    if _is_marked(head) and _SECRET.search(head):
+        return _REDACTED
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(text) > limit:
         return f"[{len(text)} chars sha256:{hashlib.sha256(text.encode()).hexdigest()}]"
     return text
+
+
+def _is_marked(text: str) -> bool:
+    for sign, marks in _MARKS.items():
+        if sign in text:
+            for mark in marks:
+                if mark in text:
+                    return True
+    return False

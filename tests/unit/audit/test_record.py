@@ -196,6 +196,11 @@ def test_a_sensitive_path_parameter_is_not_in_the_path_either():
     assert b"jane" not in canonical(record)
 
 
+def test_a_secret_late_in_a_long_path_is_found():
+    late = attempt(path="/" + "a" * 1000 + "/ghp_0123456789abcdef")
+    assert decision_record(NOW, 5, late, ALLOW)["path"] == "[redacted]"
+
+
 def test_whatever_an_unknown_agent_sends_can_be_written():
     odd = attempt(agent={"name": "\ud800" * 9}, method="\x1b[2J", host="h" * 9999, path="/ghp_0123456789abcdef", run_id="\udcff")
     record = decision_record(NOW, 5, odd, deny(Code.AGENT_UNKNOWN, "\ud800"))
