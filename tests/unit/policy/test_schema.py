@@ -115,3 +115,8 @@ def test_text_becomes_a_typed_value_only_where_it_is_written_canonically(text, k
 def test_the_types_of_properties_are_those_written_as_one_word():
     schema = ParameterSchema({"properties": {"a": {"type": "integer"}, "b": {"type": ["string", "null"]}, "c": True}}, RULE)
     assert schema.types == {"a": "integer"}
+
+
+def test_a_reference_to_nothing_is_refused_in_the_fast_engines_words():
+    with pytest.raises(SchemaError, match="'/nope' does not exist"):
+        ParameterSchema({"$ref": "#/nope"}, "tools/t.yaml#")
