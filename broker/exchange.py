@@ -204,10 +204,10 @@ class Exchange:
             raise TypeError(f"an answer was expected, not {type(answer).__name__}")
         headers = dict(answer.headers)
         length = headers.get("content-length", "")
-        self._ending = Ending(status=answer.status, size=int(length) if length.isdigit() else 0)
         if answer.details != "via_upstream":
             yield from self._own_answer(allowed, answer.details)
             return
+        self._ending = Ending(status=answer.status, size=int(length) if length.isdigit() else 0)
         rewriter = allowed.filter(headers.get("content-type", "")) if answer.has_body else None
         if rewriter is None:
             yield from _pass_on()

@@ -296,7 +296,7 @@ _MEANING: Mapping[str, str] = {
     "detail": "One sentence for people.",
     "violations": "Each with `pointer`, `rule`, `message`; at most 32. A message never quotes the value.",
     "credential": "`issuer`, `scopes`, `lease_id`, `expires` of what was injected; never the credential. Null where none was.",
-    "upstream": "`status` (Envoy's where `detail` says that no answer came), `bytes` as far as known, `duration_ms` of the call.",
+    "upstream": "`status` (0 where no answer came; `detail` says why), `bytes` as far as known, `duration_ms` of the call.",
     "response_hash": "Reserved: null.",
     "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
 }
