@@ -75,8 +75,9 @@ class TestCA:
         """Certificate and key files for host names, addresses, or a SPIFFE ID."""
         key = generate_private_key(SECP256R1())
         general: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)] if uri else []
-        for name in names:
-            general.append(x509.IPAddress(ip_address(name)) if name[0].isdigit() or ":" in name else x509.DNSName(name))
+        general += [
+            x509.IPAddress(ip_address(name)) if name[0].isdigit() or ":" in name else x509.DNSName(name) for name in names
+        ]
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, (names or ("agent",))[0])])
         certificate = (
             _builder(subject, self.certificate.subject, key)
@@ -181,7 +182,7 @@ class Upstream:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = _any
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = _any  # noqa: N815 - the library's names
 
             def log_message(self, *args: object) -> None:
                 pass

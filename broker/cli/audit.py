@@ -4,6 +4,7 @@ Laws: reads only, also from a live broker. What an agent wrote reaches a termina
 lines as they are, for programs.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -22,6 +23,8 @@ from broker.cli import options
 from broker.errors import UsageError
 from broker.manifest.findings import printable
 
+_POLL_S = 0.2  # a person does not notice
+
 
 @click.group()
 def audit() -> None:
@@ -31,14 +34,33 @@ def audit() -> None:
 @audit.command()
 @options.state
 @click.option("--lines", "-n", type=click.IntRange(min=0), default=20, show_default=True, help="How many.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with new records until interrupted.")
 @options.as_json
-def tail(*, state: Path, lines: int, as_json: bool) -> None:
+def tail(*, state: Path, lines: int, follow: bool, as_json: bool) -> None:
     """Print the last records, oldest first."""
     directory = state / "audit"
     if not directory.is_dir():
         raise UsageError(f"there is no audit log in {directory}", "name the broker's state folder with --state")
-    for line in reversed(list(islice(chain.backwards(chain.segments(directory)), lines))):
+    found = chain.segments(directory)
+    for line in reversed(list(islice(chain.backwards(found), lines))):
         click.echo(line if as_json else render(line))
+    for line in _new_lines(directory, *found[-1]) if follow and found else ():
+        click.echo(line if as_json else render(line))
+
+
+def _new_lines(directory: Path, segment: Path, position: int) -> Iterator[bytes]:
+    """Whole lines written behind this position, in this segment and those after it, as they come."""
+    while True:
+        with segment.open("rb") as file:
+            file.seek(position)
+            for line in iter(file.readline, b""):
+                if line.endswith(b"\n"):
+                    position += len(line)
+                    yield line[:-1]
+        if newer := [path for path, _ in chain.segments(directory) if path > segment]:
+            segment, position = newer[0], 0
+        else:
+            time.sleep(_POLL_S)
 
 
 def render(line: bytes) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 import stack
@@ -20,7 +21,7 @@ def broker(*arguments, cwd=None, env=None):
         cwd=cwd,
         check=False,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), **(env or {})},
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), **(env or {})},
     )
 
 

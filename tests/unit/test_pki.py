@@ -1,7 +1,6 @@
 """The platform CA certifies what is declared, and nothing else verifies."""
 
 import ipaddress
-import os
 import subprocess
 
 import pytest
@@ -89,7 +88,7 @@ def test_nothing_declared_means_nothing_certified(ca):
 def test_the_root_stays_across_starts_and_its_key_is_for_its_owner_alone(ca, tmp_path):
     again = PlatformCA(tmp_path / "ca.key", tmp_path / "ca.pem", NOW + 1)
     assert again._root == ca._root
-    assert os.stat(tmp_path / "ca.key").st_mode & 0o777 == 0o600
+    assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_certificate_that_is_not_the_keys_is_refused(ca, tmp_path):

@@ -7,9 +7,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from broker.audit import chain
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record
-from broker.cli.audit import audit, render
+from broker.cli.audit import _new_lines, audit, render
 from broker.errors import UsageError
 from broker.manifest.findings import printable
 from broker.policy.types import ALLOW, Code, deny
@@ -138,3 +139,15 @@ def test_a_key_that_is_no_key_is_wrong_usage(state, pem, reason):
     error = run("verify", "--state", state).exception
     assert isinstance(error, UsageError)
     assert reason in str(error)
+
+
+def test_following_gives_each_whole_line_once_also_across_segments(tmp_path):
+    first, second = tmp_path / chain.segment_name(1), tmp_path / chain.segment_name(3)
+    first.write_bytes(b"old\none\ntor")
+    followed = _new_lines(tmp_path, first, len(b"old\n"))
+    assert next(followed) == b"one"
+    with first.open("ab") as file:
+        file.write(b"n\n")
+    assert next(followed) == b"torn"
+    second.write_bytes(b"two\n")
+    assert next(followed) == b"two"

@@ -29,7 +29,7 @@ def occasion(issuer="static", *, agent=BOT, run="", max_ttl=3600, template="Bear
 def shows(value):
     """Every way in which a value gets into a log by accident."""
     try:
-        raise ValueError(value)
+        raise ValueError(value)  # noqa: TRY301 - for its traceback
     except ValueError as error:
         told = "".join(traceback.format_exception(error))
     record = logging.LogRecord("x", logging.INFO, "f", 1, "%s %r", (value, value), None)
