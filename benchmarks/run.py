@@ -41,16 +41,17 @@ class Cell:
 def main(arguments: list[str] | None = None) -> None:
     """Run, and print the table (or, with --json, all numbers) on stdout; progress goes to stderr."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default 2)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement (default 1.5)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the median counts (default 3)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one short round, whose numbers mean little")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     given = parser.parse_args(arguments)
     seconds, rounds = (0.2, 1) if given.quick else (given.seconds, given.rounds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    machine = _machine()
     with _cells(seconds) as cells:
         rows = measure(cells, rounds)
-    found = {"machine": _machine(), "calls": rows, "costs": costs.measure(quick=given.quick)}
+    found = {"machine": machine, "calls": rows, "costs": costs.measure(quick=given.quick)}
     print(json.dumps(found) if given.json else table(found))
 
 
@@ -172,7 +173,7 @@ def table(found: dict[str, Any]) -> str:
     """All numbers as Markdown."""
     machine = found["machine"]
     lines = [
-        "{cpus} cores ({cpu}), Linux {linux}, Python {python}, Envoy {envoy}.".format(**machine),
+        "{cpus} cores ({cpu}), load {load} before, Linux {linux}, Python {python}, Envoy {envoy}.".format(**machine),
         "",
         *_heading("call", "way", "requests/s", "to bare", "p50/p99 at 1", "p50/p99 at 16", "CPU Envoy", "CPU processor"),
         *map(_line, found["calls"]),
@@ -201,6 +202,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpus": len(os.sched_getaffinity(0)),
         "cpu": model[0].partition(": ")[2] if model else platform.machine(),
+        "load": round(os.getloadavg()[0], 1),  # what others do on these cores: above 0.5 or so, only the CPU columns mean much
         "linux": platform.release(),
         "python": platform.python_version(),
         "envoy": envoy_version(envoy_binary()),
