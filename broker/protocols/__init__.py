@@ -1,5 +1,4 @@
 """Protocol adapters: bytes → `ToolCall`, denial → bytes. Pure; they see a tool of the catalog and a request, nothing else.
 
-Law: what can't be read in exactly one way is a `Refusal`, never a guess. The registry below is the list of words that a catalog
-entry may write in `protocol:`.
+Law: what can't be read in exactly one way is a `Refusal`, never a guess.
 """

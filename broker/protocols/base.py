@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from broker.policy.snapshot import Grant, Operation, Tool
+from broker.policy.snapshot import Grant, Tool
 from broker.policy.types import Decision, Json, Refusal, Request, ToolCall
 
 
@@ -42,14 +42,9 @@ class Adapter(Protocol):
         """Read the whole request. `body` is empty when there is none."""
 
     def denial(self, problem: Mapping[str, Json], decision: Decision | Refusal, correlation: Json) -> Reply | None:
-        """The denial in this protocol's own shape, or None where the plain problem body (RFC 9457) is right."""
+        """The denial in this protocol's own shape; or None where the plain problem body (RFC 9457) is right."""
 
     def response_filter(
         self, tool: Tool, grants: Mapping[str, Grant], call: ToolCall, content_type: str
     ) -> ResponseFilter | None:
-        """What the answer to an allowed call must pass through, or None to leave it untouched (and unread)."""
-
-
-def by_alias(tool: Tool, alias: str) -> Operation | None:
-    """The operation whose MCP tool name is `alias`."""
-    return next((operation for operation in tool.operations.values() if operation.alias == alias), None)
+        """What the answer to an allowed call must pass through; or None to leave it untouched (and unread)."""

@@ -5,54 +5,38 @@ cut for one agent is private to it, whatever the server says of caching. Hiding 
 call is the decision.
 """
 
+from typing import Any
+
 import orjson
 
-from broker.policy.types import Json, Refusal
 from broker.protocols import strict
 from broker.protocols.base import ResponseBlocked, ResponseFilter
 from broker.protocols.sse import MAX_EVENT, Events, data_of, with_data
 
-_CAN_HOLD_NO_LIST = frozenset({"text/plain", "text/html"})
-"""Error pages: no MCP client reads a list from them."""
 
-
-def list_filter(visible: frozenset[str], content_type: str) -> ResponseFilter | None:
+def list_filter(visible: tuple[str, ...], content_type: str) -> ResponseFilter | None:
     """The filter for an answer of this type; `visible` holds MCP tool names. None for what can hold no list."""
     media = content_type.partition(";")[0].strip().lower()
-    if media == "text/event-stream":
-        return _Stream(visible)
-    if media == "application/json":
-        return _Document(visible)
-    return None if media in _CAN_HOLD_NO_LIST else _Nothing()
+    if media in ("text/plain", "text/html"):  # error pages: no MCP client reads a list from them
+        return None
+    return _Filter(visible, stream=media == "text/event-stream")
 
 
-class _Document:
-    def __init__(self, visible: frozenset[str]) -> None:
+class _Filter:
+    def __init__(self, visible: tuple[str, ...], *, stream: bool) -> None:
         self._visible = visible
+        self._events = Events() if stream else None
         self._held = bytearray()
 
     def feed(self, chunk: bytes, *, last: bool) -> bytes:
+        if self._events:  # an event that the end cuts short is none
+            return b"".join(map(self._event, self._events.feed(chunk)))
         self._held += chunk
         if len(self._held) > MAX_EVENT:
-            raise ResponseBlocked(
-                f"the answer is longer than {MAX_EVENT} bytes, so its tools can't be read before it is passed on"
-            )
+            raise ResponseBlocked(f"the answer is longer than {MAX_EVENT} bytes, so it can't be read before it is passed on")
         return _shown(bytes(self._held), self._visible) if last and self._held else b""
 
-
-class _Stream:
-    def __init__(self, visible: frozenset[str]) -> None:
-        self._visible = visible
-        self._events = Events()
-
-    def feed(self, chunk: bytes, *, last: bool) -> bytes:  # noqa: ARG002 - an event that the end cuts short is none
-        return b"".join(self._pass(event) for event in self._events.feed(chunk))
-
-    def _pass(self, event: bytes) -> bytes:
-        try:
-            event.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ResponseBlocked("an event stream that is not UTF-8 (compressed, perhaps) can't be read") from None
+    def _event(self, event: bytes) -> bytes:
         data = data_of(event)
         # Most events are notifications: only one with this word (or an escape that may spell it) can carry a list.
         if b"tools" not in data and rb"\u" not in data:
@@ -61,27 +45,16 @@ class _Stream:
         return event if shown == data else with_data(event, shown)
 
 
-class _Nothing:
-    def feed(self, chunk: bytes, *, last: bool) -> bytes:  # noqa: ARG002
-        if chunk:
-            raise ResponseBlocked("the answer to tools/list is neither JSON nor an event stream, so its tools can't be read")
-        return b""
-
-
-def _shown(data: bytes, visible: frozenset[str]) -> bytes:
-    message = strict.json_value(data)
-    if isinstance(message, Refusal) or not isinstance(message, dict):
+def _shown(data: bytes, visible: tuple[str, ...]) -> bytes:
+    try:
+        message: Any = strict.json_value(data)
+    except strict.Unreadable:
+        message = None
+    if not isinstance(message, dict):
         raise ResponseBlocked("an answer that may hold the tool list is not one JSON-RPC message")
     result = message.get("result")
-    tools = result.get("tools") if isinstance(result, dict) else None
-    if not isinstance(result, dict) or not isinstance(tools, list):
+    if not isinstance(result, dict) or not isinstance(result.get("tools"), list):
         return data
-    cut: dict[str, Json] = {**result, "tools": [tool for tool in tools if _name(tool) in visible]}
-    if "cacheScope" in cut:
-        cut["cacheScope"] = "private"
+    held = [tool for tool in result["tools"] if isinstance(tool, dict) and tool.get("name") in visible]
+    cut = {**result, "tools": held} | ({"cacheScope": "private"} if "cacheScope" in result else {})
     return data if cut == result else orjson.dumps({**message, "result": cut})
-
-
-def _name(tool: Json) -> str:
-    name = tool.get("name") if isinstance(tool, dict) else None
-    return name if isinstance(name, str) else ""

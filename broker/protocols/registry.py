@@ -1,11 +1,10 @@
 """The words that a catalog entry may write in `protocol:`, and what speaks each."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from broker.protocols.base import Adapter
 from broker.protocols.mcp import Mcp
 from broker.protocols.rest import Rest
 
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType({"mcp": Mcp(), "rest": Rest()})
+ADAPTERS: Mapping[str, Adapter] = {"mcp": Mcp(), "rest": Rest()}
 """One stateless adapter a protocol, by its word."""

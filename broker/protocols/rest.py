@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 from broker.policy.match import PathError, split_path
 from broker.policy.schema import ParameterSchema, typed
-from broker.policy.snapshot import Grant, Operation, Tool
-from broker.policy.types import Code, Decision, Json, Refusal, Request, ToolCall
+from broker.policy.snapshot import Operation, Tool
+from broker.policy.types import Code, Json, Refusal, Request, ToolCall
 from broker.protocols import strict
-from broker.protocols.base import Reply, ResponseFilter
+from broker.protocols.strict import Unreadable, must
 
 _JSON = "application/json"
 _FORM = "application/x-www-form-urlencoded"
@@ -26,117 +26,76 @@ class Rest:
 
     def body_limit(self, tool: Tool, request: Request) -> int | Refusal:
         """The matched operation's `max_body`, or why no body can help this request."""
-        found = strict.head(request) or _matched(tool, request)
-        if isinstance(found, Refusal):
-            return found
-        if found is None:
-            return Refusal(Code.OPERATION_NOT_DECLARED, f"{_label(request)} is no operation of {tool.name!r}")
-        return found[0].max_body
+        try:
+            operation, _ = _matched(tool, request)
+        except Unreadable as error:
+            return error.refusal
+        if operation is None:
+            return Refusal(Code.OPERATION_NOT_DECLARED, f"{request.method} {request.path} is no operation of {tool.name!r}")
+        return operation.max_body
 
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """The operation with its path, query and body; operation None where nothing matches."""
-        found = strict.head(request) or _matched(tool, request)
-        if isinstance(found, Refusal):
-            return found
-        if found is None:
-            return ToolCall(tool.name, None, label=_label(request))
-        operation, variables = found
-        if len(body) > operation.max_body:
-            return Refusal(Code.BODY_TOO_LARGE, f"the body is over the {operation.max_body} bytes that {operation.name} takes")
-        kinds = _kinds(operation, "path")
-        params: dict[str, Json] = {"path": {name: typed(text, kinds.get(name, "")) for name, text in variables.items()}}
-        pairs = strict.query(request.query) if request.query else {}
-        if isinstance(pairs, Refusal):
-            return pairs
-        params["query"] = _typed_pairs(pairs, operation.schemas.get("query"))
-        refusal = _read_body(operation, request, body, params) if body else None
-        return refusal or ToolCall(tool.name, operation.name, params, label=_label(request))
+        label = f"{request.method} {request.path}"
+        try:
+            operation, variables = _matched(tool, request)
+            if operation is None:
+                return ToolCall(tool.name, None, label=label)
+            schemas = operation.schemas
+            path = _typed({name: [value] for name, value in variables.items()}, schemas.get("path"))
+            query = _typed(strict.query(request.query), schemas.get("query"))
+            params = {"path": path, "query": query, **_body(operation, request, body)}
+        except Unreadable as error:
+            return error.refusal
+        return ToolCall(tool.name, operation.name, params, label=label)
 
-    def denial(self, problem: Mapping[str, Json], decision: Decision | Refusal, correlation: Json) -> Reply | None:  # noqa: ARG002
-        """Always None: the plain problem body is what a REST client expects."""
-        return None
+    def denial(self, *_: object) -> None:
+        """The plain problem body is what a REST client expects."""
 
-    def response_filter(
-        self,
-        tool: Tool,  # noqa: ARG002
-        grants: Mapping[str, Grant],  # noqa: ARG002
-        call: ToolCall,  # noqa: ARG002
-        content_type: str,  # noqa: ARG002
-    ) -> ResponseFilter | None:
-        """Always None: REST answers pass untouched."""
-        return None
+    def response_filter(self, *_: object) -> None:
+        """REST answers pass untouched."""
 
 
-def _label(request: Request) -> str:
-    return f"{request.method} {request.path}"
-
-
-def _matched(tool: Tool, request: Request) -> tuple[Operation, dict[str, str]] | Refusal | None:
+def _matched(tool: Tool, request: Request) -> tuple[Operation | None, dict[str, str]]:
+    strict.head(request)
     try:
         segments = split_path(request.path)
     except PathError as error:
-        return Refusal(Code.PROTOCOL_VIOLATION, str(error))
-    best: tuple[Operation, dict[str, str]] | None = None
-    best_rank: tuple[int, ...] = ()
-    for operation in tool.operations.values():
-        if operation.method != request.method or operation.template is None:
-            continue
-        variables = operation.template.match(segments)
-        if variables is not None and (best is None or operation.template.rank < best_rank):
-            best, best_rank = (operation, variables), operation.template.rank
-    return best
+        raise Unreadable(Code.PROTOCOL_VIOLATION, str(error)) from None
+    fits = [
+        (template.rank, operation, variables)
+        for operation in tool.operations.values()
+        if operation.method == request.method
+        and (template := operation.template)
+        and (variables := template.match(segments)) is not None
+    ]
+    return min(fits, key=lambda fit: fit[0])[1:] if fits else (None, {})
 
 
-def _kinds(operation: Operation, location: str) -> Mapping[str, str]:
-    schema = operation.schemas.get(location)
-    return schema.types if schema else {}
-
-
-def _typed_pairs(pairs: Mapping[str, list[str]], schema: ParameterSchema | None) -> dict[str, Json]:
+def _typed(pairs: Mapping[str, list[str]], schema: ParameterSchema | None) -> dict[str, Json]:
     kinds = schema.types if schema else {}
     found: dict[str, Json] = {}
     for key, values in pairs.items():
         kind = kinds.get(key, "")
-        if kind == "array" and schema:
-            item = _item_kind(schema, key)
-            found[key] = [typed(value, item) for value in values]
-        elif len(values) == 1:
-            found[key] = typed(values[0], kind)
-        else:
-            found[key] = [typed(value, kind) for value in values]
+        items = schema.source["properties"][key].get("items") if schema and kind == "array" else None
+        one = kind if kind != "array" else items.get("type", "") if isinstance(items, dict) else ""
+        read = [typed(value, one) for value in values]
+        found[key] = read if kind == "array" or len(read) > 1 else read[0]
     return found
 
 
-def _item_kind(schema: ParameterSchema, key: str) -> str:
-    items = schema.source["properties"][key].get("items")
-    kind = items.get("type") if isinstance(items, dict) else None
-    return kind if isinstance(kind, str) else ""
-
-
-def _read_body(operation: Operation, request: Request, body: bytes, params: dict[str, Json]) -> Refusal | None:
-    schema = operation.schemas.get("body")
-    media = strict.media_type(request)
-    if isinstance(media, Refusal):
-        return media if schema or _claims_to_be_read(request) else None
-    if media == _JSON or media.endswith("+json"):
-        value = strict.json_value(body)
-        if isinstance(value, Refusal):
-            return value
-        params["body"] = value
-    elif media == _FORM:
-        pairs = strict.form(body)
-        if isinstance(pairs, Refusal):
-            return pairs
-        params["body"] = _typed_pairs(pairs, schema)
-    elif schema:
-        return Refusal(
-            Code.ENCODING_NOT_ALLOWED,
-            f"{operation.name} has a body schema, so its body must be {_JSON}, …+json or {_FORM}, not {media or 'untyped'!r}",
-        )
-    return None
-
-
-def _claims_to_be_read(request: Request) -> bool:
+def _body(operation: Operation, request: Request, body: bytes) -> dict[str, Json]:
+    if len(body) > operation.max_body:
+        raise Unreadable(Code.BODY_TOO_LARGE, f"the body is over the {operation.max_body} bytes that {operation.name} takes")
+    schema, stated = operation.schemas.get("body"), request.header("content-type") or ""
     # text/csv in latin-1 is nobody's business here; JSON in latin-1 would be read differently behind us.
-    stated = (request.header("content-type") or "").lower()
-    return "json" in stated or _FORM in stated
+    if not body or (schema is None and "json" not in stated.lower() and _FORM not in stated.lower()):
+        return {}
+    media = strict.media_type(stated)
+    if media == _JSON or media.endswith("+json"):
+        return {"body": strict.json_value(body)}
+    if media == _FORM:
+        return {"body": _typed(strict.form(body), schema)}
+    detail = f"{operation.name} has a body schema, so its body must be {_JSON}, …+json or {_FORM}, not {media or 'untyped'!r}"
+    must(schema is None, detail, Code.ENCODING_NOT_ALLOWED)
+    return {}

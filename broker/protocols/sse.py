@@ -13,9 +13,8 @@ MAX_EVENT = 4 * 1024 * 1024
 
 # Atomic: CRLF is one line end, never a CR and then an empty line.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_LINE = re.compile(rb"([^\r\n]*+)(\r\n|\n|\r|\Z)")
-_BOM = b"\xef\xbb\xbf"
-_LONGEST_END = 4
+# A client drops a byte order mark that begins the stream, so behind one there may be a data line too.
+_DATA_LINE = re.compile(rb"(?<![^\r\n])(?:\xef\xbb\xbf)?data(?:: ?([^\r\n]*+))?(\r\n|\n|\r|\Z)")
 
 
 class Events:
@@ -26,7 +25,7 @@ class Events:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, each with its blank line. Raises `ResponseBlocked` when one grows too long."""
-        scanned = max(0, len(self._waiting) - _LONGEST_END)
+        scanned = max(0, len(self._waiting) - 4)  # the longest end, CRLF CRLF, may have been cut
         self._waiting += chunk
         events: list[bytes] = []
         start = 0
@@ -41,23 +40,10 @@ class Events:
 
 def data_of(event: bytes) -> bytes:
     """The event's data: its `data` lines joined by line feeds. Empty for comments, priming events and keep-alives."""
-    return b"\n".join(value for line, _ in _LINE.findall(event) if (value := _data(line)) is not None)
+    return b"\n".join(value for value, _ in _DATA_LINE.findall(event))
 
 
 def with_data(event: bytes, data: bytes) -> bytes:
-    """The event with `data` (one line) in place of its first data line and without the others; all else as it was."""
-    lines: list[bytes] = []
-    placed = False
-    for line, end in _LINE.findall(event):
-        if _data(line) is None:
-            lines.append(line + end)
-        elif not placed:
-            lines.append(b"data: " + data + end)
-            placed = True
-    return b"".join(lines)
-
-
-def _data(line: bytes) -> bytes | None:
-    # A client drops a byte order mark that begins the stream, so behind one there may be a data line too.
-    name, _, value = line.removeprefix(_BOM).partition(b":")
-    return value.removeprefix(b" ") if name == b"data" else None
+    """The event, which has data, with `data` (one line) in place of its first data line and without the others."""
+    before, _, end, after = _DATA_LINE.split(event, maxsplit=1)
+    return before + b"data: " + data + end + _DATA_LINE.sub(b"", after)

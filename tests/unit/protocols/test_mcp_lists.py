@@ -55,6 +55,11 @@ def test_what_needs_no_cut_passes_byte_for_byte(message: object) -> None:
     assert _filter("text/event-stream").feed(_event(message), last=False) == _event(message)
 
 
+@pytest.mark.parametrize("content_type", ["", "application/octet-stream", "application/problem+json"])
+def test_a_list_by_another_type_is_cut_too(content_type: str) -> None:
+    assert json.loads(_filter(content_type).feed(json.dumps(ALL).encode(), last=True)) == CUT
+
+
 @pytest.mark.parametrize(
     ("tools", "left"),
     [
@@ -120,9 +125,9 @@ def test_any_fragments_give_what_the_whole_gives(cuts: list[int]) -> None:
         pytest.param("application/json", json.dumps(ALL).encode("utf-16"), id="UTF-16"),
         pytest.param("text/event-stream", b'data: {"tools"\n\n', id="an event that is no JSON"),
         pytest.param("text/event-stream", b'data: {"\\u0074ools": [}\n\n', id="an event that spells it by escapes"),
-        pytest.param("text/event-stream", b"\x1f\x8b\x08\n\n", id="a compressed stream"),
-        pytest.param("application/x-ndjson", b"{}", id="another type"),
-        pytest.param("", b"{}", id="no type"),
+        pytest.param("application/x-ndjson", b"{}\n{}", id="several documents"),
+        pytest.param("application/octet-stream", b"data: " + json.dumps(ALL).encode() + b"\n\n", id="a stream by another name"),
+        pytest.param("", b"\x1f\x8b\x08", id="something compressed, of no type"),
     ],
 )
 def test_what_can_not_be_read_is_blocked(content_type: str, raw: bytes) -> None:

@@ -84,10 +84,10 @@ def test_names_with_braces_are_only_text() -> None:
 )
 def test_replies(status: int, challenge: tuple[str, str] | None) -> None:
     found = problems.problem("d1", "bot", "", "", deny(Code.AGENT_UNKNOWN, "half a character: \ud800"))
-    reply = problems.reply(found, status, (("retry-after", "1"),))
+    reply = problems.reply(found, status)
     assert reply.status == status
     assert json.loads(reply.body) == {**found, "status": status}
-    expected = [("content-type", "application/problem+json"), ("x-broker-decision-id", "d1"), challenge, ("retry-after", "1")]
+    expected = [("content-type", "application/problem+json"), ("x-broker-decision-id", "d1"), challenge]
     assert list(reply.headers) == [header for header in expected if header]
 
 

@@ -87,6 +87,12 @@ def _recognise(method: str, path: str, query: str = "", headers: tuple[tuple[str
             {"path": {}, "query": {}},
             id="opaque",
         ),
+        pytest.param(
+            ("POST", "/upload", "", (("content-type", "text/jsonl"),), b"{}{}"),
+            "upload",
+            {"path": {}, "query": {}},
+            id="JSON lines",
+        ),
         pytest.param(("POST", "/upload", "", (), b"\x00"), "upload", {"path": {}, "query": {}}, id="opaque without a type"),
         pytest.param(
             ("POST", "/upload", "", (("content-type", "text/csv; charset=latin1"),), b"\xe9"),

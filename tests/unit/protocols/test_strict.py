@@ -2,6 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
@@ -10,22 +13,30 @@ from hypothesis import strategies as st
 
 from broker.policy.types import Code, Refusal, Request
 from broker.protocols import strict
+from broker.protocols.strict import Unreadable
+
+
+def _refusal(read: Callable[[Any], object], what: object) -> Refusal:
+    with pytest.raises(Unreadable) as caught:
+        read(what)
+    return caught.value.refusal
+
 
 REFUSED = [
     pytest.param(b"", "Expecting value", id="an empty body"),
     pytest.param(b"\xef\xbb\xbf{}", "Expecting value", id="a byte order mark"),
-    pytest.param('{"a":1}'.encode("utf-16"), "UTF-8", id="UTF-16 with its mark"),
+    pytest.param('{"a":1}'.encode("utf-16"), "codec", id="UTF-16 with its mark"),
     pytest.param('{"a":1}'.encode("utf-16-le"), "Expecting", id="UTF-16 without a mark"),
     pytest.param('{"a":1}'.encode("utf-32-be"), "Expecting", id="UTF-32"),
-    pytest.param(b'"\xff"', "UTF-8", id="bytes that are no UTF-8"),
-    pytest.param(b'"\xed\xa0\x80"', "UTF-8", id="a raw surrogate"),
+    pytest.param(b'"\xff"', "codec", id="bytes that are no UTF-8"),
+    pytest.param(b'"\xed\xa0\x80"', "codec", id="a raw surrogate"),
     pytest.param(b'{"a":NaN}', "NaN", id="NaN"),
     pytest.param(b"[Infinity]", "NaN", id="Infinity"),
     pytest.param(b"-Infinity", "NaN", id="minus Infinity"),
     pytest.param(b"1e999", "double", id="a number that overflows to infinity"),
     pytest.param(b"-1e999", "double", id="a number that overflows to minus infinity"),
-    pytest.param(b"18446744073709551616", "64 bits", id="an integer of 65 bits"),
-    pytest.param(b"9" * 100_000, "64 bits", id="an integer of absurd length"),
+    pytest.param(b"18446744073709551616", "64-bit range", id="an integer of 65 bits"),
+    pytest.param(b"9" * 100_000, "4300 digits", id="an integer of absurd length"),
     pytest.param(b'{"a":1,"a":2}', "twice", id="a key twice"),
     pytest.param(b'{"x":{"a":1,"\\u0061":2}}', "twice", id="a key twice, once escaped, below the top"),
     pytest.param(b'{"a":"\\ud800"}', "surrogate", id="a lone high surrogate"),
@@ -36,19 +47,18 @@ REFUSED = [
     pytest.param(b'{"a":1,}', "property name", id="a trailing comma"),
     pytest.param(b"{'a':1}", "property name", id="single quotes"),
     pytest.param(b'"a\nb"', "control character", id="a raw line end in a string"),
-    pytest.param(b"[" * 65 + b"]" * 65, "64 levels", id="65 levels"),
-    pytest.param(b"[" * 100_000, "64 levels", id="100,000 levels of lists, never closed"),
-    pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "64 levels", id="100,000 levels of objects"),
-    pytest.param(b'["\\"",' + b"[" * 70, "64 levels", id="deep after an escaped quote"),
+    pytest.param(b"[" * 255 + b"]" * 255, "Recursion", id="255 levels"),
+    pytest.param(b"[" * 100_000, "recursion", id="100,000 levels of lists, never closed"),
+    pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "recursion", id="100,000 levels of objects"),
 ]
 
 
 @pytest.mark.parametrize(("body", "reason"), REFUSED)
 def test_refuses_json(body: bytes, reason: str) -> None:
-    refusal = strict.json_value(body)
-    assert isinstance(refusal, Refusal)
+    refusal = _refusal(strict.json_value, body)
     assert refusal.code is Code.BODY_MALFORMED
     assert reason in refusal.detail
+    assert "sys." not in refusal.detail
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,7 @@ def test_refuses_json(body: bytes, reason: str) -> None:
         pytest.param(b'"\\\\ud800"', id="a backslash and the letters ud800"),
         pytest.param(b"18446744073709551615", id="the largest 64-bit integer"),
         pytest.param(b"-9223372036854775808", id="the smallest 64-bit integer"),
-        pytest.param(b"[" * 64 + b"]" * 64, id="64 levels"),
+        pytest.param(b"[" * 254 + b"]" * 254, id="254 levels"),
         pytest.param(b"[" + b"[]," * 100 + b"[]]", id="many lists side by side"),
         pytest.param(b'["' + b"[{" * 200 + b'"]', id="brackets in a string"),
     ],
@@ -81,11 +91,12 @@ def test_every_valid_document_is_read(document: object, ascii_only: bool) -> Non
 
 @given(st.binary() | st.lists(st.sampled_from(list('[]{}"\\:,u1eEdD8-. ')), max_size=60).map(lambda s: "".join(s).encode()))
 def test_no_bytes_raise_and_what_is_accepted_is_json(body: bytes) -> None:
-    value = strict.json_value(body)
-    if not isinstance(value, Refusal):
-        assert value == json.loads(body)
-    strict.form(body)
-    strict.query(body.decode("latin-1"))
+    with suppress(Unreadable):
+        assert strict.json_value(body) == json.loads(body)
+    with suppress(Unreadable):
+        strict.form(body)
+    with suppress(Unreadable):
+        strict.query(body.decode("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -129,15 +140,15 @@ def test_reads_pairs(raw: str, pairs: dict[str, list[str]]) -> None:
     ],
 )
 def test_refuses_pairs(raw: str, reason: str) -> None:
-    for refusal, code in ((strict.query(raw), Code.PROTOCOL_VIOLATION), (strict.form(raw.encode()), Code.BODY_MALFORMED)):
-        assert isinstance(refusal, Refusal)
-        assert refusal.code is code
-        assert reason in refusal.detail
+    asked, sent = _refusal(strict.query, raw), _refusal(strict.form, raw.encode())
+    assert (asked.code, sent.code) == (Code.PROTOCOL_VIOLATION, Code.BODY_MALFORMED)
+    assert reason in asked.detail
+    assert reason in sent.detail
 
 
 def test_a_form_may_hold_lines_but_a_query_may_not() -> None:
     assert strict.form(b"text=a%0D%0Ab%09c") == {"text": ["a\r\nb\tc"]}
-    assert isinstance(strict.query("text=a%0Ab"), Refusal)
+    assert "control" in _refusal(strict.query, "text=a%0Ab").detail
 
 
 _PRINTED = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]))
@@ -175,13 +186,11 @@ def _request(*headers: tuple[str, str], method: str = "POST") -> Request:
     ],
 )
 def test_refuses_a_head(request_: Request, code: Code) -> None:
-    refusal = strict.head(request_)
-    assert refusal is not None
-    assert refusal.code is code
+    assert _refusal(strict.head, request_).code is code
 
 
 def test_a_plain_head_passes() -> None:
-    assert strict.head(_request(("content-type", "a/b"), ("content-encoding", "identity"), ("connection", "keep-alive"))) is None
+    strict.head(_request(("content-type", "a/b"), ("content-encoding", "identity"), ("connection", "keep-alive")))
 
 
 @pytest.mark.parametrize(
@@ -191,11 +200,12 @@ def test_a_plain_head_passes() -> None:
         pytest.param("Application/JSON; Charset=UTF-8", "application/json", id="other case"),
         pytest.param('application/json;charset="utf-8"', "application/json", id="a quoted charset"),
         pytest.param("multipart/form-data; boundary=x", "multipart/form-data", id="another parameter"),
+        pytest.param('a/b; x="y; charset=z" ;', "a/b", id="a charset inside a quoted parameter"),
         pytest.param("", "", id="none"),
     ],
 )
 def test_reads_media_types(value: str, media: str) -> None:
-    assert strict.media_type(_request(("content-type", value))) == media
+    assert strict.media_type(value) == media
 
 
 @pytest.mark.parametrize(
@@ -205,14 +215,13 @@ def test_reads_media_types(value: str, media: str) -> None:
         pytest.param("application/json; charset=utf-8; charset=latin1", id="a second charset"),
         pytest.param("application/json, text/plain", id="two types in one"),
         pytest.param("json", id="no subtype"),
-        pytest.param("text/plain", id="not what is accepted"),
-        pytest.param("", id="nothing, where something is asked for"),
+        pytest.param("application/json; charset=utf-8x", id="a charset that begins like UTF-8"),
+        pytest.param('application/json; charset="utf-8', id="an open quote"),
+        pytest.param("application/json; CHARSET=latin1", id="another charset, in capitals"),
     ],
 )
 def test_refuses_media_types(value: str) -> None:
-    refusal = strict.media_type(_request(("content-type", value)), ("application/json",))
-    assert isinstance(refusal, Refusal)
-    assert refusal.code is Code.ENCODING_NOT_ALLOWED
+    assert _refusal(strict.media_type, value).code is Code.ENCODING_NOT_ALLOWED
 
 
 def test_numbers_keep_their_value() -> None:
