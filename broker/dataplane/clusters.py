@@ -9,15 +9,18 @@ import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.config.rbac.v3 as rbac
 import envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 as tls
 import envoy_data_plane.envoy.extensions.upstreams.http.v3 as upstream_http
-from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as RbacFilter
 from envoy_data_plane.envoy.extensions.filters.http.upstream_codec.v3 import UpstreamCodec
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.rbac.matchers.upstream_ip_port.v3 import UpstreamIpPortMatcher
+from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
+from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from broker.dataplane.proto import any_of, inline, one_endpoint, seconds, socket
+from broker.dataplane.filters import http_filter, rbac_filter
+from broker.dataplane.proto import any_of, extension, inline, one_endpoint, seconds, socket
 from broker.dataplane.routes import is_address, tool_cluster
+from broker.dataplane.site import PROCESSOR
 from broker.policy.snapshot import Tool
 
 # Not globally reachable by the IANA special-purpose registries (RFC 6890), plus every IPv6 form that embeds an IPv4 address.
@@ -28,64 +31,83 @@ NOT_PUBLIC = (
     "fe80::/10", "ff00::/8",
 )  # fmt: skip
 
-_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_H1, _H2 = core.Http1ProtocolOptions(), core.Http2ProtocolOptions()
+_EXPLICIT = upstream_http.HttpProtocolOptionsExplicitHttpConfig
+_HTTP1: dict[str, object] = {"explicit_http_config": _EXPLICIT(http_protocol_options=_H1)}
+_HTTP2: dict[str, object] = {"explicit_http_config": _EXPLICIT(http2_protocol_options=_H2)}
+_BY_ALPN: dict[str, object] = {
+    "auto_config": upstream_http.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=_H1, http2_protocol_options=_H2)
+}
 
 
-def cluster(tool: Tool, system_roots: str) -> cluster_v3.Cluster:
+def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
     """The cluster of one tool."""
-    endpoint = tool.endpoint
+    endpoint, name = entry.endpoint, tool_cluster(entry)
+    secure = endpoint.scheme == "https"
+    filters = [_addresses(entry.upstream.addresses), http_filter("upstream_codec", UpstreamCodec())]
     return cluster_v3.Cluster(
-        name=tool_cluster(tool),
+        name=name,
         type=cluster_v3.ClusterDiscoveryType.STRICT_DNS,
         # Each address is a host of its own here: with ALL, half the calls fail where IPv6 resolves but leads nowhere.
         dns_lookup_family=cluster_v3.ClusterDnsLookupFamily.V4_PREFERRED,
         connect_timeout=seconds(5),
         # A name that can't be resolved must not keep the listeners closed.
         wait_for_warm_on_init=False,
-        load_assignment=one_endpoint(tool_cluster(tool), socket((endpoint.host, endpoint.port))),
-        transport_socket=_tls(tool, system_roots) if endpoint.scheme == "https" else None,
-        typed_extension_protocol_options={_HTTP_OPTIONS: _http(tool)},
+        load_assignment=one_endpoint(name, socket((endpoint.host, endpoint.port))),
+        transport_socket=_tls(entry, system_roots) if secure else None,
+        typed_extension_protocol_options=_http(_BY_ALPN if secure else _HTTP1, filters),
     )
 
 
-def _tls(tool: Tool, system_roots: str) -> core.TransportSocket:
-    host = tool.endpoint.host
+def processor(path: str) -> cluster_v3.Cluster:
+    """The broker's own socket."""
+    made = _static(PROCESSOR, core.Address(pipe=core.Pipe(path=path)))
+    made.typed_extension_protocol_options = _http(_HTTP2, [])
+    return made
+
+
+def internal(listener: str) -> cluster_v3.Cluster:
+    """The way of a tunnel into an internal listener of the same name."""
+    made = _static(listener, core.Address(envoy_internal_address=core.EnvoyInternalAddress(server_listener_name=listener)))
+    raw = extension(core.TransportSocket, "envoy.transport_sockets.raw_buffer", RawBuffer())
+    passed = InternalUpstreamTransport(transport_socket=raw)
+    made.transport_socket = extension(core.TransportSocket, "envoy.transport_sockets.internal_upstream", passed)
+    return made
+
+
+def _static(name: str, address: core.Address) -> cluster_v3.Cluster:
+    kind = cluster_v3.ClusterDiscoveryType.STATIC
+    return cluster_v3.Cluster(name=name, type=kind, connect_timeout=seconds(1), load_assignment=one_endpoint(name, address))
+
+
+def _tls(entry: Tool, system_roots: str) -> core.TransportSocket:
+    host = entry.endpoint.host
     kind = tls.SubjectAltNameMatcherSanType.IP_ADDRESS if is_address(host) else tls.SubjectAltNameMatcherSanType.DNS
-    roots = inline(tool.upstream.ca_pem) if tool.upstream.ca_pem else core.DataSource(filename=system_roots)
     context = tls.UpstreamTlsContext(
         sni="" if is_address(host) else host,
         common_tls_context=tls.CommonTlsContext(
             tls_params=tls.TlsParameters(tls_minimum_protocol_version=tls.TlsParametersTlsProtocol.TLSv1_2),
             alpn_protocols=["h2", "http/1.1"],
             validation_context=tls.CertificateValidationContext(
-                trusted_ca=roots,
+                trusted_ca=inline(entry.upstream.ca_pem) if entry.upstream.ca_pem else core.DataSource(filename=system_roots),
                 match_typed_subject_alt_names=[tls.SubjectAltNameMatcher(san_type=kind, matcher=StringMatcher(exact=host))],
             ),
         ),
     )
-    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=any_of(context))
+    return extension(core.TransportSocket, "envoy.transport_sockets.tls", context)
 
 
-def _http(tool: Tool) -> Any:
-    filters = [
-        HttpFilter(name="envoy.filters.http.upstream_rbac", typed_config=any_of(_addresses(tool.upstream.addresses))),
-        HttpFilter(name="envoy.filters.http.upstream_codec", typed_config=any_of(UpstreamCodec())),
-    ]
-    if tool.endpoint.scheme == "https":
-        auto = upstream_http.HttpProtocolOptionsAutoHttpConfig(
-            http_protocol_options=core.Http1ProtocolOptions(), http2_protocol_options=core.Http2ProtocolOptions()
-        )
-        return any_of(upstream_http.HttpProtocolOptions(auto_config=auto, http_filters=filters))
-    plain = upstream_http.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions())
-    return any_of(upstream_http.HttpProtocolOptions(explicit_http_config=plain, http_filters=filters))
+def _http(version: dict[str, object], filters: list[HttpFilter]) -> dict[str, Any]:
+    options = upstream_http.HttpProtocolOptions(http_filters=filters, **version)  # type: ignore[arg-type]  # one of the three
+    return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": any_of(options)}
 
 
-def _addresses(allowed: tuple[str, ...]) -> RbacFilter:
-    permission = _any_of(NOT_PUBLIC)
+def _addresses(allowed: tuple[str, ...]) -> HttpFilter:
+    refused = _any_of(NOT_PUBLIC)
     if allowed:
-        permission = rbac.Permission(and_rules=rbac.PermissionSet(rules=[permission, rbac.Permission(not_rule=_any_of(allowed))]))
-    policy = rbac.Policy(permissions=[permission], principals=[rbac.Principal(any=True)])
-    return RbacFilter(rules=rbac.Rbac(action=rbac.RbacAction.DENY, policies={"address_not_public": policy}))
+        refused = rbac.Permission(and_rules=rbac.PermissionSet(rules=[refused, rbac.Permission(not_rule=_any_of(allowed))]))
+    anyone = [rbac.Principal(any=True)]
+    return rbac_filter(rbac.RbacAction.DENY, "address_not_public", refused, anyone, upstream=True)
 
 
 def _any_of(ranges: tuple[str, ...]) -> rbac.Permission:
@@ -94,7 +116,6 @@ def _any_of(ranges: tuple[str, ...]) -> rbac.Permission:
 
 def _in_range(cidr: str) -> rbac.Permission:
     prefix, _, length = cidr.partition("/")
-    matcher = UpstreamIpPortMatcher(upstream_ip=core.CidrRange(address_prefix=prefix, prefix_len=int(length)))
-    return rbac.Permission(
-        matcher=core.TypedExtensionConfig(name="envoy.rbac.matchers.upstream.upstream_ip_port", typed_config=any_of(matcher))
-    )
+    within = UpstreamIpPortMatcher(upstream_ip=core.CidrRange(address_prefix=prefix, prefix_len=int(length)))
+    name = "envoy.rbac.matchers.upstream.upstream_ip_port"
+    return rbac.Permission(matcher=extension(core.TypedExtensionConfig, name, within))

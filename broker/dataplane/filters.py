@@ -4,6 +4,7 @@ Law: `failure_mode_allow` is never set. ext_proc lets a request through when its
 the processor alone does not guard: the gate after it wants proof, per request, that the processor decided.
 """
 
+import betterproto2
 import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
 import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.config.rbac.v3 as rbac
@@ -21,7 +22,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 
 from broker.dataplane import site
-from broker.dataplane.proto import any_of, grpc_to, seconds
+from broker.dataplane.proto import extension, inline, seconds, to_processor
 
 EXT_PROC = "envoy.filters.http.ext_proc"
 
@@ -30,48 +31,62 @@ MESSAGE_TIMEOUT_S = 2.0
 # What the processor may ask for when an issuer is slow.
 MAX_MESSAGE_TIMEOUT_S = 30.0
 
+_SEND, _BODY = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
+OBSERVED = ext_proc.ProcessingMode(
+    request_trailer_mode=_SEND.SKIP,
+    request_body_mode=_BODY.BUFFERED,
+    response_header_mode=_SEND.SEND,
+    response_body_mode=_BODY.STREAMED,
+    response_trailer_mode=_SEND.SEND,
+)
+"""What the processor asks for to see an answer's body. Envoy ignores, without a word, an override that is not exactly this."""
+
+_UNAVAILABLE = HttpStatus(code=StatusCode.ServiceUnavailable)
+
 
 def call_filters() -> list[HttpFilter]:
     """For calls: processor, gate, router."""
-    return [_ext_proc(), _gate(tunnels=False), _router()]
+    return [_ext_proc(), _gate([_proof(site.GATE_NAMESPACE)]), _router()]
 
 
 def proxy_filters() -> list[HttpFilter]:
     """For the explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls."""
-    return [_ext_authz(), _identity_state(), _ext_proc(), _gate(tunnels=True), _router()]
+    connect = rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
+    tunnel = rbac.Principal(and_ids=rbac.PrincipalSet(ids=[connect, _proof(site.EXT_AUTHZ)]))
+    return [_ext_authz(), _identity_state(), _ext_proc(), _gate([_proof(site.GATE_NAMESPACE), tunnel]), _router()]
 
 
-def _filter(name: str, config: object) -> HttpFilter:
-    return HttpFilter(name=name, typed_config=any_of(config))  # type: ignore[arg-type]  # every config is a message
+def http_filter(name: str, config: betterproto2.Message) -> HttpFilter:
+    """One HTTP filter."""
+    return extension(HttpFilter, f"envoy.filters.http.{name}", config)
+
+
+def rbac_filter(
+    action: rbac.RbacAction, why: str, permission: rbac.Permission, principals: list[rbac.Principal], *, upstream: bool = False
+) -> HttpFilter:
+    """One rule of access, named `why`; `upstream` for a cluster's filters."""
+    policy = rbac.Policy(permissions=[permission], principals=principals)
+    rules = rbac.Rbac(action=action, policies={why: policy})
+    return http_filter("upstream_rbac" if upstream else "rbac", RbacFilter(rules=rules))
 
 
 def _ext_proc() -> HttpFilter:
-    send, body = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
-    mode = ext_proc.ProcessingMode(
-        request_header_mode=send.SEND,
-        request_body_mode=body.BUFFERED,
-        request_trailer_mode=send.SKIP,
-        response_header_mode=send.SEND,
-        response_body_mode=body.NONE,
-        # Keeps the gRPC stream open while the answer streams, at no cost per chunk, so that an abort cuts it.
-        response_trailer_mode=send.SEND,
-    )
-    # Word for word what the processor asks for (`processor/convert.py`): Envoy ignores any other override without a word.
-    observed = ext_proc.ProcessingMode(
-        request_trailer_mode=send.SKIP,
-        request_body_mode=body.BUFFERED,
-        response_header_mode=send.SEND,
-        response_body_mode=body.STREAMED,
-        response_trailer_mode=send.SEND,
-    )
-    return _filter(
-        EXT_PROC,
+    return http_filter(
+        "ext_proc",
         ext_proc.ExternalProcessor(
-            grpc_service=grpc_to(site.PROCESSOR),
+            grpc_service=to_processor(),
             failure_mode_allow=False,
-            processing_mode=mode,
+            processing_mode=ext_proc.ProcessingMode(
+                request_header_mode=_SEND.SEND,
+                request_body_mode=_BODY.BUFFERED,
+                request_trailer_mode=_SEND.SKIP,
+                response_header_mode=_SEND.SEND,
+                response_body_mode=_BODY.NONE,
+                # Keeps the gRPC stream open while the answer streams, at no cost per chunk, so that an abort cuts it.
+                response_trailer_mode=_SEND.SEND,
+            ),
             allow_mode_override=True,
-            allowed_override_modes=[observed],
+            allowed_override_modes=[OBSERVED],
             message_timeout=seconds(MESSAGE_TIMEOUT_S),
             max_message_timeout=seconds(MAX_MESSAGE_TIMEOUT_S),
             request_attributes=list(site.ATTRIBUTES),
@@ -80,19 +95,19 @@ def _ext_proc() -> HttpFilter:
             metadata_options=ext_proc.MetadataOptions(
                 receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=[site.GATE_NAMESPACE])
             ),
-            status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+            status_on_error=_UNAVAILABLE,
         ),
     )
 
 
 def _ext_authz() -> HttpFilter:
-    return _filter(
-        site.EXT_AUTHZ,
+    return http_filter(
+        "ext_authz",
         ExtAuthz(
-            grpc_service=grpc_to(site.PROCESSOR, timeout=MESSAGE_TIMEOUT_S),
+            grpc_service=to_processor(seconds(MESSAGE_TIMEOUT_S)),
             transport_api_version=core.ApiVersion.V3,
             failure_mode_allow=False,
-            status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+            status_on_error=_UNAVAILABLE,
         ),
     )
 
@@ -103,10 +118,8 @@ def _identity_state() -> HttpFilter:
         site.STATE_TOKEN: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:token)%",
         site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%",
     }
-    return _filter(
-        "envoy.filters.http.set_filter_state",
-        SetFilterState(on_request_headers=[_carried(key, source) for key, source in values.items()]),
-    )
+    carried = [_carried(key, source) for key, source in values.items()]
+    return http_filter("set_filter_state", SetFilterState(on_request_headers=carried))
 
 
 def _carried(key: str, source: str) -> filter_state.FilterStateValue:
@@ -115,43 +128,32 @@ def _carried(key: str, source: str) -> filter_state.FilterStateValue:
         # Hashable: Envoy pools its internal connections by these values. A plain `envoy.string` is left out of the pool's key,
         # and a tunnel could then lead into a connection that carries another agent's identity.
         factory_key="envoy.hashable_string",
-        format_string=core.SubstitutionFormatString(
-            text_format_source=core.DataSource(inline_string=source), omit_empty_values=True
-        ),
+        format_string=core.SubstitutionFormatString(text_format_source=inline(source), omit_empty_values=True),
         shared_with_upstream=filter_state.FilterStateValueSharedWithUpstream.ONCE,
         skip_if_empty=True,
     )
 
 
+def _decision(namespace: str, value: matcher.ValueMatcher) -> matcher.MetadataMatcher:
+    key = matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)
+    return matcher.MetadataMatcher(filter=namespace, path=[key], value=value)
+
+
 def _proof(namespace: str) -> rbac.Principal:
-    wanted = matcher.MetadataMatcher(
-        filter=namespace,
-        path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
-        value=matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=site.GATE_ALLOW)),
-    )
+    allowed = matcher.ValueMatcher(string_match=matcher.StringMatcher(exact=site.GATE_ALLOW))
+    source = rbac.MetadataSource.DYNAMIC
     return rbac.Principal(
-        sourced_metadata=rbac.SourcedMetadata(metadata_matcher=wanted, metadata_source=rbac.MetadataSource.DYNAMIC)
+        sourced_metadata=rbac.SourcedMetadata(metadata_matcher=_decision(namespace, allowed), metadata_source=source)
     )
 
 
-def _method_is_connect() -> rbac.Principal:
-    return rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
-
-
-def _gate(*, tunnels: bool) -> HttpFilter:
-    principals = [_proof(site.GATE_NAMESPACE)]
-    if tunnels:
-        principals.append(rbac.Principal(and_ids=rbac.PrincipalSet(ids=[_method_is_connect(), _proof(site.EXT_AUTHZ)])))
-    rules = rbac.Rbac(
-        action=rbac.RbacAction.ALLOW,
-        policies={"decided": rbac.Policy(permissions=[rbac.Permission(any=True)], principals=principals)},
-    )
-    return _filter("envoy.filters.http.rbac", RbacFilter(rules=rules))
+def _gate(principals: list[rbac.Principal]) -> HttpFilter:
+    return rbac_filter(rbac.RbacAction.ALLOW, "decided", rbac.Permission(any=True), principals)
 
 
 def _router() -> HttpFilter:
     # CVE-2025-64763: bytes sent after CONNECT and before its 200 could be read as a request of the tunnel.
-    return _filter("envoy.filters.http.router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
+    return http_filter("router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
 
 
 def http_access_log() -> accesslog.AccessLog:
@@ -159,34 +161,26 @@ def http_access_log() -> accesslog.AccessLog:
 
     Requests that carry the processor's word are left out: they are recorded already.
     """
-    decided = matcher.MetadataMatcher(
-        filter=site.GATE_NAMESPACE,
-        path=[matcher.MetadataMatcherPathSegment(key=site.GATE_KEY)],
-        # Envoy's log filter ignores `invert`; where the key is set, this never matches, so nothing is logged.
-        value=matcher.ValueMatcher(null_match=matcher.ValueMatcherNullMatch()),
+    # Envoy's log filter ignores `invert`; where the key is set, this never matches, so nothing is logged.
+    decided = _decision(site.GATE_NAMESPACE, matcher.ValueMatcher(null_match=matcher.ValueMatcherNullMatch()))
+    undecided = accesslog.MetadataFilter(matcher=decided, match_if_key_not_found=True)
+    config = grpc_logs.HttpGrpcAccessLogConfig(
+        common_config=_log_to("http"), additional_response_headers_to_log=[site.DECISION_HEADER]
     )
-    return accesslog.AccessLog(
-        name="processor",
-        filter=accesslog.AccessLogFilter(metadata_filter=accesslog.MetadataFilter(matcher=decided, match_if_key_not_found=True)),
-        typed_config=any_of(
-            grpc_logs.HttpGrpcAccessLogConfig(
-                common_config=_log_to("http"), additional_response_headers_to_log=[site.DECISION_HEADER]
-            )
-        ),
-    )
+    log = extension(accesslog.AccessLog, "processor", config)
+    log.filter = accesslog.AccessLogFilter(metadata_filter=undecided)
+    return log
 
 
 def connection_access_log() -> accesslog.AccessLog:
     """Connections that no filter chain takes: an SNI that is not declared, or no TLS where TLS is spoken."""
-    return accesslog.AccessLog(
-        name="processor", typed_config=any_of(grpc_logs.TcpGrpcAccessLogConfig(common_config=_log_to("connection")))
-    )
+    return extension(accesslog.AccessLog, "processor", grpc_logs.TcpGrpcAccessLogConfig(common_config=_log_to("connection")))
 
 
 def _log_to(name: str) -> grpc_logs.CommonGrpcAccessLogConfig:
     return grpc_logs.CommonGrpcAccessLogConfig(
         log_name=name,
-        grpc_service=grpc_to(site.PROCESSOR),
+        grpc_service=to_processor(),
         transport_api_version=core.ApiVersion.V3,
         buffer_flush_interval=seconds(0.2),
         filter_state_objects_to_log=[site.STATE_AGENT, site.STATE_CONNECT_HOST],

@@ -4,15 +4,24 @@ Law: an undeclared name is never certified. TLS inside a tunnel is ended only by
 what matches none is closed and recorded from the listener's access log.
 """
 
+from collections.abc import Mapping, Sequence
+
 import envoy_data_plane.envoy.config.core.v3 as core
-import envoy_data_plane.envoy.config.listener.v3 as listener_v3
 import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
 import envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 as tls
+from envoy_data_plane.envoy.config.listener.v3 import (
+    Filter,
+    FilterChain,
+    FilterChainMatch,
+    Listener,
+    ListenerFilter,
+    ListenerInternalListenerConfig,
+)
 from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import TlsInspector
 
 from broker.dataplane import site
 from broker.dataplane.filters import call_filters, connection_access_log, http_access_log, proxy_filters
-from broker.dataplane.proto import ADS, any_of, inline, seconds, socket
+from broker.dataplane.proto import ADS, extension, inline, seconds, socket
 from broker.dataplane.routes import IDLE_S
 from broker.dataplane.site import Certificates, Leaf, Site
 from broker.policy.snapshot import PolicySnapshot
@@ -20,86 +29,67 @@ from broker.policy.snapshot import PolicySnapshot
 # Memory a peer can make Envoy hold per connection; a route raises it to what its tool's operations take.
 BUFFER_BYTES = 65_536
 
-_CODEC = hcm.HttpConnectionManagerCodecType
+_PLAIN, _TLS = "raw_buffer", "tls"
 
 
-def proxy_listener(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> listener_v3.Listener:
+def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> Listener:
     """The explicit proxy: plain for agents with a token, TLS with a client certificate where trust bundles are configured."""
-    plain = _chain("plain", site.PROXY, proxy_filters(), _CODEC.HTTP1, connect=True)
-    chains, inspectors = [plain], []
+    chains = [_chain("plain", site.PROXY)]
     if snapshot.trust_bundles:
-        plain.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol="raw_buffer")
-        mutual = _chain("mtls", site.PROXY, proxy_filters(), _CODEC.HTTP1, connect=True)
-        mutual.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol="tls")
-        mutual.transport_socket = _mutual_tls(snapshot, certificates.door)
-        chains, inspectors = [plain, mutual], [_tls_inspector()]
-    return _door(site.PROXY, place.proxy, chains, inspectors)
+        mutual = _chain("mtls", site.PROXY, _server_tls([certificates.door], ["http/1.1"], snapshot.trust_bundles))
+        chains = [_for(_PLAIN, chains[0]), _for(_TLS, mutual)]
+    return _listener(site.PROXY, chains, place.proxy)
 
 
-def base_url_listener(place: Site) -> listener_v3.Listener:
+def base_url(place: Site) -> Listener:
     """The reverse proxy."""
-    return _door(site.BASE_URL, place.base_url, [_chain("plain", site.BASE_URL, call_filters(), _CODEC.HTTP1)], [])
+    return _listener(site.BASE_URL, [_chain("plain", site.BASE_URL)], place.base_url)
 
 
-def inner_listeners(certificates: Certificates) -> list[listener_v3.Listener]:
+def inner(certificates: Certificates) -> list[Listener]:
     """Where tunnels end: by name, and, only if the catalog has any, by address."""
-    plain = _chain("plain", site.INNER, call_filters(), _CODEC.HTTP1)
-    plain.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol="raw_buffer")
-    chains = [plain]
-    if certificates.hosts:
-        named = _chain("tls", site.INNER, call_filters(), _CODEC.AUTO)
-        named.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol="tls", server_names=sorted(certificates.hosts))
-        named.transport_socket = _server_tls([certificates.hosts[host] for host in sorted(certificates.hosts)])
-        chains.append(named)
-    listeners = [_internal(site.INNER, chains)]
+    named, alpn = sorted(certificates.hosts), ["h2", "http/1.1"]
+    chains = [_for(_PLAIN, _chain("plain", site.INNER))]
+    if named:
+        leaves = [certificates.hosts[host] for host in named]
+        chains.append(_for(_TLS, _chain("tls", site.INNER, _server_tls(leaves, alpn)), named))
+    listeners = [_listener(site.INNER, chains)]
     if certificates.addresses:
-        by_address = _chain("tls", site.INNER, call_filters(), _CODEC.AUTO)
-        by_address.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol="tls")
-        by_address.transport_socket = _server_tls([certificates.addresses])
-        listeners.append(_internal(site.INNER_ADDRESSES, [by_address]))
+        by_address = _chain("tls", site.INNER, _server_tls([certificates.addresses], alpn))
+        listeners.append(_listener(site.INNER_ADDRESSES, [_for(_TLS, by_address)]))
     return listeners
 
 
-def _door(
-    name: str, address: tuple[str, int], chains: list[listener_v3.FilterChain], inspectors: list[listener_v3.ListenerFilter]
-) -> listener_v3.Listener:
-    return listener_v3.Listener(
+def _listener(name: str, chains: list[FilterChain], address: tuple[str, int] | None = None) -> Listener:
+    inspected = any(chain.filter_chain_match for chain in chains)
+    inspector = extension(ListenerFilter, "envoy.filters.listener.tls_inspector", TlsInspector())
+    return Listener(
         name=name,
-        address=socket(address),
+        address=socket(address) if address else None,
+        internal_listener=None if address else ListenerInternalListenerConfig(),
         # Two Envoys must never share a door silently.
-        enable_reuse_port=False,
+        enable_reuse_port=False if address else None,
         per_connection_buffer_limit_bytes=BUFFER_BYTES,
-        listener_filters=inspectors,
+        listener_filters=[inspector] if inspected else [],
         listener_filters_timeout=seconds(5),
         filter_chains=chains,
         access_log=[connection_access_log()],
     )
 
 
-def _internal(name: str, chains: list[listener_v3.FilterChain]) -> listener_v3.Listener:
-    return listener_v3.Listener(
-        name=name,
-        internal_listener=listener_v3.ListenerInternalListenerConfig(),
-        per_connection_buffer_limit_bytes=BUFFER_BYTES,
-        listener_filters=[_tls_inspector()],
-        listener_filters_timeout=seconds(5),
-        filter_chains=chains,
-        access_log=[connection_access_log()],
-    )
+def _for(transport: str, chain: FilterChain, names: Sequence[str] = ()) -> FilterChain:
+    chain.filter_chain_match = FilterChainMatch(transport_protocol=transport, server_names=list(names))
+    return chain
 
 
-def _tls_inspector() -> listener_v3.ListenerFilter:
-    return listener_v3.ListenerFilter(name="envoy.filters.listener.tls_inspector", typed_config=any_of(TlsInspector()))
-
-
-def _chain(
-    name: str, routes: str, filters: list[hcm.HttpFilter], codec: hcm.HttpConnectionManagerCodecType, *, connect: bool = False
-) -> listener_v3.FilterChain:
+def _chain(name: str, routes: str, transport: core.TransportSocket | None = None) -> FilterChain:
+    connect = routes == site.PROXY
+    codec = hcm.HttpConnectionManagerCodecType.AUTO if transport and not connect else hcm.HttpConnectionManagerCodecType.HTTP1
     manager = hcm.HttpConnectionManager(
         codec_type=codec,
         stat_prefix=f"{routes}-{name}",
         rds=hcm.Rds(config_source=ADS, route_config_name=routes),
-        http_filters=filters,
+        http_filters=proxy_filters() if connect else call_filters(),
         access_log=[http_access_log()],
         common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=seconds(IDLE_S), max_headers_count=100),
         # Python before 3.12 (urllib, requests) sends its CONNECT as HTTP/1.0; any other such request is refused by the exchange.
@@ -123,51 +113,31 @@ def _chain(
         path_with_escaped_slashes_action=hcm.HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
         upgrade_configs=[hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="CONNECT")] if connect else [],
     )
-    return listener_v3.FilterChain(
+    return FilterChain(
         name=name,
-        filters=[listener_v3.Filter(name="envoy.filters.network.http_connection_manager", typed_config=any_of(manager))],
+        filters=[extension(Filter, "envoy.filters.network.http_connection_manager", manager)],
+        transport_socket=transport,
         transport_socket_connect_timeout=seconds(10),
     )
 
 
-def _certificate(leaf: Leaf) -> tls.TlsCertificate:
-    return tls.TlsCertificate(certificate_chain=inline(leaf.chain), private_key=inline(leaf.key))
-
-
-def _tls_socket(context: tls.DownstreamTlsContext) -> core.TransportSocket:
-    return core.TransportSocket(name="envoy.transport_sockets.tls", typed_config=any_of(context))
-
-
-def _server_tls(leaves: list[Leaf]) -> core.TransportSocket:
-    return _tls_socket(
-        tls.DownstreamTlsContext(
-            common_tls_context=tls.CommonTlsContext(
-                alpn_protocols=["h2", "http/1.1"], tls_certificates=[_certificate(leaf) for leaf in leaves]
-            ),
-            # A resumed session must not outlive a change of the declared hosts.
-            disable_stateless_session_resumption=True,
-            disable_stateful_session_resumption=True,
-        )
+def _server_tls(leaves: list[Leaf], alpn: list[str], trust: Mapping[str, str] | None = None) -> core.TransportSocket:
+    shown = [tls.TlsCertificate(certificate_chain=inline(leaf.chain), private_key=inline(leaf.key)) for leaf in leaves]
+    context = tls.DownstreamTlsContext(
+        common_tls_context=tls.CommonTlsContext(
+            alpn_protocols=alpn, tls_certificates=shown, validation_context=_spiffe(trust) if trust else None
+        ),
+        require_client_certificate=True if trust else None,
+        # A resumed session must not outlive a change of the declared hosts.
+        disable_stateless_session_resumption=True,
+        disable_stateful_session_resumption=True,
     )
+    return extension(core.TransportSocket, "envoy.transport_sockets.tls", context)
 
 
-def _mutual_tls(snapshot: PolicySnapshot, door: Leaf) -> core.TransportSocket:
-    domains = [
-        tls.SpiffeCertValidatorConfigTrustDomain(name=name, trust_bundle=inline(pem))
-        for name, pem in sorted(snapshot.trust_bundles.items())
-    ]
-    validator = core.TypedExtensionConfig(
-        name="envoy.tls.cert_validator.spiffe", typed_config=any_of(tls.SpiffeCertValidatorConfig(trust_domains=domains))
-    )
-    return _tls_socket(
-        tls.DownstreamTlsContext(
-            common_tls_context=tls.CommonTlsContext(
-                alpn_protocols=["http/1.1"],
-                tls_certificates=[_certificate(door)],
-                validation_context=tls.CertificateValidationContext(custom_validator_config=validator),
-            ),
-            require_client_certificate=True,
-            disable_stateless_session_resumption=True,
-            disable_stateful_session_resumption=True,
-        )
-    )
+def _spiffe(trust: Mapping[str, str]) -> tls.CertificateValidationContext:
+    domain = tls.SpiffeCertValidatorConfigTrustDomain
+    domains = [domain(name=name, trust_bundle=inline(pem)) for name, pem in sorted(trust.items())]
+    config = tls.SpiffeCertValidatorConfig(trust_domains=domains)
+    validator = extension(core.TypedExtensionConfig, "envoy.tls.cert_validator.spiffe", config)
+    return tls.CertificateValidationContext(custom_validator_config=validator)

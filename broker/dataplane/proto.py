@@ -1,22 +1,19 @@
 """Short ways to say what Envoy's API says at length."""
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import betterproto2
-from envoy_data_plane.envoy.config.core.v3 import (
-    Address,
-    AggregatedConfigSource,
-    ApiVersion,
-    ConfigSource,
-    DataSource,
-    GrpcService,
-    GrpcServiceEnvoyGrpc,
-    SocketAddress,
-)
+import envoy_data_plane.envoy.config.core.v3 as core
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
 from envoy_data_plane.google.protobuf import Any
 
-ADS = ConfigSource(ads=AggregatedConfigSource(), resource_api_version=ApiVersion.V3)
+from broker.dataplane.site import PROCESSOR
+
+ADS = core.ConfigSource(ads=core.AggregatedConfigSource(), resource_api_version=core.ApiVersion.V3)
+
+Place = TypeVar("Place")
 
 
 def any_of(message: betterproto2.Message) -> Any:
@@ -24,29 +21,32 @@ def any_of(message: betterproto2.Message) -> Any:
     return Any.pack(message)
 
 
+def extension(place: Callable[..., Place], name: str, config: betterproto2.Message) -> Place:
+    """An extension of Envoy's by name, for the `place` that it stands in (`HttpFilter`, `TransportSocket`, …)."""
+    return place(name=name, typed_config=any_of(config))
+
+
 def seconds(value: float) -> timedelta:
     """A duration."""
     return timedelta(seconds=value)
 
 
-def inline(text: str) -> DataSource:
-    """A PEM given in the configuration itself."""
-    return DataSource(inline_string=text)
+def inline(text: str) -> core.DataSource:
+    """Text given in the configuration itself."""
+    return core.DataSource(inline_string=text)
 
 
-def grpc_to(cluster: str, timeout: float | None = None) -> GrpcService:
-    """A gRPC service at one of the bootstrap's clusters."""
-    return GrpcService(
-        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=cluster), timeout=seconds(timeout) if timeout is not None else None
-    )
+def to_processor(timeout: timedelta | None = None, retry: core.RetryPolicy | None = None) -> core.GrpcService:
+    """The processor, over gRPC."""
+    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=PROCESSOR, retry_policy=retry), timeout=timeout)
 
 
-def socket(address: tuple[str, int]) -> Address:
+def socket(address: tuple[str, int]) -> core.Address:
     """A TCP address."""
-    return Address(socket_address=SocketAddress(address=address[0], port_value=address[1]))
+    return core.Address(socket_address=core.SocketAddress(address=address[0], port_value=address[1]))
 
 
-def one_endpoint(cluster: str, address: Address) -> ClusterLoadAssignment:
+def one_endpoint(cluster: str, address: core.Address) -> ClusterLoadAssignment:
     """A cluster's only endpoint."""
     endpoint = LbEndpoint(endpoint=Endpoint(address=address))
     return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])])

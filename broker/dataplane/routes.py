@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from itertools import groupby
 
 import envoy_data_plane.envoy.config.route.v3 as route_v3
-import envoy_data_plane.envoy.type.matcher.v3 as matcher
-from envoy_data_plane.envoy.config.core.v3 import DataSource
+from envoy_data_plane.envoy.config.route.v3 import Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost
 from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthzPerRoute
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatchAndSubstitute, RegexMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane import site
 from broker.dataplane.filters import EXT_PROC
-from broker.dataplane.proto import any_of, seconds
+from broker.dataplane.proto import any_of, inline, seconds
 from broker.policy.snapshot import PolicySnapshot, Tool
 
 # No call or tunnel outlives the longest token; an answer may be silent this long (MCP servers ping more often).
@@ -26,28 +26,32 @@ IDLE_S = 600
 # Taken off every request after the processor saw it: what only the broker is meant to read, and hop-by-hop leftovers.
 _NEVER_UPSTREAM = ("proxy-authorization", "proxy-connection", site.TOKEN_HEADER, "x-forwarded-proto", "forwarded", "via")
 
+_CONNECT, _ANY = RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()), RouteMatch(prefix="/")
+
 
 def tool_cluster(tool: Tool) -> str:
     """The name of a tool's cluster."""
     return f"tool/{tool.name}"
 
 
-def proxy_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
+def proxy(snapshot: PolicySnapshot) -> RouteConfiguration:
     """The explicit proxy: absolute-form requests for `http://` tools, CONNECT for every declared host and port."""
-    hosts = [_proxy_host(tools) for tools in _by_place(snapshot.tools.values())]
+    hosts = []
+    for tools in _by_place(snapshot.tools.values()):
+        plain = [_call(site.PROXY, tool) for tool in tools if tool.endpoint.scheme == "http"]
+        hosts.append(_host(site.PROXY, tools, [_tunnel(tools[0]), *plain]))
     return _configuration(site.PROXY, hosts)
 
 
-def inner_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
+def inner(snapshot: PolicySnapshot) -> RouteConfiguration:
     """Inside a tunnel: every tool, by authority."""
-    hosts = [_host(tools, [_call(site.INNER, tool) for tool in tools]) for tools in _by_place(snapshot.tools.values())]
-    return _configuration(site.INNER, hosts)
+    places = _by_place(snapshot.tools.values())
+    return _configuration(site.INNER, [_host(site.INNER, tools, [_call(site.INNER, tool) for tool in tools]) for tools in places])
 
 
-def base_url_routes(snapshot: PolicySnapshot) -> route_v3.RouteConfiguration:
+def base_url(snapshot: PolicySnapshot) -> RouteConfiguration:
     """The reverse proxy: `/<tool>/…`, whatever the authority."""
-    tools = sorted(snapshot.tools.values(), key=lambda tool: tool.name)
-    return _configuration(site.BASE_URL, [], [_base_url_call(tool) for tool in tools])
+    return _configuration(site.BASE_URL, [], [_base_url_call(tool) for _, tool in sorted(snapshot.tools.items())])
 
 
 def _by_place(tools: Iterable[Tool]) -> list[list[Tool]]:
@@ -57,43 +61,15 @@ def _by_place(tools: Iterable[Tool]) -> list[list[Tool]]:
     return [list(group) for _, group in groupby(sorted(tools, key=lambda tool: (place(tool), tool.name)), key=place)]
 
 
-def _configuration(
-    name: str, hosts: list[route_v3.VirtualHost], last: list[route_v3.Route] | None = None
-) -> route_v3.RouteConfiguration:
-    return route_v3.RouteConfiguration(
-        name=name,
-        virtual_hosts=[*hosts, route_v3.VirtualHost(name="*", domains=["*"], routes=[*(last or []), *_denied(name)])],
-        request_headers_to_remove=list(_NEVER_UPSTREAM),
-    )
+def _configuration(listener: str, hosts: list[VirtualHost], last: Iterable[Route] = ()) -> RouteConfiguration:
+    rest = VirtualHost(name="*", domains=["*"], routes=[*last, *_denied(listener)])
+    return RouteConfiguration(name=listener, virtual_hosts=[*hosts, rest], request_headers_to_remove=list(_NEVER_UPSTREAM))
 
 
-def _host(tools: list[Tool], routes: list[route_v3.Route]) -> route_v3.VirtualHost:
-    endpoint = tools[0].endpoint
-    names = sorted({endpoint.host_port, *(tool.endpoint.authority for tool in tools)})
-    return route_v3.VirtualHost(
-        name=endpoint.host_port, domains=names, routes=[*routes, *_denied(routes[0].name.partition("/")[0])]
-    )
-
-
-def _proxy_host(tools: list[Tool]) -> route_v3.VirtualHost:
-    tunnel = route_v3.Route(
-        name=f"{site.PROXY}/{tools[0].name}",
-        match=route_v3.RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()),
-        route=route_v3.RouteAction(
-            cluster=inner_listener(tools[0]),
-            timeout=seconds(0),
-            idle_timeout=seconds(IDLE_S),
-            max_stream_duration=route_v3.RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
-            upgrade_configs=[
-                route_v3.RouteActionUpgradeConfig(
-                    upgrade_type="CONNECT", connect_config=route_v3.RouteActionUpgradeConfigConnectConfig()
-                )
-            ],
-        ),
-        typed_per_filter_config={EXT_PROC: any_of(ExtProcPerRoute(disabled=True))},
-    )
-    calls = [_call(site.PROXY, tool) for tool in tools if tool.endpoint.scheme == "http"]
-    return _host(tools, [tunnel, *calls])
+def _host(listener: str, tools: list[Tool], routes: list[Route]) -> VirtualHost:
+    name = tools[0].endpoint.host_port
+    names = sorted({name, *(tool.endpoint.authority for tool in tools)})
+    return VirtualHost(name=name, domains=names, routes=[*routes, *_denied(listener)])
 
 
 def inner_listener(tool: Tool) -> str:
@@ -106,62 +82,46 @@ def is_address(host: str) -> bool:
     return ":" in host or host.rpartition(".")[2].isdigit()
 
 
-def _without_ext_authz() -> dict[str, Any]:
-    return {site.EXT_AUTHZ: any_of(ExtAuthzPerRoute(disabled=True))}
+def _to(cluster: str) -> RouteAction:
+    lifetime = route_v3.RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S))
+    return RouteAction(cluster=cluster, timeout=seconds(0), idle_timeout=seconds(IDLE_S), max_stream_duration=lifetime)
 
 
-def _to_tool(tool: Tool, rewrite: matcher.RegexMatchAndSubstitute | None = None) -> route_v3.RouteAction:
-    return route_v3.RouteAction(
-        cluster=tool_cluster(tool),
-        host_rewrite_literal=tool.endpoint.authority,
-        regex_rewrite=rewrite,
-        timeout=seconds(0),
-        idle_timeout=seconds(IDLE_S),
-        max_stream_duration=route_v3.RouteActionMaxStreamDuration(max_stream_duration=seconds(MAX_STREAM_S)),
-    )
+def _tunnel(tool: Tool) -> Route:
+    action = _to(inner_listener(tool))
+    ended_here = route_v3.RouteActionUpgradeConfigConnectConfig()
+    action.upgrade_configs = [route_v3.RouteActionUpgradeConfig(upgrade_type="CONNECT", connect_config=ended_here)]
+    judged_inside = {EXT_PROC: any_of(ExtProcPerRoute(disabled=True))}
+    return Route(name=f"{site.PROXY}/{tool.name}", match=_CONNECT, route=action, typed_per_filter_config=judged_inside)
 
 
-def _call(listener: str, tool: Tool) -> route_v3.Route:
-    base = tool.endpoint.base_path
-    return route_v3.Route(
+def _call(listener: str, tool: Tool, prefix: str | None = None, rewrite: RegexMatchAndSubstitute | None = None) -> Route:
+    prefix = tool.endpoint.base_path if prefix is None else prefix
+    action = _to(tool_cluster(tool))
+    action.host_rewrite_literal, action.regex_rewrite = tool.endpoint.authority, rewrite
+    return Route(
         name=f"{listener}/{tool.name}",
-        match=route_v3.RouteMatch(path_separated_prefix=base) if base else route_v3.RouteMatch(prefix="/"),
-        route=_to_tool(tool),
-        request_body_buffer_limit=_body_limit(tool),
-        typed_per_filter_config=_without_ext_authz() if listener == site.PROXY else {},
+        match=RouteMatch(path_separated_prefix=prefix) if prefix else _ANY,
+        route=action,
+        # One byte more than any operation takes, so that the processor is the one to refuse, with a decision and a reason.
+        request_body_buffer_limit=tool.max_body + 1,
+        typed_per_filter_config=_no_tunnel(listener),
     )
 
 
-def _base_url_call(tool: Tool) -> route_v3.Route:
+def _base_url_call(tool: Tool) -> Route:
     base = tool.endpoint.base_path
-    pattern = f"^/{tool.name}(/.*)?$" if base else f"^/{tool.name}/?(.*)$"
-    rewrite = matcher.RegexMatchAndSubstitute(
-        pattern=matcher.RegexMatcher(regex=pattern), substitution=f"{base}\\1" if base else "/\\1"
-    )
-    return route_v3.Route(
-        name=f"{site.BASE_URL}/{tool.name}",
-        match=route_v3.RouteMatch(path_separated_prefix=f"/{tool.name}"),
-        route=_to_tool(tool, rewrite),
-        request_body_buffer_limit=_body_limit(tool),
-    )
+    pattern, path = (f"^/{tool.name}(/.*)?$", f"{base}\\1") if base else (f"^/{tool.name}/?(.*)$", "/\\1")
+    rewrite = RegexMatchAndSubstitute(pattern=RegexMatcher(regex=pattern), substitution=path)
+    return _call(site.BASE_URL, tool, f"/{tool.name}", rewrite)
 
 
-def _body_limit(tool: Tool) -> int:
-    # One byte more than any operation takes, so that the processor is the one to refuse, with a decision and a reason.
-    return tool.max_body + 1
+def _denied(listener: str) -> list[Route]:
+    nobody = route_v3.DirectResponseAction(status=403, body=inline("not declared\n"))
+    rest = Route(name=f"{listener}/", match=_ANY, direct_response=nobody, typed_per_filter_config=_no_tunnel(listener))
+    return [rest, Route(name=f"{listener}/", match=_CONNECT, direct_response=nobody)]
 
 
-def _denied(listener: str) -> list[route_v3.Route]:
-    nobody = route_v3.DirectResponseAction(status=403, body=DataSource(inline_string="not declared\n"))
-    rest = route_v3.Route(
-        name=f"{listener}/",
-        match=route_v3.RouteMatch(prefix="/"),
-        direct_response=nobody,
-        typed_per_filter_config=_without_ext_authz() if listener == site.PROXY else {},
-    )
-    tunnel = route_v3.Route(
-        name=f"{listener}/",
-        match=route_v3.RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()),
-        direct_response=nobody,
-    )
-    return [rest, tunnel]
+def _no_tunnel(listener: str) -> dict[str, Any]:
+    # ext_authz judges CONNECT alone, and only the proxy's filters have it.
+    return {site.EXT_AUTHZ: any_of(ExtAuthzPerRoute(disabled=True))} if listener == site.PROXY else {}
