@@ -24,14 +24,13 @@ GATE_ALLOW = "allow"
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
 
 # Request attributes (CEL) that reach the processor with a stream's first message.
+CARRIED = tuple(f"filter_state['{key}']" for key in (STATE_AGENT, STATE_TOKEN, STATE_CONNECT_HOST))
 ATTRIBUTES = (
     "xds.route_name",
     "connection.requested_server_name",
     "request.protocol",
     "connection.uri_san_peer_certificate",
-    f"filter_state['{STATE_AGENT}']",
-    f"filter_state['{STATE_TOKEN}']",
-    f"filter_state['{STATE_CONNECT_HOST}']",
+    *CARRIED,
 )
 RESPONSE_ATTRIBUTES = ("response.code_details",)
 

@@ -3,11 +3,9 @@
 from typing import Any
 
 import grpc
-from envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
-from envoy.service.auth.v3.external_auth_pb2 import CheckResponse, DeniedHttpResponse, OkHttpResponse
+from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationServicer
-from google.protobuf.struct_pb2 import Struct
-from google.rpc.code_pb2 import PERMISSION_DENIED
+from google.rpc.code_pb2 import OK, PERMISSION_DENIED
 
 from broker.dataplane import site
 from broker.events import Services
@@ -38,14 +36,11 @@ class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated withou
 
 
 def _opened(outcome: Open) -> Any:
-    metadata = Struct()
-    metadata[site.GATE_KEY] = site.GATE_ALLOW
-    metadata["agent"] = outcome.principal.agent
-    metadata["token"] = outcome.principal.encode()
-    return CheckResponse(status={"code": 0}, ok_response=OkHttpResponse(), dynamic_metadata=metadata)
+    carried = {site.GATE_KEY: site.GATE_ALLOW, "agent": outcome.principal.agent, "token": outcome.principal.encode()}
+    return CheckResponse(status={"code": OK}, ok_response={}, dynamic_metadata=carried)
 
 
 def _refused(reply: Reply) -> Any:
-    headers = [HeaderValueOption(header=HeaderValue(key=name, value=value)) for name, value in reply.headers]
-    denied = DeniedHttpResponse(status={"code": reply.status}, headers=headers, body=reply.body.decode())
+    headers = [{"header": {"key": name, "value": value}} for name, value in reply.headers]
+    denied = {"status": {"code": reply.status}, "headers": headers, "body": reply.body.decode()}
     return CheckResponse(status={"code": PERMISSION_DENIED}, denied_response=denied)
