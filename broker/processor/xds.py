@@ -40,8 +40,9 @@ def _typed(url: str, messages: Sequence[Any]) -> _Typed:
 
 @dataclass(slots=True)
 class _Subscription:
-    """One Envoy's view: per type, the version sent and the version accepted."""
+    """One Envoy's view: per type, the names it asked for, the version it has or is about to have, and the one it accepted."""
 
+    asked: dict[str, frozenset[str]] = field(default_factory=dict)
     sent: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
     nonce: int = 0
@@ -71,30 +72,36 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
         pusher = asyncio.create_task(self._push(subscription, context))
         try:
             async for request in request_iterator:
-                self._hear(subscription, request)
-                await self._send(subscription, request.type_url, context)
+                if self._hear(subscription, request):
+                    await self._send(subscription, request.type_url, context)
         finally:
             pusher.cancel()
 
     async def _push(self, subscription: _Subscription, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while True:
-            await self._changed.wait()
+            changed = self._changed  # before the round, so that what is published during it gets a round of its own
             for url in _ORDER:
-                if url in subscription.sent:
+                if url in subscription.asked:
                     await self._send(subscription, url, context)
+            await changed.wait()
 
-    def _hear(self, subscription: _Subscription, request: Any) -> None:
+    def _hear(self, subscription: _Subscription, request: Any) -> bool:
+        """Whether Envoy waits for an answer: it asks for the first time on this stream, or for other names than before."""
+        url, names = request.type_url, frozenset(request.resource_names)
         if request.HasField("error_detail"):
             message = request.error_detail.message
             log.error("Envoy refused the new configuration and keeps the old one: %s", message)
             self._on_verdict(message)
-            return
-        if not request.response_nonce:
-            subscription.sent[request.type_url] = ""
-            return
-        subscription.accepted[request.type_url] = request.version_info
-        if all(subscription.accepted.get(url) == typed.version for url, typed in self._types.items()):
-            self._on_verdict(None)
+            # Tried again with the next publish (a port may be free by then), never at once: that would go round for ever.
+            subscription.sent[url] = ""
+        elif request.response_nonce:
+            subscription.accepted[url] = request.version_info
+            if all(subscription.accepted.get(each) == typed.version for each, typed in self._types.items()):
+                self._on_verdict(None)
+        if subscription.asked.get(url) == names:
+            return False
+        subscription.asked[url], subscription.sent[url] = names, ""
+        return True
 
     async def _send(self, subscription: _Subscription, url: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with subscription.writing:
