@@ -59,16 +59,13 @@ def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Deci
 
 
 _PORT_DIGITS = 5
+_PORTS = {"http": "80", "https": "443"}
 
 
 def connect_target(snapshot: PolicySnapshot, target: str) -> tuple[Tool, ...]:
     """The tools that a CONNECT to `host:port` could be for, exactly as spelled; empty when it is not declared."""
-    found: list[Tool] = []
-    for (_, host, port), tools in snapshot.hosts.items():
-        shown = f"[{host}]" if ":" in host else host
-        if target == f"{shown}:{port}":
-            found.extend(tools)
-    return tuple(found)
+    host, port = split_authority("", target)
+    return tuple(tool for scheme in _PORTS for tool in snapshot.hosts.get((scheme, host, port), ()))
 
 
 def _at_authority(snapshot: PolicySnapshot, scheme: str, authority: str) -> tuple[Tool, ...]:
@@ -80,7 +77,7 @@ def split_authority(scheme: str, authority: str) -> tuple[str, int]:
     """`(host, port)`; the port is the scheme's default where none is written, and -1 where it is not a plain number."""
     host, colon, port = authority.rpartition(":")
     if not colon or authority.endswith("]"):
-        host, port = authority, {"http": "80", "https": "443"}.get(scheme, "")
+        host, port = authority, _PORTS.get(scheme, "")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
     if bracketed != (":" in host):  # brackets are IPv6's, and IPv6 has brackets (RFC 3986 section 3.2.2)

@@ -1,5 +1,7 @@
 """Everything that names the destination names the same one, in one spelling: verdict and reason, place by place."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,11 +149,24 @@ def test_what_disagrees_is_refused_with_its_reason(request_, code):
         pytest.param("Api.example:443", [], id="another case"),
         pytest.param("api.example.:443", [], id="a trailing dot"),
         pytest.param("2001:db8::7:443", [], id="IPv6 without brackets"),
+        pytest.param("api.example:0443", [], id="a port with a zero before it"),
+        pytest.param("[api.example]:443", [], id="a name in brackets"),
         pytest.param("", [], id="nothing"),
     ],
 )
 def test_a_connect_reaches_the_tools_at_exactly_that_place(target, names):
     assert [tool.name for tool in connect_target(SNAPSHOT, target)] == names
+
+
+def test_a_connect_is_looked_up_not_searched_for():
+    class Hosts(dict):
+        def items(self):
+            raise AssertionError("all hosts were looked at")
+
+        __iter__ = keys = values = items
+
+    snapshot = replace(SNAPSHOT, hosts=Hosts(SNAPSHOT.hosts))
+    assert [tool.name for tool in connect_target(snapshot, "api.example:443")] == ["api"]
 
 
 @pytest.mark.parametrize(
