@@ -1,18 +1,21 @@
 """CONNECT: who opens a tunnel, and to where. The calls inside are judged one by one, each in its own exchange.
 
 Law: only a proven agent opens a tunnel, and only to a host and port at which its manifest lists a tool; a refusal is recorded.
+An exception is a fault, and a fault is a denial.
 """
 
+import logging
 from dataclasses import dataclass
 
 from broker.case import Case
 from broker.events import Services
 from broker.identity import Evidence, Principal
 from broker.policy.agreement import connect_target
-from broker.policy.snapshot import Agent, PolicySnapshot
 from broker.policy.types import Code, Decision, Door, deny
 from broker.protocols.base import Reply
 from broker.protocols.problem import reply, status_at
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +36,25 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Open | Rep
     4. the agent's manifest lists no tool there → `tool_not_declared`
     """
     case = Case(services, door=Door.PROXY, method="CONNECT", host=target)
+    try:
+        outcome = _decide(case, evidence, target)
+    except Exception:
+        log.exception("decision %s: the broker is at fault", case.attempt.decision_id)
+        outcome = deny(Code.INTERNAL_FAULT, "the broker failed on this request; no tunnel was opened")
+    if isinstance(outcome, Open):
+        return outcome
+    case.record(outcome)
+    return reply(case.problem(outcome), status_at(outcome.code or Code.INTERNAL_FAULT, Door.PROXY))
+
+
+def _decide(case: Case, evidence: Evidence, target: str) -> Open | Decision:
     who = case.identify(evidence)
-    refused = who if isinstance(who, Decision) else _undeclared(case.snapshot, who[1], target)
-    if isinstance(who, tuple) and refused is None:
-        return Open(who[0])
-    decision = refused or deny(Code.INTERNAL_FAULT, "nobody decided")
-    case.record(decision)
-    return reply(case.problem(decision), status_at(decision.code or Code.INTERNAL_FAULT, Door.PROXY))
-
-
-def _undeclared(snapshot: PolicySnapshot, agent: Agent, target: str) -> Decision | None:
-    tools = connect_target(snapshot, target)
+    if isinstance(who, Decision):
+        return who
+    principal, agent = who
+    tools = connect_target(case.snapshot, target)
     if not tools:
         return deny(Code.HOST_NOT_DECLARED, f"no tool in the catalog is at {target}")
     if not any(tool.name in agent.tools for tool in tools):
         return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} lists no tool at {target}", rule=f"{agent.rule}/spec/tools")
-    return None
+    return Open(principal)
