@@ -30,10 +30,7 @@ class StaticIssuer:
         source, value = _read(reference, occasion.tool.name)
         digest = hashlib.sha256(f"{source}\0{occasion.agent.name}\0{occasion.tool.name}".encode()).hexdigest()
         return Lease(
-            lease_id=f"static-{digest[:16]}",
-            issuer=self.name,
-            header=occasion.spec.header,
-            value=rendered(occasion.spec, value),
+            lease_id=f"static-{digest[:16]}", issuer=self.name, header=occasion.spec.header, value=rendered(occasion.spec, value)
         )
 
     async def issue(self, occasion: Occasion, now: float) -> Lease:

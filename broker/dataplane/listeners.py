@@ -7,16 +7,9 @@ what matches none is closed and recorded from the listener's access log.
 from collections.abc import Mapping, Sequence
 
 import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.config.listener.v3 as listener_v3
 import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
 import envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 as tls
-from envoy_data_plane.envoy.config.listener.v3 import (
-    Filter,
-    FilterChain,
-    FilterChainMatch,
-    Listener,
-    ListenerFilter,
-    ListenerInternalListenerConfig,
-)
 from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import TlsInspector
 
 from broker.dataplane import site
@@ -32,7 +25,7 @@ BUFFER_BYTES = 65_536
 _PLAIN, _TLS = "raw_buffer", "tls"
 
 
-def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> Listener:
+def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> listener_v3.Listener:
     """The explicit proxy: plain for agents with a token, TLS with a client certificate where trust bundles are configured."""
     chains = [_chain("plain", site.PROXY)]
     if snapshot.trust_bundles:
@@ -41,12 +34,12 @@ def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> 
     return _listener(site.PROXY, chains, place.proxy)
 
 
-def base_url(place: Site) -> Listener:
+def base_url(place: Site) -> listener_v3.Listener:
     """The reverse proxy."""
     return _listener(site.BASE_URL, [_chain("plain", site.BASE_URL)], place.base_url)
 
 
-def inner(certificates: Certificates) -> list[Listener]:
+def inner(certificates: Certificates) -> list[listener_v3.Listener]:
     """Where tunnels end: by name, and, only if the catalog has any, by address."""
     named, alpn = sorted(certificates.hosts), ["h2", "http/1.1"]
     chains = [_for(_PLAIN, _chain("plain", site.INNER))]
@@ -60,13 +53,13 @@ def inner(certificates: Certificates) -> list[Listener]:
     return listeners
 
 
-def _listener(name: str, chains: list[FilterChain], address: tuple[str, int] | None = None) -> Listener:
+def _listener(name: str, chains: list[listener_v3.FilterChain], address: tuple[str, int] | None = None) -> listener_v3.Listener:
     inspected = any(chain.filter_chain_match for chain in chains)
-    inspector = extension(ListenerFilter, "envoy.filters.listener.tls_inspector", TlsInspector())
-    return Listener(
+    inspector = extension(listener_v3.ListenerFilter, "envoy.filters.listener.tls_inspector", TlsInspector())
+    return listener_v3.Listener(
         name=name,
         address=socket(address) if address else None,
-        internal_listener=None if address else ListenerInternalListenerConfig(),
+        internal_listener=None if address else listener_v3.ListenerInternalListenerConfig(),
         # Two Envoys must never share a door silently.
         enable_reuse_port=False if address else None,
         per_connection_buffer_limit_bytes=BUFFER_BYTES,
@@ -77,12 +70,12 @@ def _listener(name: str, chains: list[FilterChain], address: tuple[str, int] | N
     )
 
 
-def _for(transport: str, chain: FilterChain, names: Sequence[str] = ()) -> FilterChain:
-    chain.filter_chain_match = FilterChainMatch(transport_protocol=transport, server_names=list(names))
+def _for(transport: str, chain: listener_v3.FilterChain, names: Sequence[str] = ()) -> listener_v3.FilterChain:
+    chain.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol=transport, server_names=list(names))
     return chain
 
 
-def _chain(name: str, routes: str, transport: core.TransportSocket | None = None) -> FilterChain:
+def _chain(name: str, routes: str, transport: core.TransportSocket | None = None) -> listener_v3.FilterChain:
     connect = routes == site.PROXY
     codec = hcm.HttpConnectionManagerCodecType.AUTO if transport and not connect else hcm.HttpConnectionManagerCodecType.HTTP1
     manager = hcm.HttpConnectionManager(
@@ -113,9 +106,9 @@ def _chain(name: str, routes: str, transport: core.TransportSocket | None = None
         path_with_escaped_slashes_action=hcm.HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
         upgrade_configs=[hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="CONNECT")] if connect else [],
     )
-    return FilterChain(
+    return listener_v3.FilterChain(
         name=name,
-        filters=[extension(Filter, "envoy.filters.network.http_connection_manager", manager)],
+        filters=[extension(listener_v3.Filter, "envoy.filters.network.http_connection_manager", manager)],
         transport_socket=transport,
         transport_socket_connect_timeout=seconds(10),
     )

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot, Tool
-from broker.policy.types import ALLOW, Code, Decision, ToolCall, Verdict, Violation, deny
+from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot
+from broker.policy.types import ALLOW, Code, Decision, ToolCall, Violation, deny
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,55 +40,39 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
     7. the manifest asks for approval → `approval_required`
     8. allow
     """
-    grants = agent.tools.get(call.tool)
-    tool = snapshot.tools[call.tool]
+    tool, grants = snapshot.tools[call.tool], agent.tools.get(call.tool)
+    listed = f"{agent.rule}/spec/tools"
     if grants is None:
-        return deny(
-            Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=f"{agent.rule}/spec/tools"
-        )
+        return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=listed)
     if call.housekeeping:
         return ALLOW
-    operation = tool.operations.get(call.operation) if call.operation else None
+    operation = tool.operations.get(call.operation or "")
     if operation is None:
-        return deny(
-            Code.OPERATION_NOT_DECLARED, f"{call.label} is no operation of {tool.name!r}", rule=f"{tool.rule}/spec/operations"
-        )
-    grant = grants.get(operation.name)
+        what = f"{call.label} is no operation of {tool.name!r}"
+        return deny(Code.OPERATION_NOT_DECLARED, what, rule=f"{tool.rule}/spec/operations")
+    name, grant = f"{tool.name}/{operation.name}", grants.get(operation.name)
     if grant is None:
-        return _not_granted(agent, tool, operation)
+        what = f"agent {agent.name!r} does not list {name}"
+        return deny(Code.OPERATION_NOT_DECLARED, what, rule=f"{listed}/{tool.name}/operations")
     if violations := _violations(call, operation, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
     if grant.approval:
-        return Decision(
-            Verdict.DENY, Code.APPROVAL_REQUIRED, f"{tool.name}/{operation.name} waits for a human's approval", grant.rule
-        )
+        return deny(Code.APPROVAL_REQUIRED, f"{name} waits for a human's approval", rule=grant.rule)
     return ALLOW
-
-
-def _not_granted(agent: Agent, tool: Tool, operation: Operation) -> Decision:
-    return deny(
-        Code.OPERATION_NOT_DECLARED,
-        f"agent {agent.name!r} does not list {tool.name}/{operation.name}",
-        rule=f"{agent.rule}/spec/tools/{tool.name}/operations",
-    )
 
 
 def _violations(call: ToolCall, operation: Operation, grant: Grant) -> tuple[Violation, ...]:
     for schemas in (operation.schemas, grant.schemas):
-        found: list[Violation] = []
-        for location, schema in schemas.items():
-            found.extend(_at(call, location, schema))
-        if found:
+        if found := [each for location, schema in schemas.items() for each in _at(call, location, schema)]:
             return tuple(found)
     return ()
 
 
 def _at(call: ToolCall, location: str, schema: ParameterSchema) -> tuple[Violation, ...]:
-    if location not in call.params:
-        return (
-            Violation(f"/{location}", schema.rule, f"the request has no {location}, but the operation's schema asks for one"),
-        )
-    return schema.violations(call.params[location], location)
+    if location in call.params:
+        return schema.violations(call.params[location], location)
+    missing = f"the request has no {location}, but the operation's schema asks for one"
+    return (Violation(f"/{location}", schema.rule, missing),)
 
 
 def _summary(violations: tuple[Violation, ...]) -> str:

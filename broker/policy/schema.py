@@ -4,6 +4,7 @@ Law: a schema never reaches out (no remote `$ref`), never takes more than linear
 automaton, others are refused), and its messages never quote the value it judged.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,30 +104,15 @@ def typed(value: str, kind: str) -> Json:
 
     Text that stays text then fails the schema, so nothing is guessed: `007`, `1e3` and `TRUE` are not numbers or booleans.
     """
-    if kind == "integer" and _is_integer(value):
+    if kind in ("integer", "number") and _INTEGER.fullmatch(value):
         return int(value)
-    if kind == "number" and _is_number(value):
-        return float(value) if "." in value else int(value)
+    if kind == "number" and _FRACTION.fullmatch(value):
+        return float(value)
     if kind == "boolean" and value in ("true", "false"):
         return value == "true"
     return value
 
 
-# Beyond that, JSON readers disagree on the value (RFC 8259 section 6).
-_MAX_DIGITS = 15
-
-
-def _is_integer(value: str) -> bool:
-    digits = value.removeprefix("-")
-    return (
-        digits.isascii()
-        and digits.isdigit()
-        and len(digits) <= _MAX_DIGITS
-        and (digits == "0" or digits[0] != "0")
-        and value != "-0"
-    )
-
-
-def _is_number(value: str) -> bool:
-    whole, dot, fraction = value.partition(".")
-    return _is_integer(whole) and (not dot or (fraction.isascii() and fraction.isdigit() and len(fraction) <= _MAX_DIGITS))
+# Beyond 15 digits, JSON readers disagree on the value (RFC 8259 section 6). Minus zero is spelled in two ways.
+_INTEGER = re.compile(r"(?!-0)-?(?:0|[1-9][0-9]{0,14})")
+_FRACTION = re.compile(_INTEGER.pattern + r"\.[0-9]{1,15}")

@@ -24,9 +24,7 @@ class Endpoint:
     @property
     def authority(self) -> str:
         """`host` or `host:port`, as a client writes it: without the scheme's default port (RFC 9110 section 4.2)."""
-        default = {"http": 80, "https": 443}[self.scheme]
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == default else f"{host}:{self.port}"
+        return self.host_port.removesuffix({"http": ":80", "https": ":443"}[self.scheme])
 
     @property
     def host_port(self) -> str:

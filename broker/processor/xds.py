@@ -26,16 +26,11 @@ _ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 _ORDER = (_CLUSTER, _LISTENER, _ROUTES)
 
 
-@dataclass(frozen=True, slots=True)
-class _Typed:
-    version: str
-    resources: tuple[Any, ...]
-
-
-def _typed(url: str, messages: Sequence[Any]) -> _Typed:
-    packed = tuple(AnyMessage(type_url=url, value=bytes(message)) for message in messages)
-    digest = hashlib.sha256(b"\0".join(each.value for each in packed)).hexdigest()[:16]
-    return _Typed(digest, packed)
+def _answer(url: str, messages: Sequence[Any]) -> Any:
+    packed = [AnyMessage(type_url=url, value=bytes(message)) for message in messages]
+    version = hashlib.sha256(b"\0".join(each.value for each in packed)).hexdigest()[:16]
+    # Envoy hands the nonce back and looks at it no further; only that there is one tells an answer from a first question.
+    return DiscoveryResponse(version_info=version, type_url=url, resources=packed, nonce=version)
 
 
 @dataclass(slots=True)
@@ -45,7 +40,6 @@ class _Subscription:
     asked: dict[str, frozenset[str]] = field(default_factory=dict)
     sent: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, str] = field(default_factory=dict)
-    nonce: int = 0
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -54,13 +48,13 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
 
     def __init__(self, on_verdict: Callable[[str | None], None]) -> None:
         self._on_verdict = on_verdict
-        self._types: dict[str, _Typed] = {}
+        self._answers: dict[str, Any] = {}
         self._changed = asyncio.Event()
 
     def publish(self, resources: Resources) -> None:
         """Make this the configuration. Types whose content is the same are not sent again."""
         contents = (resources.clusters, resources.listeners, resources.routes)
-        self._types = {url: _typed(url, messages) for url, messages in zip(_ORDER, contents, strict=True)}
+        self._answers = {url: _answer(url, messages) for url, messages in zip(_ORDER, contents, strict=True)}
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -96,7 +90,7 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
             subscription.sent[url] = ""
         elif request.response_nonce:
             subscription.accepted[url] = request.version_info
-            if all(subscription.accepted.get(each) == typed.version for each, typed in self._types.items()):
+            if all(subscription.accepted.get(each) == answer.version_info for each, answer in self._answers.items()):
                 self._on_verdict(None)
         if subscription.asked.get(url) == names:
             return False
@@ -105,12 +99,7 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
 
     async def _send(self, subscription: _Subscription, url: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with subscription.writing:
-            typed = self._types.get(url)
-            if typed is None or subscription.sent.get(url) == typed.version:
-                return
-            subscription.sent[url] = typed.version
-            subscription.nonce += 1
-            nonce = str(subscription.nonce)
-            await context.write(
-                DiscoveryResponse(version_info=typed.version, type_url=url, resources=typed.resources, nonce=nonce)
-            )
+            answer = self._answers.get(url)
+            if answer is not None and subscription.sent.get(url) != answer.version_info:
+                subscription.sent[url] = answer.version_info
+                await context.write(answer)

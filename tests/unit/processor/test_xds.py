@@ -204,9 +204,7 @@ def test_a_name_that_is_asked_for_later_is_answered(tmp_path):
         await envoy.gets()
         await envoy.asks(ROUTES, ["inner"])
         await envoy.asks(ROUTES, ["inner", "proxy"])
-        first = envoy.last[ROUTES].nonce
         assert await envoy.gets() == (ROUTES, ["r1"])
-        assert envoy.last[ROUTES].nonce != first
 
     plays(script, tmp_path)
 
