@@ -66,14 +66,11 @@ class TokenAuthority:
         """Who the token speaks for, or None when it proves nothing."""
         digest = hashlib.sha256(token.encode()).digest()
         principal = self._seen.get(digest)
-        if principal is None:
-            principal = self._verify(token)
-            if principal is None:
-                return None
+        if principal is None and (principal := self._verify(token)):
             if len(self._seen) >= _CACHED:
                 self._seen.clear()
             self._seen[digest] = principal
-        return principal if principal.issued - 1 <= now < principal.expires else None
+        return principal if principal and principal.issued - 1 <= now < principal.expires else None
 
     def _verify(self, token: str) -> Principal | None:
         try:

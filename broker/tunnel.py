@@ -5,7 +5,6 @@ An exception is a fault, and a fault is a denial.
 """
 
 import logging
-from dataclasses import dataclass
 
 from broker.case import Case
 from broker.events import Services
@@ -18,15 +17,8 @@ from broker.protocols.problem import reply, status_at
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Let the tunnel be opened for this identity."""
-
-    principal: Principal
-
-
-def authorize(services: Services, evidence: Evidence, target: str) -> Open | Reply:
-    """Decide on a CONNECT to `target` (`host:port`).
+def authorize(services: Services, evidence: Evidence, target: str) -> Principal | Reply:
+    """Decide on a CONNECT to `target` (`host:port`): for whom it is opened, or the refusal.
 
     First that applies:
 
@@ -41,13 +33,13 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Open | Rep
     except Exception:
         log.exception("decision %s: the broker is at fault", case.attempt.decision_id)
         outcome = deny(Code.INTERNAL_FAULT, "the broker failed on this request; no tunnel was opened")
-    if isinstance(outcome, Open):
+    if isinstance(outcome, Principal):
         return outcome
     case.record(outcome)
     return reply(case.problem(outcome), status_at(outcome.code or Code.INTERNAL_FAULT, Door.PROXY))
 
 
-def _decide(case: Case, evidence: Evidence, target: str) -> Open | Decision:
+def _decide(case: Case, evidence: Evidence, target: str) -> Principal | Decision:
     who = case.identify(evidence)
     if isinstance(who, Decision):
         return who
@@ -57,4 +49,4 @@ def _decide(case: Case, evidence: Evidence, target: str) -> Open | Decision:
         return deny(Code.HOST_NOT_DECLARED, f"no tool in the catalog is at {target}")
     if not any(tool.name in agent.tools for tool in tools):
         return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} lists no tool at {target}", rule=f"{agent.rule}/spec/tools")
-    return Open(principal)
+    return principal

@@ -44,8 +44,7 @@ class JwtIssuer:
 
     def cached(self, occasion: Occasion, now: float) -> Lease:
         """The lease for this occasion, minted here when there is none: signing takes about 50 us and waits for nobody."""
-        settings = occasion.spec.settings
-        scopes = tuple(str(scope) for scope in _list(settings.get("scopes", ())))
+        scopes = tuple(occasion.spec.settings.get("scopes", ()))
         key = (occasion.agent.name, occasion.tool.name, scopes, occasion.run_id, occasion.spec.header, occasion.spec.template)
         lease = self._leases.get(key)
         if lease is not None and lease.expires is not None and now < lease.expires - min(MARGIN_S, self._ttl(occasion) / 2):
@@ -60,8 +59,7 @@ class JwtIssuer:
         return self.cached(occasion, now)
 
     def _ttl(self, occasion: Occasion) -> int:
-        wanted = occasion.spec.settings.get("ttl", DEFAULT_TTL_S)
-        return min(wanted if isinstance(wanted, int) else DEFAULT_TTL_S, occasion.max_ttl)
+        return min(int(occasion.spec.settings.get("ttl", DEFAULT_TTL_S)), occasion.max_ttl)
 
     def _mint(self, occasion: Occasion, scopes: tuple[str, ...], now: float) -> Lease:
         lease_id = f"jwt-{secrets.token_hex(8)}"
@@ -78,10 +76,6 @@ class JwtIssuer:
         }
         token = jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
         return Lease(lease_id, self.name, occasion.spec.header, rendered(occasion.spec, token), scopes, float(expires))
-
-
-def _list(value: object) -> list[object]:
-    return list(value) if isinstance(value, list | tuple) else []
 
 
 def key_id(key: Ed25519PrivateKey) -> str:

@@ -27,31 +27,26 @@ class StaticIssuer:
         reference = occasion.spec.settings["secret"]
         if not isinstance(reference, Mapping):
             raise CredentialUnavailable(f"the credential of {occasion.tool.name!r} has no reference to a secret")
-        source, value = _read(reference, occasion.tool.name)
-        digest = hashlib.sha256(f"{source}\0{occasion.agent.name}\0{occasion.tool.name}".encode()).hexdigest()
-        return Lease(
-            lease_id=f"static-{digest[:16]}", issuer=self.name, header=occasion.spec.header, value=rendered(occasion.spec, value)
-        )
+        source, where = next(iter(reference.items()))
+        value = (_from_environment if source == "env" else _from_file)(where, occasion.tool.name)
+        digest = hashlib.sha256(f"{source}:{where}\0{occasion.agent.name}\0{occasion.tool.name}".encode()).hexdigest()
+        return Lease(f"static-{digest[:16]}", self.name, occasion.spec.header, rendered(occasion.spec, value))
 
     async def issue(self, occasion: Occasion, now: float) -> Lease:
         """Never asked: `cached` always answers."""
         raise CredentialUnavailable(f"the secret of {occasion.tool.name!r} is gone at {now:.0f}")
 
 
-def _read(reference: Mapping[str, object], tool: str) -> tuple[str, str]:
-    if "env" in reference:
-        name = str(reference["env"])
-        if not (value := os.environ.get(name, "")):
-            raise CredentialUnavailable(
-                f"the environment variable {name} is not set, and {tool!r} takes its credential from it",
-                f"start the broker with {name} set",
-            )
-        return f"env:{name}", value
-    path = Path(str(reference["file"]))
+def _from_environment(name: str, tool: str) -> str:
+    if value := os.environ.get(name, ""):
+        return value
+    what = f"the environment variable {name} is not set, and {tool!r} takes its credential from it"
+    raise CredentialUnavailable(what, f"start the broker with {name} set")
+
+
+def _from_file(path: str, tool: str) -> str:
     try:
-        return f"file:{path}", path.read_text().strip()
+        return Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CredentialUnavailable(
-            f"the secret file of {tool!r} can't be read ({type(error).__name__})",
-            f"put the secret into {path}, readable by the broker",
-        ) from error
+        what = f"the secret file of {tool!r} can't be read ({type(error).__name__})"
+        raise CredentialUnavailable(what, f"put the secret into {path}, readable by the broker") from error

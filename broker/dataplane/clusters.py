@@ -4,6 +4,8 @@ Law: the address is judged after resolution and before connecting. STRICT_DNS, b
 that is really connected to only there.
 """
 
+from collections.abc import Mapping
+
 import envoy_data_plane.envoy.config.cluster.v3 as cluster_v3
 import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.config.rbac.v3 as rbac
@@ -33,11 +35,9 @@ NOT_PUBLIC = (
 
 _H1, _H2 = core.Http1ProtocolOptions(), core.Http2ProtocolOptions()
 _EXPLICIT = upstream_http.HttpProtocolOptionsExplicitHttpConfig
-_HTTP1: dict[str, object] = {"explicit_http_config": _EXPLICIT(http_protocol_options=_H1)}
-_HTTP2: dict[str, object] = {"explicit_http_config": _EXPLICIT(http2_protocol_options=_H2)}
-_BY_ALPN: dict[str, object] = {
-    "auto_config": upstream_http.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=_H1, http2_protocol_options=_H2)
-}
+_HTTP1 = {"explicit_http_config": _EXPLICIT(http_protocol_options=_H1)}
+_HTTP2 = {"explicit_http_config": _EXPLICIT(http2_protocol_options=_H2)}
+_BY_ALPN = {"auto_config": upstream_http.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=_H1, http2_protocol_options=_H2)}
 
 
 def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
@@ -97,7 +97,7 @@ def _tls(entry: Tool, system_roots: str) -> core.TransportSocket:
     return extension(core.TransportSocket, "envoy.transport_sockets.tls", context)
 
 
-def _http(version: dict[str, object], filters: list[HttpFilter]) -> dict[str, Any]:
+def _http(version: Mapping[str, object], filters: list[HttpFilter]) -> dict[str, Any]:
     options = upstream_http.HttpProtocolOptions(http_filters=filters, **version)  # type: ignore[arg-type]  # one of the three
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": any_of(options)}
 

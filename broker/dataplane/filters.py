@@ -44,16 +44,20 @@ OBSERVED = ext_proc.ProcessingMode(
 _UNAVAILABLE = HttpStatus(code=StatusCode.ServiceUnavailable)
 
 
-def call_filters() -> list[HttpFilter]:
-    """For calls: processor, gate, router."""
-    return [_ext_proc(), _gate([_proof(site.GATE_NAMESPACE)]), _router()]
+def call_filters(*openers: rbac.Principal) -> list[HttpFilter]:
+    """For calls: processor, gate, router. The gate lets a call pass that the processor allowed, or that is one of `openers`."""
+    proven = [_proof(site.GATE_NAMESPACE), *openers]
+    gate = rbac_filter(rbac.RbacAction.ALLOW, "decided", rbac.Permission(any=True), proven)
+    # CVE-2025-64763: bytes sent after CONNECT and before its 200 could be read as a request of the tunnel.
+    router = http_filter("router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
+    return [_ext_proc(), gate, router]
 
 
 def proxy_filters() -> list[HttpFilter]:
     """For the explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls."""
     connect = rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
-    tunnel = rbac.Principal(and_ids=rbac.PrincipalSet(ids=[connect, _proof(site.EXT_AUTHZ)]))
-    return [_ext_authz(), _identity_state(), _ext_proc(), _gate([_proof(site.GATE_NAMESPACE), tunnel]), _router()]
+    opener = rbac.Principal(and_ids=rbac.PrincipalSet(ids=[connect, _proof(site.EXT_AUTHZ)]))
+    return [_ext_authz(), _identity_state(), *call_filters(opener)]
 
 
 def http_filter(name: str, config: betterproto2.Message) -> HttpFilter:
@@ -145,15 +149,6 @@ def _proof(namespace: str) -> rbac.Principal:
     return rbac.Principal(
         sourced_metadata=rbac.SourcedMetadata(metadata_matcher=_decision(namespace, allowed), metadata_source=source)
     )
-
-
-def _gate(principals: list[rbac.Principal]) -> HttpFilter:
-    return rbac_filter(rbac.RbacAction.ALLOW, "decided", rbac.Permission(any=True), principals)
-
-
-def _router() -> HttpFilter:
-    # CVE-2025-64763: bytes sent after CONNECT and before its 200 could be read as a request of the tunnel.
-    return http_filter("router", Router(suppress_envoy_headers=True, reject_connect_request_early_data=True))
 
 
 def http_access_log() -> accesslog.AccessLog:

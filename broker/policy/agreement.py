@@ -46,7 +46,7 @@ def destination(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Deci
         return deny(Code.PROTOCOL_VIOLATION, "the request names more than one host")
     if wire.door is Door.BASE_URL:
         return _by_name(snapshot, wire)
-    tools = _at_authority(snapshot, wire.scheme, wire.authority)
+    tools = snapshot.hosts.get((wire.scheme, *split_authority(wire.scheme, wire.authority)), ())
     if wire.connect_host and (mismatch := _tunnel_mismatch(wire, tools)):
         return mismatch
     if not tools:
@@ -64,13 +64,8 @@ _PORTS = {"http": "80", "https": "443"}
 
 def connect_target(snapshot: PolicySnapshot, target: str) -> tuple[Tool, ...]:
     """The tools that a CONNECT to `host:port` could be for, exactly as spelled; empty when it is not declared."""
-    host, port = split_authority("", target)
-    return tuple(tool for scheme in _PORTS for tool in snapshot.hosts.get((scheme, host, port), ()))
-
-
-def _at_authority(snapshot: PolicySnapshot, scheme: str, authority: str) -> tuple[Tool, ...]:
-    host, port = split_authority(scheme, authority)
-    return snapshot.hosts.get((scheme, host, port), ())
+    place = split_authority("", target)
+    return tuple(tool for scheme in _PORTS for tool in snapshot.hosts.get((scheme, *place), ()))
 
 
 def split_authority(scheme: str, authority: str) -> tuple[str, int]:

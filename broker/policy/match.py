@@ -29,32 +29,23 @@ def split_path(path: str) -> tuple[str, ...]:
         return ()
     if not _PLAIN.match(path):
         raise PathError("the path has a character that must not stand there raw (RFC 3986 section 3.3), or path parameters")
-    raw = path[1:].split("/")
-    if "%" in path:
-        return tuple(_decode(segment) for segment in _no_empty(raw))
-    return tuple(_no_dots(segment) for segment in _no_empty(raw))
-
-
-def _no_empty(segments: list[str]) -> list[str]:
+    segments = path[1:].split("/")
     if "" in segments[:-1]:
         raise PathError("the path has an empty segment (//)")
-    return segments
+    return tuple(map(_decoded, segments))
 
 
-def _no_dots(segment: str) -> str:
+def _decoded(segment: str) -> str:
+    if "%" in segment:
+        try:
+            segment = unquote_to_bytes(segment).decode("utf-8")
+        except UnicodeDecodeError:
+            raise PathError("the path's percent-encoding is not UTF-8") from None
+        if _AMBIGUOUS.search(segment):
+            raise PathError("the path encodes a slash, a backslash, a percent sign, a semicolon or a control character")
     if segment in (".", ".."):
         raise PathError("the path has a dot segment (/./ or /../)")
     return segment
-
-
-def _decode(segment: str) -> str:
-    try:
-        decoded = unquote_to_bytes(segment).decode("utf-8")
-    except UnicodeDecodeError:
-        raise PathError("the path's percent-encoding is not UTF-8") from None
-    if _AMBIGUOUS.search(decoded):
-        raise PathError("the path encodes a slash, a backslash, a percent sign, a semicolon or a control character")
-    return _no_dots(decoded)
 
 
 _VARIABLE = re.compile(r"\{(\+?)([A-Za-z_][A-Za-z0-9_]*)\}\Z")

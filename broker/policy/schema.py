@@ -65,15 +65,13 @@ def _pointer(start: str, path: list[str | int]) -> str:
 def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            here = (*path, key)
+            here, why = (*path, key), ""
             if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
-                raise SchemaError(
-                    _pointer("", list(here)), f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…"
-                )
+                why = f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…"
             if key in ("$id", "$schema"):
-                raise SchemaError(
-                    _pointer("", list(here)), f"{key} is not used here: every schema is JSON Schema 2020-12; take it out"
-                )
+                why = f"{key} is not used here: every schema is JSON Schema 2020-12; take it out"
+            if why:
+                raise SchemaError(_pointer("", list(here)), why)
             if key not in ("const", "enum", "default", "examples"):
                 _refuse_references(value, here)
     elif isinstance(node, list):

@@ -6,6 +6,7 @@ snapshot, and whatever is not in it is denied.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from broker.policy.match import PathTemplate
 from broker.policy.schema import ParameterSchema
@@ -50,7 +51,7 @@ class CredentialSpec:
     """
 
     issuer: str
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
     header: str = "authorization"
     template: str = "Bearer {}"
 

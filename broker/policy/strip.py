@@ -56,8 +56,7 @@ def is_stripped(name: str) -> bool:
 
 
 def _without_credentials(tool: Tool, query: str) -> str:
-    kept = [pair for pair in query.split("&") if not _is_credential(tool, pair)]
-    return "&".join(kept)
+    return "&".join(pair for pair in query.split("&") if not _is_credential(tool, pair))
 
 
 def _is_credential(tool: Tool, pair: str) -> bool:

@@ -9,10 +9,10 @@ from google.rpc.code_pb2 import OK, PERMISSION_DENIED
 
 from broker.dataplane import site
 from broker.events import Services
-from broker.identity import Evidence
+from broker.identity import Evidence, Principal
 from broker.policy.types import Door
 from broker.protocols.base import Reply
-from broker.tunnel import Open, authorize
+from broker.tunnel import authorize
 
 
 class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated without types
@@ -35,8 +35,8 @@ class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated withou
         return _refused(outcome) if isinstance(outcome, Reply) else _opened(outcome)
 
 
-def _opened(outcome: Open) -> Any:
-    carried = {site.GATE_KEY: site.GATE_ALLOW, "agent": outcome.principal.agent, "token": outcome.principal.encode()}
+def _opened(principal: Principal) -> Any:
+    carried = {site.GATE_KEY: site.GATE_ALLOW, "agent": principal.agent, "token": principal.encode()}
     return CheckResponse(status={"code": OK}, ok_response={}, dynamic_metadata=carried)
 
 

@@ -150,8 +150,8 @@ def test_a_refused_type_is_reported_and_not_sent_again_until(after, sent, tmp_pa
         ads.publish(configuration(listeners="l2", routes="r2"))
         assert await envoy.gets() == (LISTENER, ["l2"])
         assert await envoy.gets() == (ROUTES, ["r2"])
-        await envoy.refuses(LISTENER, "still taken")
         await envoy.asks(ROUTES)
+        await envoy.refuses(LISTENER, "still taken")
         assert await verdicts.next() == "still taken"
         ads.publish(configuration(listeners=after, routes="r2"))
         assert await envoy.gets() == (LISTENER, [sent])
