@@ -27,3 +27,8 @@ class UsageError(BrokerError):
     """The caller's input can't be used: a missing file, a taken port, an unknown agent."""
 
     exit_code = 2
+
+
+def counted(number: int, word: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{number} {word}{'' if number == 1 else 's'}"

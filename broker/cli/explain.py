@@ -1,8 +1,9 @@
 """`broker explain`: the decision on a call and how it came about. Nothing is sent, nothing is spent."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -10,8 +11,7 @@ import orjson
 
 from broker.cli import options
 from broker.errors import UsageError
-from broker.manifest.findings import FORMATS, printable
-from broker.manifest.load import load
+from broker.manifest.findings import printable
 from broker.policy.agreement import Wire, destination
 from broker.policy.evaluate import View, admit, evaluate
 from broker.policy.snapshot import CredentialSpec, PolicySnapshot
@@ -19,14 +19,6 @@ from broker.policy.strip import strip
 from broker.policy.types import Decision, Door, Refusal, Request, deny
 from broker.protocols.problem import problem
 from broker.protocols.registry import ADAPTERS
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """The decision, and what each step on the way to it found."""
-
-    decision: Decision
-    steps: Mapping[str, str]
 
 
 @click.command()
@@ -39,17 +31,19 @@ class Explained:
 @options.as_json
 def explain(*, agent: str, method: str, url: str, data: str, headers: tuple[str, ...], manifests: Path, as_json: bool) -> int:
     """Say what would happen to the call METHOD URL, and why. Ends with 0 for an allow, 1 for a denial."""
-    loaded = load(manifests)
-    if loaded.snapshot is None:
-        click.echo(FORMATS["text"](loaded.findings), err=True, nl=False)
-        raise UsageError("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
-    explained = explain_call(loaded.snapshot, agent, request_of(method, url, data, headers), url, data.encode())
-    _print(explained, agent, as_json=as_json)
-    return 0 if explained.decision.allowed else 1
+    steps: dict[str, str] = {}
+    wire, request = request_of(method, url, data, headers)
+    decision = decided(options.snapshot(manifests), agent, wire, request, data.encode(), steps=steps)
+    if as_json:
+        click.echo(orjson.dumps(_document(decision, agent, steps)))
+    else:
+        for line in _lines(decision, steps):
+            click.echo(printable(line))
+    return 0 if decision.allowed else 1
 
 
-def request_of(method: str, url: str, data: str, headers: tuple[str, ...]) -> Request:
-    """The request as a client would send it."""
+def request_of(method: str, url: str, data: str, headers: tuple[str, ...]) -> tuple[Wire, Request]:
+    """The request as a client would send it through the proxy."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(f"{url!r} is no URL", "write it whole, such as https://api.github.com/repos/acme/web/issues")
@@ -58,19 +52,19 @@ def request_of(method: str, url: str, data: str, headers: tuple[str, ...]) -> Re
         pairs.append(("content-type", "application/json"))
     if data:
         pairs.append(("content-length", str(len(data.encode()))))
-    return Request(method.upper(), parts.path or "/", parts.query, tuple(pairs))
+    request = Request(method.upper(), parts.path or "/", parts.query, tuple(pairs))
+    return Wire(Door.PROXY, parts.scheme, parts.netloc, request.path, "", "", route_tool=None), request
 
 
-def explain_call(snapshot: PolicySnapshot, name: str, request: Request, url: str, body: bytes) -> Explained:
-    """Decide on a call as the broker would, by the same functions, and keep what each found."""
+def decided(snapshot: PolicySnapshot, name: str, wire: Wire, request: Request, body: bytes, *, steps: dict[str, str]) -> Decision:
+    """The decision that the broker would make, by the same functions; `steps` gets what each found on the way."""
     agent = admit(snapshot, name, View())
     if isinstance(agent, Decision):
-        return Explained(agent, {})
-    steps = {"agent": f"{agent.name}, {agent.rule}"}
-    parts = urlsplit(url)
-    found = destination(snapshot, Wire(Door.PROXY, parts.scheme, parts.netloc, request.path, "", "", route_tool=None))
+        return agent
+    steps["agent"] = f"{agent.name}, {agent.rule}"
+    found = destination(snapshot, wire)
     if isinstance(found, Decision):
-        return Explained(found, steps)
+        return found
     tool, path = found
     steps["tool"] = f"{tool.name} ({tool.protocol}), {tool.rule}"
     clean = strip(tool, request, path)
@@ -80,13 +74,13 @@ def explain_call(snapshot: PolicySnapshot, name: str, request: Request, url: str
     limit = adapter.body_limit(tool, clean.request)
     call = limit if isinstance(limit, Refusal) and body else adapter.recognise(tool, clean.request, body)
     if isinstance(call, Refusal):
-        return Explained(deny(call.code, call.detail, violations=call.violations), steps)
+        return deny(call.code, call.detail, violations=call.violations)
     decision = evaluate(snapshot, agent, call)
     operation = tool.operations.get(call.operation or "")
     steps["operation"] = f"{operation.name} ({operation.effect}), {operation.rule}" if operation else call.label
     if decision.allowed and tool.credential:
         steps["credential"] = _credential(tool.credential)
-    return Explained(decision, steps)
+    return decision
 
 
 def _credential(spec: CredentialSpec) -> str:
@@ -94,25 +88,24 @@ def _credential(spec: CredentialSpec) -> str:
     return f"{spec.issuer} in the header {spec.header}" + (f", scopes {scopes}" if scopes else "")
 
 
-def _print(explained: Explained, agent: str, *, as_json: bool) -> None:
-    decision = explained.decision
-    document = {
+def _document(decision: Decision, agent: str, steps: Mapping[str, str]) -> dict[str, Any]:
+    return {
         "verdict": decision.verdict,
         "code": decision.code,
         "detail": decision.detail,
         "rule": decision.rule,
         "agent": agent,
-        "steps": explained.steps,
+        "steps": steps,
         "violations": [asdict(violation) for violation in decision.violations],
         "next_steps": problem("", agent, "", "", decision)["next_steps"] if decision.code else [],
     }
-    if as_json:
-        click.echo(orjson.dumps(document))
-        return
-    click.echo(printable(f"{decision.verdict}{f' {decision.code}: {decision.detail}' if decision.code else ''}"))
-    for step, what in explained.steps.items():
-        click.echo(printable(f"  {step:<11}{what}"))
+
+
+def _lines(decision: Decision, steps: Mapping[str, str]) -> Iterator[str]:
+    yield f"{decision.verdict} {decision.code}: {decision.detail}" if decision.code else decision.verdict
+    for step, what in steps.items():
+        yield f"  {step:<11}{what}"
     for violation in decision.violations:
-        click.echo(printable(f"  {'violation':<11}{violation.pointer}: {violation.message} ({violation.rule})"))
+        yield f"  {'violation':<11}{violation.pointer}: {violation.message} ({violation.rule})"
     if decision.rule and not decision.violations:
-        click.echo(f"  {'rule':<11}{decision.rule}")
+        yield f"  {'rule':<11}{decision.rule}"

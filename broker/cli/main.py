@@ -21,10 +21,7 @@ class _Verbs(click.Group):
         return list(_VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _VERBS:
-            return None
-        command: click.Command = getattr(importlib.import_module(f"broker.cli.{cmd_name}"), cmd_name)
-        return command
+        return getattr(importlib.import_module(f"broker.cli.{cmd_name}"), cmd_name) if cmd_name in _VERBS else None
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

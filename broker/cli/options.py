@@ -1,87 +1,111 @@
-"""Options that several verbs share."""
+"""What several verbs share: their options, and what they make of them."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from broker.dataplane.site import Site
-from broker.errors import UsageError
+from broker.errors import BrokerError, UsageError
+from broker.manifest.findings import FORMATS
+from broker.manifest.load import load
+from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
-
-class HostPort(click.ParamType[tuple[str, int]]):
-    """`HOST:PORT`, as `(host, port)`."""
-
-    name = "host:port"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """Read it, or say what is wrong."""
-        if isinstance(value, tuple):
-            return value
-        host, _, port = str(value).rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65_535:  # noqa: PLR2004 - TCP's
-            self.fail(f"{value!r} is no HOST:PORT, such as 127.0.0.1:15001", param, ctx)
-        return host.strip("[]"), int(port)
-
-
-def manifests(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--manifests DIR`."""
-    kind = click.Path(path_type=Path, file_okay=False)
-    return click.option("--manifests", type=kind, default=Path("manifests"), show_default=True, help="The manifests folder.")(
-        function
-    )
-
-
-def state(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--state DIR`."""
-    kind = click.Path(path_type=Path, file_okay=False)
-    return click.option("--state", type=kind, default=Path(".broker"), show_default=True, help="The broker's state folder.")(
-        function
-    )
-
-
-def as_json(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
-
-
-def doors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--proxy`, `--base-url`."""
-    function = _address("--base-url", 15002, "The reverse proxy: http://HOST:PORT/<tool>/…")(function)
-    return _address("--proxy", 15001, "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY.")(function)
-
-
-def addresses(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--proxy`, `--base-url`, `--admin`."""
-    return doors(_address("--admin", 15003, "Health, metrics and keys.")(function))
-
-
-def _address(name: str, port: int, what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option(name, type=HostPort(), default=f"127.0.0.1:{port}", show_default=True, help=what)
-
-
-def redis(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--redis URL`: refused until a ledger uses it, so that nobody believes in shared limits that are not there."""
-
-    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            raise UsageError("--redis is not built yet", "leave it out: one broker keeps its own state")
-
-    return click.option("--redis", metavar="URL", callback=refuse, expose_value=False, help="Shared state (not built yet).")(
-        function
-    )
-
-
+_PORTS = 65_535
 ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Address(NamedTuple):
+    """A TCP address; `str` writes it as a URL does."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _address(text: str) -> Address:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > _PORTS:
+        raise UsageError(f"{text!r} is no HOST:PORT", "write it like 127.0.0.1:15001")
+    return Address(host.strip("[]"), int(port))
+
+
+def _together(*options: Decorator) -> Decorator:
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorated
+
+
+def _folder(name: str, default: str, what: str) -> Decorator:
+    kind = click.Path(path_type=Path, file_okay=False)
+    return click.option(name, type=kind, default=default, show_default=True, help=what)
+
+
+def _door(name: str, default: str, what: str) -> Decorator:
+    return click.option(name, type=_address, metavar="HOST:PORT", default=default, show_default=True, help=what)
+
+
+def _not_built(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    # So that nobody believes in shared limits that are not there.
+    if value is not None:
+        raise UsageError("--redis is not built yet", "leave it out: one broker keeps its own state")
+
+
+directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=click.Path(path_type=Path, file_okay=False))
+manifests = _folder("--manifests", "manifests", "The manifests folder.")
+state = _folder("--state", ".broker", "The broker's state folder.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+doors = _together(
+    _door("--proxy", "127.0.0.1:15001", "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY."),
+    _door("--base-url", "127.0.0.1:15002", "The reverse proxy: http://HOST:PORT/<tool>/…"),
+)
+broker = _together(
+    manifests,
+    state,
+    doors,
+    _door("--admin", "127.0.0.1:15003", "Health, metrics and keys."),
+    click.option("--redis", metavar="URL", callback=_not_built, expose_value=False, help="Shared state (not built yet)."),
+    as_json,
+)
+
+
+def command(verb: str, **chosen: object) -> list[str]:
+    """The command line of a verb with these options (`base_url` is `--base-url`) and `--json`."""
+    options = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "broker.cli", verb, "--json", *options]
+
+
+class ManifestErrors(BrokerError):
+    """There are findings; they are on stderr."""
+
+    exit_code = 1
+
+
+def snapshot(manifests: Path) -> PolicySnapshot:
+    """What the manifests compile to; says what is wrong on stderr. Raises `ManifestErrors`, and `UsageError` without a folder."""
+    loaded = load(manifests)
+    errors = [finding for finding in loaded.findings if finding.severity == "error"]
+    click.echo(FORMATS["text"](errors), err=True, nl=False)
+    if warnings := len(loaded.findings) - len(errors):
+        click.echo(f"{warnings} warnings in the manifests; `broker check {manifests}` shows them", err=True)
+    if loaded.snapshot is None:
+        raise ManifestErrors("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
+    return loaded.snapshot
 
 
 def site(state_folder: State, proxy: tuple[str, int], base_url: tuple[str, int]) -> Site:
     """Where this machine's Envoy stands. Raises `UsageError` where the system has no trust roots."""
     roots = next((path for path in ROOTS if Path(path).is_file()), None)
     if roots is None:
-        raise UsageError(
-            "this system has no trust roots, so no upstream could be verified", "install the package ca-certificates"
-        )
+        raise UsageError("there are no trust roots here to verify upstreams by", "install the package ca-certificates")
     return Site(proxy, base_url, str(state_folder.processor_socket), str(state_folder.envoy_admin_socket), roots)

@@ -1,39 +1,36 @@
 """`broker serve`: the processor, the configuration service and the admin API, for an Envoy that someone else runs."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
+import orjson
 
 from broker.cli import options
-from broker.server import Server, Settings, announce_json
+from broker.server import Server
 from broker.state import State
 
 
 @click.command()
-@options.manifests
-@options.state
-@options.addresses
-@options.redis
-@options.as_json
+@options.broker
 def serve(
-    *, manifests: Path, state: Path, proxy: tuple[str, int], base_url: tuple[str, int], admin: tuple[str, int], as_json: bool
+    *, manifests: Path, state: Path, proxy: options.Address, base_url: options.Address, admin: options.Address, as_json: bool
 ) -> None:
     """Run the processor without Envoy; `broker render envoy` prints the bootstrap that leads Envoy to it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.ERROR)
     folder = State.at(state)
-    settings = Settings(manifests, folder, options.site(folder, proxy, base_url), admin)
-    asyncio.run(_serve(settings, announce_json if as_json else _announce))
 
+    def announce(event: str, revision: str) -> None:
+        if as_json:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(1, orjson.dumps({"event": event, "revision": revision}) + b"\n")
+        elif event == "listening":
+            click.echo(f"serving revision {revision}")
 
-async def _serve(settings: Settings, announce: Any) -> None:
-    await Server(settings, announce).run()
-
-
-def _announce(event: dict[str, Any]) -> None:
-    if event["event"] == "listening":
-        click.echo(f"serving revision {event['revision']}")
+    server = Server(manifests, folder, options.site(folder, proxy, base_url), admin, announce)
+    asyncio.run(server.run())

@@ -6,7 +6,7 @@ import click
 import orjson
 
 from broker import clock
-from broker.admin.client import Control
+from broker.admin.client import ask
 from broker.audit.log import AuditLog
 from broker.audit.record import revocation_record
 from broker.cli import options
@@ -19,9 +19,7 @@ from broker.state import State
 @click.command()
 @click.argument("name")
 @options.state
-@click.option(
-    "--ttl", type=click.IntRange(1, MAX_TOKEN_S), default=MAX_TOKEN_S, show_default=True, help="How many seconds it lasts."
-)
+@click.option("--ttl", type=click.IntRange(1, MAX_TOKEN_S), default=MAX_TOKEN_S, show_default=True, help="Its life, in seconds.")
 @click.option("--revoke", is_flag=True, help="Take back every token of this agent that was issued until now.")
 @options.as_json
 def token(*, name: str, state: Path, ttl: int, revoke: bool, as_json: bool) -> None:
@@ -40,7 +38,7 @@ def token(*, name: str, state: Path, ttl: int, revoke: bool, as_json: bool) -> N
 
 def _refuse_unknown(folder: State, name: str) -> None:
     """A running broker knows who takes tokens; without one, the token is made and judged when it is used."""
-    answer = Control(folder.control_socket).ask("GET", f"/agents/{name}")
+    answer = ask(folder.control_socket, "GET", f"/agents/{name}")
     if answer is None:
         return
     if "token" not in answer:
@@ -50,7 +48,7 @@ def _refuse_unknown(folder: State, name: str) -> None:
 
 
 def _revoke(folder: State, name: str) -> None:
-    if Control(folder.control_socket).ask("POST", f"/agents/{name}/tokens/revoke") is not None:
+    if ask(folder.control_socket, "POST", f"/agents/{name}/tokens/revoke") is not None:
         return
     # No broker runs, so the log is free: the revocation is in force when the next one starts.
     now = clock.now()

