@@ -7,6 +7,8 @@ again; meanwhile Envoy denies, because its processor is gone, or nothing gets ou
 import asyncio
 import contextlib
 import ctypes
+import functools
+import os
 import re
 import signal
 import socket
@@ -74,8 +76,11 @@ def refuse_taken(addresses: dict[str, tuple[str, int]]) -> None:
                 raise UsageError(f"{shown} can't be used ({error.strerror})", f"choose another with {name} HOST:PORT") from error
 
 
-def _die_with_parent() -> None:
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent, the process `parent`, ends; at once if that has happened already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended between fork and prctl: no signal will come
+        os._exit(1)
 
 
 class NotStarted(BrokerError):
@@ -138,7 +143,7 @@ class Supervisor:
             *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(die_with, os.getpid()),
             start_new_session=True,  # an interrupt at the terminal reaches the supervisor alone
         )
         self._children[name] = child

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_a_taken_port_is_named_with_the_option_that_chooses_it(manifests, option
         done = broker("up", "--manifests", str(manifests), option, address, *free, cwd=manifests.parent)
     assert done.returncode == 2
     assert f"broker: {address} can't be used (Address already in use); choose another with {option} HOST:PORT" in done.stderr
+
+
+@pytest.mark.parametrize("parent", [pytest.param("os.getppid()", id="lives"), pytest.param("-1", id="has ended before")])
+def test_a_child_goes_on_only_while_its_parent(parent):
+    script = f"import os; from broker.supervisor import die_with; die_with({parent}); print('on')"
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == ((1, "") if parent == "-1" else (0, "on\n"))
 
 
 @pytest.mark.parametrize(
