@@ -26,7 +26,7 @@ from broker.credentials.jwt import JwtIssuer, jwks
 from broker.credentials.static import StaticIssuer
 from broker.dataplane.compile import resources
 from broker.dataplane.site import Site
-from broker.errors import BrokerError
+from broker.errors import BrokerError, counted
 from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.keys import ed25519, public_pem
@@ -161,7 +161,7 @@ class Server:
             for line in FORMATS["text"](loaded.findings).splitlines():
                 log.error("%s", line)
             errors = sum(finding.severity == "error" for finding in loaded.findings)
-            self._report(f"{errors} errors in the manifests, see the log")
+            self._report(f"{counted(errors, 'error')} in the manifests, see the log")
             return
         self._ads.publish(await asyncio.to_thread(self._compile, loaded.snapshot))
         if loaded.snapshot.revision != self._snapshot.revision:

@@ -20,7 +20,7 @@ from broker.audit.verify import verify
 from broker.cli import options
 from broker.demo.tools import payments, wiki
 from broker.demo.tour import AGENT, Place, Surprise, Tour
-from broker.errors import BrokerError
+from broker.errors import BrokerError, counted
 from broker.identity import TokenAuthority
 from broker.keys import ed25519
 
@@ -41,7 +41,7 @@ def demo(*, once: bool, proxy: options.Address, base_url: options.Address) -> in
             return 1
         state = Path(folder) / "state"
         found = verify(state / "audit", None)
-        click.echo(f"\nThe record: {found.records} records, {len(found.problems)} problems in the chain.")
+        click.echo(f"\nThe record: {counted(found.records, 'record')}, {counted(len(found.problems), 'problem')} in the chain.")
         if not once:
             click.echo(f"The broker goes on at http://{proxy} until Ctrl-C; its state is in {state}.")
             signal.sigwait({signal.SIGINT, signal.SIGTERM})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from broker.dataplane.site import Site
-from broker.errors import BrokerError, UsageError
+from broker.errors import BrokerError, UsageError, counted
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import load
 from broker.policy.snapshot import PolicySnapshot
@@ -97,7 +97,7 @@ def snapshot(manifests: Path) -> PolicySnapshot:
     errors = [finding for finding in loaded.findings if finding.severity == "error"]
     click.echo(FORMATS["text"](errors), err=True, nl=False)
     if warnings := len(loaded.findings) - len(errors):
-        click.echo(f"{warnings} warnings in the manifests; `broker check {manifests}` shows them", err=True)
+        click.echo(f"{counted(warnings, 'warning')} in the manifests; `broker check {manifests}` shows them", err=True)
     if loaded.snapshot is None:
         raise ManifestErrors("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
     return loaded.snapshot

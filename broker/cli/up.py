@@ -9,6 +9,7 @@ import click
 import orjson
 
 from broker.cli import options
+from broker.errors import counted
 from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_version, refuse_taken
@@ -26,8 +27,8 @@ def up(
     snapshot = options.snapshot(manifests)
     refuse_taken({"--proxy": proxy, "--base-url": base_url, "--admin": admin})
     folder = State.at(state)
-    who = f"{len(snapshot.agents)} agents and {len(snapshot.tools)} tools"
-    click.echo(f"starting Envoy {envoy_version(envoy_binary())} for {who} …", err=True)
+    who, what = counted(len(snapshot.agents), "agent"), counted(len(snapshot.tools), "tool")
+    click.echo(f"starting Envoy {envoy_version(envoy_binary())} for {who} and {what} …", err=True)
     serve = options.command("serve", manifests=manifests, state=state, proxy=proxy, base_url=base_url, admin=admin)
     supervisor = Supervisor(serve, options.site(folder, proxy, base_url), folder.run)
     places = {"proxy": str(proxy), "base_url": str(base_url), "admin": str(admin), "ca": str(folder.ca)}
