@@ -3,10 +3,12 @@
 Everything listens on loopback, on ports that the system chose. Nothing here fakes a part of the broker.
 """
 
+import atexit
 import base64
 import json
 import os
 import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -392,5 +394,7 @@ def tls(connection: socket.socket, broker: Broker, sni: str | None, *, alpn: lis
 
 
 def short_folder() -> Path:
-    """A folder with a short path, since Unix sockets have short names."""
-    return Path(tempfile.mkdtemp(prefix="bt-"))
+    """A folder with a short path, since Unix sockets have short names; gone when the tests are over."""
+    folder = tempfile.mkdtemp(prefix="bt-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
