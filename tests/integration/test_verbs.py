@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import stack
 
+from broker.cli.main import cli
 from broker.errors import BrokerError
 from broker.supervisor import checked_version
 
@@ -111,6 +114,48 @@ def test_a_state_that_another_broker_uses_is_refused_at_once_in_one_line(world):
     assert world.broker.process.poll() is None
     with world.broker.client("reader") as client:
         assert client.get(f"http://127.0.0.1:{world.plain.port}/items").status_code == 200
+
+
+@pytest.mark.envoy
+def test_a_token_is_printed_alone_and_only_for_an_agent_whose_manifest_is_in_force(manifests):
+    stack.write_manifest(manifests, stack.agent("certified", {}, identity={"spiffe": "spiffe://acme.example/agents/certified"}))
+    running = stack.Broker(manifests, stack.short_folder() / "state")
+
+    def token(*arguments):
+        done = broker("token", *arguments, "--state", str(running.state))
+        return done.returncode, done.stdout, done.stderr
+
+    refused = "broker: no manifest names an agent {!r}; see `broker check` for the agents' files\n"
+    try:
+        code, printed, said = token("bot")
+        assert (code, said) == (0, "")
+        assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", printed)
+        assert json.loads(token("bot", "--json")[1]).keys() == {"agent", "token", "expires_in"}
+        for name in ("ghost", "a b", "../bot", "bot?", ""):
+            assert token(name) == (2, "", refused.format(name))
+        assert token("certified")[0] == 2
+        (manifests / "agent-bot.yaml").unlink()
+        removed = stack.until(lambda: found if (found := token("bot"))[0] else None, why="the change is in force")
+        assert removed == (2, "", refused.format("bot"))
+    finally:
+        running.stop()
+
+
+PRINTS_NO_JSON = {"demo", "render envoy"}  # a tour for people; YAML
+
+
+def test_every_verb_that_prints_data_takes_json():
+    verbs = dict(leaves(cli, ""))
+    without = {path for path, command in verbs.items() if not any("--json" in option.opts for option in command.params)}
+    assert without == PRINTS_NO_JSON
+
+
+def leaves(command, path):
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    for word in command.list_commands(None):
+        yield from leaves(command.get_command(None, word), f"{path} {word}".strip())
 
 
 @pytest.mark.parametrize("parent", [pytest.param("os.getppid()", id="lives"), pytest.param("-1", id="has ended before")])
