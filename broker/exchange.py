@@ -160,11 +160,11 @@ class Exchange:
     def _recognise(
         self, adapter: Adapter, tool: Tool, request: Request, *, has_body: bool
     ) -> Generator[Command, Event, ToolCall | Refusal]:
-        if not has_body:
-            return adapter.recognise(tool, request, b"")
-        limit = adapter.body_limit(tool, request)
+        limit = adapter.body_limit(tool, request) if has_body else None
         if isinstance(limit, Refusal):
             return limit
+        if limit is None:
+            return adapter.recognise(tool, request, b"")
         too_large = Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that this operation takes")
         declared = request.header("content-length") or ""
         if declared.isdigit() and int(declared) > limit:

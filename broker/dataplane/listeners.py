@@ -6,6 +6,7 @@ what matches none is closed and recorded from the listener's access log.
 
 from collections.abc import Mapping, Sequence
 
+import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
 import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.config.listener.v3 as listener_v3
 import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
@@ -104,6 +105,7 @@ def _chain(name: str, routes: str, transport: core.TransportSocket | None = None
         normalize_path=False,
         merge_slashes=False,
         path_with_escaped_slashes_action=hcm.HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
+        local_reply_config=hcm.LocalReplyConfig(mappers=[_hung_processor()]),
         upgrade_configs=[hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="CONNECT")] if connect else [],
     )
     return listener_v3.FilterChain(
@@ -134,3 +136,12 @@ def _spiffe(trust: Mapping[str, str]) -> tls.CertificateValidationContext:
     config = tls.SpiffeCertValidatorConfig(trust_domains=domains)
     validator = extension(core.TypedExtensionConfig, "envoy.tls.cert_validator.spiffe", config)
     return tls.CertificateValidationContext(custom_validator_config=validator)
+
+
+def _hung_processor() -> hcm.ResponseMapper:
+    """A processor that does not answer in time is the broker's fault: 503, where Envoy says 504. Bodies stay as they are."""
+    timeout = accesslog.ComparisonFilter(
+        op=accesslog.ComparisonFilterOp.EQ, value=core.RuntimeUInt32(default_value=504, runtime_key="broker.hung")
+    )
+    late = accesslog.AccessLogFilter(status_code_filter=accesslog.StatusCodeFilter(comparison=timeout))
+    return hcm.ResponseMapper(filter=late, status_code=503)

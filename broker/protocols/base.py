@@ -35,8 +35,8 @@ class Adapter(Protocol):
     locations: frozenset[str]
     """The parameter locations that a catalog entry of this protocol may give schemas for."""
 
-    def body_limit(self, tool: Tool, request: Request) -> int | Refusal:
-        """The largest body to accept for this request, in bytes, judged by its head alone; or why it is refused without."""
+    def body_limit(self, tool: Tool, request: Request) -> int | Refusal | None:
+        """The largest body to wait for, in bytes; None where no body changes what the request is; or why it is refused."""
 
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """Read the whole request. `body` is empty when there is none."""

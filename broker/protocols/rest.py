@@ -24,15 +24,13 @@ class Rest:
     name: str = "rest"
     locations: frozenset[str] = frozenset({"path", "query", "body"})
 
-    def body_limit(self, tool: Tool, request: Request) -> int | Refusal:
-        """The matched operation's `max_body`, or why no body can help this request."""
+    def body_limit(self, tool: Tool, request: Request) -> int | Refusal | None:
+        """The matched operation's `max_body`; None where nothing matches."""
         try:
             operation, _ = _matched(tool, request)
         except Unreadable as error:
             return error.refusal
-        if operation is None:
-            return Refusal(Code.OPERATION_NOT_DECLARED, f"{request.method} {request.path} is no operation of {tool.name!r}")
-        return operation.max_body
+        return operation.max_body if operation else None
 
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """The operation with its path, query and body; operation None where nothing matches."""

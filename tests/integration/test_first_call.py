@@ -152,3 +152,13 @@ def test_sigterm_drains_and_exits_0_and_stdout_stays_silent(tmp_path):
     broker.process.terminate()
     rest = broker.process.stdout.read()
     assert (broker.stop(), rest) == (0, b"")
+
+
+def test_a_tool_that_the_manifest_does_not_list_is_named_before_an_operation_that_nobody_knows(world):
+    with world.broker.client("nobody") as client:
+        answer = client.post(f"http://127.0.0.1:{world.plain.port}/nothing", json={"title": "x"})
+    assert (answer.status_code, answer.json()["code"]) == (403, "tool_not_declared")
+    with world.broker.client("reader") as client:
+        answer = client.post(f"http://127.0.0.1:{world.plain.port}/nothing", json={"title": "x"})
+    assert (answer.status_code, answer.json()["code"]) == (403, "operation_not_declared")
+    assert world.plain.seen == []

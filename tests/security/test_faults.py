@@ -139,6 +139,17 @@ def test_a_processor_that_hangs_denies_within_its_timeout_and_goes_on_when_it_wa
         assert shared.broker.child("processor") == pid
 
 
+def test_a_hung_processor_is_the_brokers_fault_to_those_who_call(shared):
+    pid = shared.broker.child("processor")
+    with shared.broker.direct("caller") as client:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            answer = client.get("/plain/items/hung")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert answer.status_code == 503
+
+
 def test_without_envoy_nothing_gets_out_until_it_is_back_by_itself(shared):
     with _load(shared) as found:
         refused, pid = found.refused, shared.broker.child("envoy")

@@ -167,7 +167,6 @@ def test_the_body_limit_is_the_operations() -> None:
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
-        pytest.param(Request("POST", "/nothing", "", ()), Code.OPERATION_NOT_DECLARED, id="undeclared"),
         pytest.param(Request("GET", "/a/../b", "", ()), Code.PROTOCOL_VIOLATION, id="an ambiguous path"),
         pytest.param(Request("POST", "/upload", "", (("content-encoding", "br"),)), Code.ENCODING_NOT_ALLOWED, id="compressed"),
     ],
@@ -176,6 +175,10 @@ def test_a_head_can_be_refused_before_its_body(request_: Request, code: Code) ->
     refusal = Rest().body_limit(TOOL, request_)
     assert isinstance(refusal, Refusal)
     assert refusal.code is code
+
+
+def test_no_body_is_waited_for_where_nothing_matches() -> None:
+    assert Rest().body_limit(TOOL, Request("POST", "/nothing", "", ())) is None
 
 
 def test_rest_adds_nothing_to_answers() -> None:
