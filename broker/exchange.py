@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from urllib.parse import unquote
 
 from broker.audit.record import Ending
 from broker.case import Case
@@ -72,7 +73,7 @@ class Exchange:
         self._case = Case(services)
         self._started = services.mono_ns()
         self._sent = False
-        self._ending = Ending()
+        self._ending = Ending(detail="the call ended before an answer came")
         self._asks_at = Door.BASE_URL
         self._steps: Steps | None = None
 
@@ -128,7 +129,7 @@ class Exchange:
             return _Denied(found)
         tool, path = found
         adapter = services.adapters[tool.protocol]
-        case.note(tool=tool.name, host=tool.endpoint.authority)
+        case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
         call = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
         if isinstance(call, Refusal):
@@ -237,6 +238,7 @@ class Exchange:
             yield self._withheld(allowed, Code.UPSTREAM_UNTRUSTED, untrusted)
             return
         self._ending = replace(self._ending, detail=details)
+        yield Mark(self._case.attempt.decision_id)
         yield from _pass_on()
 
     def _withheld(self, allowed: "_Allowed", code: Code, why: str) -> Reply:
@@ -314,10 +316,12 @@ def _pass_on() -> Steps:
 
 def run_id(request: Request) -> str:
     """The run that a request names (`x-run-id`, or W3C baggage `run.id`), which only groups; empty when it names none."""
-    named = request.header("x-run-id")
-    if named is None:
-        members = (request.header("baggage") or "").split(",")
-        named = next((value for key, _, value in (member.partition("=") for member in members) if key.strip() == "run.id"), "")
+    if request.header("x-run-id") is not None:
+        named = request.only("x-run-id") or ""
+    else:
+        # W3C Baggage section 3.2: `key = value ; properties`, the value percent-encoded.
+        members = (member.partition(";")[0].partition("=") for member in ",".join(request.all("baggage")).split(","))
+        named = next((unquote(value) for key, _, value in members if key.strip() == "run.id"), "")
     return named.strip() if _RUN_ID.fullmatch(named.strip()) else ""
 
 

@@ -33,12 +33,12 @@ class Principal:
 
     def encode(self) -> str:
         """The token's times, as they travel in Envoy's filter state through a tunnel."""
-        return f"{self.issued:.0f}.{self.expires:.0f}" if self.expires else ""
+        return f"{self.issued:.6f}/{self.expires:.0f}" if self.expires else ""
 
     @classmethod
     def decode(cls, agent: str, times: str) -> "Principal":
         """The reverse of `encode`. Only Envoy's filter state may be passed in here."""
-        issued, _, expires = times.partition(".")
+        issued, _, expires = times.partition("/")
         return cls(agent, float(issued or 0), float(expires or 0))
 
 
@@ -56,7 +56,8 @@ class TokenAuthority:
             "iss": _AUDIENCE,
             "aud": _AUDIENCE,
             "sub": agent,
-            "iat": int(now),
+            # With its fraction (RFC 7519 section 2, NumericDate): a token made right after a revocation counts.
+            "iat": now,
             "exp": int(now) + min(ttl, MAX_TOKEN_S),
             "jti": secrets.token_hex(8),
         }

@@ -65,6 +65,7 @@ class Server:
         self._manifests, self._state, self._site, self._admin, self._announce = manifests, state, site, admin, announce
         now = clock.now()
         self._snapshot = EMPTY
+        self._broken = False
         self._loaded: Loaded | None = None
         self._refused: str | None = "Envoy has not asked for its configuration yet"
         self._certified: object = None
@@ -158,18 +159,20 @@ class Server:
             return
         self._loaded = loaded
         if loaded.snapshot is None:
-            for line in FORMATS["text"](loaded.findings).splitlines():
+            errors = [finding for finding in loaded.findings if finding.severity == "error"]
+            for line in FORMATS["text"](errors).splitlines():
                 log.error("%s", line)
-            errors = sum(finding.severity == "error" for finding in loaded.findings)
-            self._report(f"{counted(errors, 'error')} in the manifests, see the log")
+            self._report(f"{counted(len(errors), 'error')} in the manifests, the first: {FORMATS['text'](errors[:1]).strip()}")
             return
         self._ads.publish(await asyncio.to_thread(self._compile, loaded.snapshot))
-        if loaded.snapshot.revision != self._snapshot.revision:
+        if loaded.snapshot.revision != self._snapshot.revision or self._broken:
             self._record("configuration in force", loaded.snapshot.revision)
             self._snapshot = loaded.snapshot
+            self._broken = False
             log.info("revision %s is in force", loaded.snapshot.revision)
 
     def _report(self, what: str) -> None:
+        self._broken = True
         log.error("%s; revision %s stays in force", what, self._snapshot.revision)
         self._record(f"refused: {what}", self._snapshot.revision)
 

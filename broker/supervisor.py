@@ -34,6 +34,8 @@ _PR_SET_PDEATHSIG = 1
 # From nothing to the first call: a start takes about a second; a slow disk or a thousand hosts, a few.
 _START_S = 60.0
 _RESTART_S = 0.5
+# Longer than the processor's own grace.
+_STOP_S = 8.0
 _DRAIN_S = 5.0
 _POLL_S = 0.1
 
@@ -64,13 +66,17 @@ def checked_version(printed: str) -> str:
 
 
 def refuse_taken(addresses: dict[str, tuple[str, int]]) -> None:
-    """Raises `UsageError` if an address can't be bound; `addresses` maps the option that chooses it to the address."""
-    for name, address in addresses.items():
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+    """Raises `UsageError` if an address can't be had; `addresses` maps the option that chooses it to the address."""
+    with contextlib.ExitStack() as held:
+        for name, address in addresses.items():
+            if not address[1]:
+                raise UsageError(f"{name} needs a port of its own", f"write {name} HOST:PORT")
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(address)
+                probe.listen()  # so that two options don't get the same one
             except OSError as error:
                 shown = f"{address[0]}:{address[1]}"
                 raise UsageError(f"{shown} can't be used ({error.strerror})", f"choose another with {name} HOST:PORT") from error
@@ -181,7 +187,11 @@ class Supervisor:
         for child in reversed(self._children.values()):
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
-            await child.wait()
+            try:
+                await asyncio.wait_for(child.wait(), _STOP_S)
+            except TimeoutError:  # it hangs
+                child.kill()
+                await child.wait()
 
 
 async def _opened(address: tuple[str, int]) -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -60,11 +63,24 @@ def _answering(answers: Mapping[str, Callable[..., Response]]) -> Starlette:
 
 @contextlib.asynccontextmanager
 async def serving(app: Starlette, **where: Any) -> AsyncIterator[None]:
-    """Serve on `host` and `port`, or on the Unix socket `uds`, for as long as the body of the `async with` runs."""
+    """Serve on `host` and `port`, or on the Unix socket `uds` (mode 0600), for as long as the body of the `async with` runs."""
+    sockets = [_private(where.pop("uds"))] if "uds" in where else None
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **where))
     # Signals are the composition root's: it stops what serves calls first.
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
-    task = asyncio.create_task(server.serve())
+    task = asyncio.create_task(server.serve(sockets))
     yield
     server.should_exit = True
     await task
+
+
+def _private(path: str) -> socket.socket:
+    """A listening Unix socket that its owner alone can open; uvicorn would make it 0666."""
+    Path(path).unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        listening.bind(path)
+    finally:
+        os.umask(mask)
+    return listening

@@ -214,6 +214,9 @@ def _clean(value: Any, kind: str, depth: int) -> Any:
         return [_clean(item, kind, depth + 1) for item in value]
     if isinstance(value, str):
         return f"[{kind} {len(value)} chars]" if kind else _text(value)
+    if isinstance(value, float):
+        # Libraries write exponents in different ways; without them anyone's canonical JSON is ours.
+        return str(value) if "e" in str(value) else value
     if isinstance(value, int) and not isinstance(value, bool):
         # Nine digits and more: social security, phone and card numbers. Smaller ones are amounts and counts.
         if kind and abs(value) >= 100_000_000:  # noqa: PLR2004

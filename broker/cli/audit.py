@@ -84,7 +84,10 @@ def _parts(record: dict[str, Any]) -> Iterator[Any]:
         yield f"{record.get('method') or ''} {record['host']}{record.get('path') or ''}".strip()
     else:
         yield record.get("tool") or record.get("detail")
+        yield (record.get("revision") or "")[:19]
     yield record.get("decision_id")
+    if record.get("tool") or record.get("host"):
+        yield record.get("detail")
     if upstream := record.get("upstream"):
         yield f"upstream {upstream['status'] or 'did not answer'}"
 

@@ -1,6 +1,6 @@
 """`broker explain`: the decision on a call and how it came about. Nothing is sent, nothing is spent."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from broker.policy.agreement import Wire, destination
 from broker.policy.evaluate import View, admit, evaluate
 from broker.policy.snapshot import CredentialSpec, PolicySnapshot
 from broker.policy.strip import strip
-from broker.policy.types import Decision, Door, Refusal, Request, deny
+from broker.policy.types import Code, Decision, Door, Refusal, Request, deny
 from broker.protocols.problem import problem
 from broker.protocols.registry import ADAPTERS
 
@@ -34,10 +34,11 @@ def explain(*, agent: str, method: str, url: str, data: str, headers: tuple[str,
     steps: dict[str, str] = {}
     wire, request = request_of(method, url, data, headers)
     decision = decided(options.snapshot(manifests), agent, wire, request, data.encode(), steps=steps)
+    document = _document(decision, agent, steps)
     if as_json:
-        click.echo(orjson.dumps(_document(decision, agent, steps)))
+        click.echo(orjson.dumps(document))
     else:
-        for line in _lines(decision, steps):
+        for line in _lines(decision, steps, document["next_steps"]):
             click.echo(printable(line))
     return 0 if decision.allowed else 1
 
@@ -47,12 +48,14 @@ def request_of(method: str, url: str, data: str, headers: tuple[str, ...]) -> tu
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(f"{url!r} is no URL", "write it whole, such as https://api.github.com/repos/acme/web/issues")
+    if bad := next((header for header in headers if not header.partition(":")[0].strip() or ":" not in header), None):
+        raise UsageError(f"{bad!r} is no header", "write it as in 'x-run-id: 7'")
     pairs = [(name.strip().lower(), value.strip()) for name, _, value in (header.partition(":") for header in headers)]
     if data and not any(name == "content-type" for name, _ in pairs):
         pairs.append(("content-type", "application/json"))
     if data:
         pairs.append(("content-length", str(len(data.encode()))))
-    request = Request(method.upper(), parts.path or "/", parts.query, tuple(pairs))
+    request = Request(method, parts.path or "/", parts.query, tuple(pairs))
     return Wire(Door.PROXY, parts.scheme, parts.netloc, request.path, "", "", route_tool=None), request
 
 
@@ -72,6 +75,8 @@ def decided(snapshot: PolicySnapshot, name: str, wire: Wire, request: Request, b
         steps["stripped"] = ", ".join(clean.removed) or "credential-like query parameters"
     adapter = ADAPTERS[tool.protocol]
     limit = adapter.body_limit(tool, clean.request)
+    if isinstance(limit, int) and len(body) > limit:
+        return deny(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that this operation takes")
     call = limit if isinstance(limit, Refusal) and body else adapter.recognise(tool, clean.request, body)
     if isinstance(call, Refusal):
         return deny(call.code, call.detail, violations=call.violations)
@@ -101,7 +106,7 @@ def _document(decision: Decision, agent: str, steps: Mapping[str, str]) -> dict[
     }
 
 
-def _lines(decision: Decision, steps: Mapping[str, str]) -> Iterator[str]:
+def _lines(decision: Decision, steps: Mapping[str, str], next_steps: Sequence[str]) -> Iterator[str]:
     yield f"{decision.verdict} {decision.code}: {decision.detail}" if decision.code else decision.verdict
     for step, what in steps.items():
         yield f"  {step:<11}{what}"
@@ -109,3 +114,5 @@ def _lines(decision: Decision, steps: Mapping[str, str]) -> Iterator[str]:
         yield f"  {'violation':<11}{violation.pointer}: {violation.message} ({violation.rule})"
     if decision.rule and not decision.violations:
         yield f"  {'rule':<11}{decision.rule}"
+    for step in next_steps:
+        yield f"  {'next':<11}{step}"

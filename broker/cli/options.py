@@ -51,7 +51,8 @@ def _folder(name: str, default: str, what: str) -> Decorator:
     return click.option(name, type=kind, default=default, show_default=True, help=what)
 
 
-def _door(name: str, default: str, what: str) -> Decorator:
+def door(name: str, default: str, what: str) -> Decorator:
+    """An option that takes an address."""
     return click.option(name, type=_address, metavar="HOST:PORT", default=default, show_default=True, help=what)
 
 
@@ -66,14 +67,14 @@ manifests = _folder("--manifests", "manifests", "The manifests folder.")
 state = _folder("--state", ".broker", "The broker's state folder.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 doors = _together(
-    _door("--proxy", "127.0.0.1:15001", "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY."),
-    _door("--base-url", "127.0.0.1:15002", "The reverse proxy: http://HOST:PORT/<tool>/…"),
+    door("--proxy", "127.0.0.1:15001", "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY."),
+    door("--base-url", "127.0.0.1:15002", "The reverse proxy: http://HOST:PORT/<tool>/…"),
 )
 broker = _together(
     manifests,
     state,
     doors,
-    _door("--admin", "127.0.0.1:15003", "Health, metrics and keys."),
+    door("--admin", "127.0.0.1:15003", "Health, metrics and keys."),
     click.option("--redis", metavar="URL", callback=_not_built, expose_value=False, help="Shared state (not built yet)."),
     as_json,
 )

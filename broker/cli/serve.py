@@ -20,7 +20,7 @@ from broker.state import State
 def serve(
     *, manifests: Path, state: Path, proxy: options.Address, base_url: options.Address, admin: options.Address, as_json: bool
 ) -> None:
-    """Run the processor without Envoy; `broker render envoy` prints the bootstrap that leads Envoy to it."""
+    """Run the processor without Envoy. What `broker render envoy` prints under `bootstrap:` leads an Envoy to it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.ERROR)
     folder = State.at(state)

@@ -27,19 +27,20 @@ def token(*, name: str, state: Path, ttl: int, revoke: bool, as_json: bool) -> N
     if not (state / "keys" / "tokens.key").exists():
         raise UsageError(f"{state} is no state folder of a broker", "start one with `broker up`, or name its folder with --state")
     folder = State.at(state)
+    _refuse_unknown(folder, name)
     if revoke:
         _revoke(folder, name)
         click.echo(orjson.dumps({"agent": name, "revoked": "tokens"}) if as_json else f"the tokens of {name} no longer count")
         return
-    _refuse_unknown(folder, name)
     made = TokenAuthority(ed25519(folder.keys / "tokens.key")).mint(name, clock.now(), ttl)
     click.echo(orjson.dumps({"agent": name, "token": made, "expires_in": ttl}) if as_json else made)
 
 
 def _refuse_unknown(folder: State, name: str) -> None:
-    """A running broker knows who takes tokens; without one, the token is made and judged when it is used."""
+    """A running broker knows who takes tokens; without one, a token is judged when it is used."""
     answer = ask(folder.control_socket, "GET", f"/agents/{name}")
     if answer is None:
+        click.echo(f"no broker runs on {folder.root}: whether a manifest names {name!r} was not checked", err=True)
         return
     if "token" not in answer:
         raise UsageError(f"no manifest names an agent {name!r}", "see `broker check` for the agents' files")

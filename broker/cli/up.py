@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -10,7 +11,6 @@ import orjson
 
 from broker.cli import options
 from broker.errors import counted
-from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_version, refuse_taken
 
@@ -33,9 +33,11 @@ def up(
     supervisor = Supervisor(serve, options.site(folder, proxy, base_url), folder.run)
     places = {"proxy": str(proxy), "base_url": str(base_url), "admin": str(admin), "ca": str(folder.ca)}
 
+    name = next((agent.name for agent in snapshot.agents.values() if agent.token), "AGENT")
+
     def ready(revision: str) -> None:
         event = {"event": "ready", **places, "revision": revision}
-        click.echo(orjson.dumps(event) if as_json else _to_paste(snapshot, folder.root, event))
+        click.echo(orjson.dumps(event) if as_json else to_paste(name, folder.root, event))
 
     try:
         asyncio.run(supervisor.run(ready))
@@ -44,12 +46,13 @@ def up(
     return 0
 
 
-def _to_paste(snapshot: PolicySnapshot, state: Path, ready: dict[str, str]) -> str:
-    name = next((agent.name for agent in snapshot.agents.values() if agent.token), "AGENT")
+def to_paste(name: str, state: Path, ready: Mapping[str, str]) -> str:
+    """The ready line, and what to paste into the shell of the agent `name`."""
     program = "broker" if shutil.which("broker") else Path(sys.executable).with_name("broker")
     return (
         f"ready: proxy http://{ready['proxy']}, base URL http://{ready['base_url']}/<tool>/, CA {ready['ca']}\n"
         f"  export HTTPS_PROXY=http://{name}:$({program} token {name} --state {state})@{ready['proxy']}\n"
         f"  export http_proxy=$HTTPS_PROXY\n"
-        f"  export SSL_CERT_FILE={ready['ca']}"
+        f"  export SSL_CERT_FILE={ready['ca']} REQUESTS_CA_BUNDLE={ready['ca']} CURL_CA_BUNDLE={ready['ca']}"
+        f" NODE_EXTRA_CA_CERTS={ready['ca']}"
     )

@@ -72,7 +72,7 @@ class JwtIssuer:
             "exp": expires,
             "jti": lease_id,
             "scope": " ".join(scopes),
-            "run_id": occasion.run_id,
+            **({"run_id": occasion.run_id} if occasion.run_id else {}),
         }
         token = jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
         return Lease(lease_id, self.name, occasion.spec.header, rendered(occasion.spec, token), scopes, float(expires))

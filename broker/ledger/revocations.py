@@ -20,7 +20,7 @@ class Revocations:
         self._tokens_before[agent] = max(until, self._tokens_before.get(agent, 0.0))
 
     def taken_back(self, principal: Principal) -> bool:
-        """Whether the token behind this identity was taken back. Tokens carry whole seconds, so the second itself counts."""
+        """Whether the token behind this identity was taken back."""
         return 0 < principal.issued <= self._tokens_before.get(principal.agent, 0.0)
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:

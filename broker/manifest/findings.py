@@ -40,9 +40,9 @@ def printable(text: str) -> str:
 
 
 def as_text(findings: Iterable[Finding]) -> str:
-    """`file:line:column: code: message, and what to do`, one line each; a warning says so after its code."""
+    """`file:line:column: code: message, and what to do`, one line each; a warning says so at the end."""
     mark = {"error": "", "warning": " (warning)"}
-    lines = (f"{f.file}:{f.line}:{f.column}: {f.code}{mark[f.severity]}: {f.sentence}" for f in findings)
+    lines = (f"{f.file}:{f.line}:{f.column}: {f.code}: {f.sentence}{mark[f.severity]}" for f in findings)
     return "".join(printable(line) + "\n" for line in lines)
 
 

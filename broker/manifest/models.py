@@ -93,17 +93,9 @@ def _template(value: str) -> str:
     return value
 
 
-_RESERVED = {
-    "connection",
-    "content-length",
-    "content-type",
-    "host",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-}
+_RESERVED = frozenset(
+    {"connection", "content-length", "content-type", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+)
 
 
 def _header(value: str) -> str:

@@ -16,6 +16,7 @@ from broker.policy.types import Json, Violation
 _META = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
 _LINEAR = jsonschema_rs.RegexOptions()
 _MASK = "the value"
+_MESSAGE = 160  # an unexpected property's name is as long as the agent makes it
 
 
 class SchemaError(ValueError):
@@ -50,7 +51,7 @@ class ParameterSchema:
             Violation(
                 pointer=_pointer(location, error.instance_path),
                 rule=self.rule + _pointer("", error.schema_path),
-                message=error.message,
+                message=error.message if len(error.message) <= _MESSAGE else f"{error.message[:_MESSAGE]}…",
             )
             for error in self._validator.iter_errors(value)
         )

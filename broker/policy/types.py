@@ -99,6 +99,11 @@ class Request:
                 return value
         return None
 
+    def only(self, name: str) -> str | None:
+        """The value of a header that stands there exactly once, or None: of two, nobody can say which one counts."""
+        values = self.all(name)
+        return values[0] if len(values) == 1 else None
+
     def all(self, name: str) -> list[str]:
         """Every value of a header, in order."""
         return [value for key, value in self.headers if key == name]

@@ -73,8 +73,8 @@ def _request_head(message: Any) -> RequestHead:
         door=door,
         peer_uri="" if inside else attributes.get("connection.uri_san_peer_certificate", ""),
         carried=(agent, token) if inside else None,
-        proxy_authorization=request.header("proxy-authorization"),
-        token=request.header(site.TOKEN_HEADER),
+        proxy_authorization=request.only("proxy-authorization"),
+        token=request.only(site.TOKEN_HEADER),
     )
     return RequestHead(wire, request, evidence, not message.request_headers.end_of_stream, attributes.get("request.protocol", ""))
 

@@ -12,9 +12,9 @@ from broker.protocols.base import Reply
 TYPE_PREFIX = "urn:broker:code:"
 """The problem's `type` is this and the code: an identifier to compare, not an address to fetch."""
 
-_WIDEN = "Ask for it in a pull request that adds {tool}/{operation} to agents/{agent}.yaml."
-_RULE = "If the call is right, widen the violated rule by a pull request to agents/{agent}.yaml or tools/."
-_LIMIT = "If the work needs more, raise the limit in agents/{agent}.yaml by a pull request."
+_WIDEN = "Ask for it by a pull request to the manifest of {agent}, and to the catalog if it is not there."
+_RULE = "If the call is right, widen the violated rule by a pull request to the file that it names."
+_LIMIT = "If the work needs more, raise the limit in the manifest of {agent} by a pull request."
 _LATER = "Try again later with growing pauses; nothing was sent to the tool."
 _TELL = "If it lasts, tell the platform team the decision_id."
 _TOKEN = "Send a valid agent token (`broker token NAME`): in the proxy's address, or as x-broker-token."  # noqa: S105 - words
@@ -26,10 +26,10 @@ _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
         403,
         "Host not declared",
         "Use a declared tool.",
-        "Ask for a catalog entry by a pull request to tools/.",
+        "Ask for a catalog entry by a pull request to the catalog.",
     ),
     Code.AUTHORITY_MISMATCH: (403, "Destinations disagree", "Name one host, as in the catalog, in CONNECT, TLS and the request."),
-    Code.TOOL_NOT_DECLARED: (403, "Tool not in the manifest", "Do without {tool}.", _WIDEN),
+    Code.TOOL_NOT_DECLARED: (403, "Tool not in the manifest", "Use a tool that the manifest lists.", _WIDEN),
     Code.OPERATION_NOT_DECLARED: (403, "Operation not allowed", "Use an operation that the manifest lists.", _WIDEN),
     Code.PARAMS_INVALID: (403, "Parameters not allowed", "Change what each violation's pointer names, then call again.", _RULE),
     Code.BODY_MALFORMED: (400, "Malformed body", "Send one well-formed UTF-8 body, without duplicate keys or NaN."),
@@ -60,7 +60,7 @@ STATUS: Mapping[Code, int] = {code: row[0] for code, row in _TABLE.items()}
 """The HTTP status of each code. At the proxy door an unknown agent gets 407 instead: see `status_at`."""
 
 WORDS: Mapping[Code, tuple[str, tuple[str, ...]]] = {code: (row[1], row[2:]) for code, row in _TABLE.items()}
-"""Each code's title and next steps; `{agent}`, `{tool}` and `{operation}` are filled in."""
+"""Each code's title and next steps; `{agent}` is filled in."""
 
 _CHALLENGE = {401: (("www-authenticate", 'Broker-Token realm="broker"'),), 407: (("proxy-authenticate", 'Basic realm="broker"'),)}
 
@@ -74,7 +74,7 @@ def problem(decision_id: str, agent: str, tool: str, operation: str, decision: D
     """The problem object of a denial. `agent`, `tool` and `operation` are empty where the call did not get that far."""
     code = decision.code or Code.INTERNAL_FAULT
     title, steps = WORDS[code]
-    names = {"agent": agent or "<agent>", "tool": tool or "<tool>", "operation": operation or "<operation>"}
+    names = {"agent": agent or "the agent"}
     return {
         "type": TYPE_PREFIX + code,
         "title": title,

@@ -1,5 +1,7 @@
 """The path through everything, by each door: allowed, refused with the reason, unknown host."""
 
+import os
+import signal
 import ssl
 
 import httpx
@@ -162,3 +164,46 @@ def test_a_tool_that_the_manifest_does_not_list_is_named_before_an_operation_tha
         answer = client.post(f"http://127.0.0.1:{world.plain.port}/nothing", json={"title": "x"})
     assert (answer.status_code, answer.json()["code"]) == (403, "operation_not_declared")
     assert world.plain.seen == []
+
+
+@pytest.mark.parametrize("order", [("reader", "nobody"), ("nobody", "reader")], ids=["its own first", "the other first"])
+def test_of_two_tokens_nobody_can_say_which_counts(world, order):
+    headers = [("x-broker-token", world.broker.token(name)) for name in order]
+    answer = httpx.get(f"{world.broker.base_url}/plain/items", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (401, "agent_unknown")
+
+
+@pytest.mark.parametrize(
+    ("headers", "run"),
+    [
+        pytest.param([("x-run-id", "r1")], "r1", id="our header"),
+        pytest.param([("x-run-id", "r1"), ("x-run-id", "r2")], None, id="two of them name none"),
+        pytest.param([("baggage", "a=b, run.id=r3")], "r3", id="baggage"),
+        pytest.param([("baggage", "run.id = r4 ;p=1")], "r4", id="with properties and spaces"),
+        pytest.param([("baggage", "run.id=r%2D5")], "r-5", id="percent-encoded"),
+    ],
+)
+def test_the_run_that_a_call_names_is_recorded(world, headers, run):
+    with world.broker.direct("reader") as client:
+        client.get("/plain/items", headers=[*client.headers.items(), *headers])
+    assert world.broker.decisions(verdict="allow")[-1]["run_id"] == run
+
+
+def test_the_record_names_the_path_as_the_tool_sees_it(world):
+    with world.broker.direct("writer") as client:
+        client.get("/other/items/a1")
+    assert world.broker.decisions(verdict="allow")[-1]["path"] == "/v1/items/a1"
+
+
+def test_the_sockets_are_for_their_owner_alone(world):
+    for name in ("processor.sock", "control.sock", "envoy-admin.sock"):
+        assert (world.broker.state / "run" / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("child", ["processor", "envoy"])
+def test_sigterm_ends_the_broker_also_when_a_child_hangs(child):
+    folder = stack.short_folder()
+    stack.write_manifests(folder / "manifests", stack.agent("nobody", {}))
+    broker = stack.Broker(folder / "manifests", folder / "state")
+    os.kill(broker.child(child), signal.SIGSTOP)
+    assert broker.stop() == 0

@@ -324,10 +324,10 @@ def test_an_upstream_that_can_not_be_trusted_is_told_apart_from_one_that_is_down
     assert events_of(outside)[-1] == ("outcome", "upstream_untrusted")
 
 
-def test_an_upstream_that_is_down_is_envoys_answer_and_noted():
+def test_an_upstream_that_is_down_is_envoys_answer_with_our_id_and_noted():
     outside = services()
     down = "upstream_reset_before_response_started{connection_failure}"
-    assert play(outside, head(), ResponseHead(503, (), down, has_body=True))[1] == Pass()
+    assert play(outside, head(), ResponseHead(503, (), down, has_body=True))[1] == Mark("d0")
     assert outside.audit[-1]["detail"] == down
 
 

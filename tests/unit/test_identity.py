@@ -77,7 +77,7 @@ def test_what_is_no_token(token):
         ),
         pytest.param(Evidence(Door.BASE_URL, token=AUTHORITY.mint("bot", NOW)), "bot", id="at the base URL"),
         pytest.param(Evidence(Door.PROXY, peer_uri="spiffe://acme.example/mutual"), "mutual", id="by certificate"),
-        pytest.param(Evidence(Door.PROXY, carried=("bot", f"{NOW:.0f}.{NOW + 60:.0f}")), "bot", id="inside a tunnel"),
+        pytest.param(Evidence(Door.PROXY, carried=("bot", f"{NOW:.0f}/{NOW + 60:.0f}")), "bot", id="inside a tunnel"),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", "")), "mutual", id="inside a tunnel opened by certificate"),
     ],
 )
@@ -103,7 +103,7 @@ def test_who_is_proven(evidence, agent):
         ),
         pytest.param(Evidence(Door.PROXY, peer_uri="spiffe://acme.example/other"), "SPIFFE ID", id="a stranger's certificate"),
         pytest.param(
-            Evidence(Door.PROXY, carried=("bot", f"{NOW - 60:.0f}.{NOW:.0f}")), "has ended", id="a tunnel that outlives its token"
+            Evidence(Door.PROXY, carried=("bot", f"{NOW - 60:.0f}/{NOW:.0f}")), "has ended", id="a tunnel that outlives its token"
         ),
     ],
 )
@@ -140,3 +140,10 @@ def test_revocations_come_back_from_the_record_and_never_go_back_in_time():
     record = {"event": "revocation", "agent": {"name": "bot"}, "revoked": {"tokens_until": NOW}}
     revocations.replay([record, {**record, "revoked": {"tokens_until": NOW - 50}}, {"event": "decision"}])
     assert revocations.taken_back(Principal("bot", NOW - 1, NOW + 60))
+
+
+def test_a_token_made_right_after_a_revocation_counts():
+    revocations, moment = Revocations(), NOW + 0.25
+    revocations.revoke_tokens("bot", moment)
+    assert revocations.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment - 0.01), moment))
+    assert not revocations.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment + 0.01), moment + 1))

@@ -48,8 +48,8 @@ TIME = "2023-11-14T22:13:20.000000Z"
 
 def test_tail_prints_a_line_a_record_for_people(state):
     assert run("tail", "--state", state).stdout.splitlines() == [
-        f"{TIME}  config      first configuration",
-        f"{TIME}  deny        host_not_declared  refund-bot  GET api.github.com/x  d-1",
+        f"{TIME}  config      first configuration  sha256:r",
+        f"{TIME}  deny        host_not_declared  refund-bot  GET api.github.com/x  d-1  no",
         f"{TIME}  allow       refund-bot  github/issues.list  d-2",
         f"{TIME}  outcome     refund-bot  github/issues.list  d-2  upstream 200",
         f"{TIME}  outcome     response_blocked  refund-bot  github/issues.list  d-2  upstream did not answer",

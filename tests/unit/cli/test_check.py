@@ -33,7 +33,7 @@ def test_a_warning_does_not_change_the_exit_code(run, tmp_path):
     (tmp_path / "manifests/bot.yaml").write_text(GOOD.replace("tools: {}", "tools: {}, mode: shadow"))
     result = run()
     assert result.exit_code == 0
-    assert "not_enforced (warning)" in result.stdout
+    assert ": not_enforced: " in result.stdout
     assert "0 errors, 1 warning in 1 file" in result.stderr
 
 

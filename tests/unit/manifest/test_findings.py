@@ -12,7 +12,7 @@ HOSTILE = Finding("a,b:\n::error::c.yaml", 1, 2, "yaml_key", "\x1b[2J\r\n::set-o
 def test_text_is_one_line_each_with_place_code_and_remedy():
     assert FORMATS["text"]([PLAIN, WARNING]) == (
         "agents/a.yaml:3:7: field_unknown: there is no field x; take it out\n"
-        "a.yaml:1:1: not_enforced (warning): limits are not enforced yet; don't rely on them\n"
+        "a.yaml:1:1: not_enforced: limits are not enforced yet; don't rely on them (warning)\n"
     )
 
 

@@ -55,14 +55,14 @@ def test_a_problem_has_the_members_of_the_contract() -> None:
         "violations": [{"pointer": "/path/owner", "rule": "agents/bot.yaml#/x", "message": "no"}],
         "next_steps": [
             "Change what each violation's pointer names, then call again.",
-            "If the call is right, widen the violated rule by a pull request to agents/bot.yaml or tools/.",
+            "If the call is right, widen the violated rule by a pull request to the file that it names.",
         ],
     }
 
 
 def test_a_denial_says_how_to_widen() -> None:
     found = problems.problem("d1", "bot", "wiki", "search", deny(Code.OPERATION_NOT_DECLARED, "why"))
-    assert "Ask for it in a pull request that adds wiki/search to agents/bot.yaml." in found["next_steps"]  # type: ignore[operator]
+    assert "Ask for it by a pull request to the manifest of bot, and to the catalog if it is not there." in found["next_steps"]  # type: ignore[operator]
 
 
 def test_a_decision_without_a_code_is_our_fault() -> None:
@@ -71,7 +71,7 @@ def test_a_decision_without_a_code_is_our_fault() -> None:
 
 def test_names_with_braces_are_only_text() -> None:
     found = problems.problem("d1", "{0}", "{tool}", "x", Refusal(Code.TOOL_NOT_DECLARED, "why"))
-    assert found["next_steps"][0] == "Do without {tool}."  # type: ignore[index]
+    assert "the manifest of {0}," in found["next_steps"][1]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
