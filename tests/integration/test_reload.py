@@ -81,8 +81,7 @@ def test_a_bad_change_is_reported_with_its_place_and_the_rules_before_stay_in_fo
         return [
             r
             for r in place.broker.records()
-            if r["event"] == "config"
-            and r["detail"].startswith("refused: 1 error in the manifests, the first: agent-call")
+            if r["event"] == "config" and r["detail"].startswith("refused: 1 error in the manifests, the first: agent-call")
         ]
 
     [record] = stack.until(refused, 3, "the audit log says so")
