@@ -40,3 +40,8 @@ def test_a_header_is_read_first_or_all():
     request = Request("GET", "/", "", (("a", "1"), ("b", "2"), ("a", "3")))
     assert (request.header("a"), request.header("c")) == ("1", None)
     assert (request.all("a"), request.all("c")) == (["1", "3"], [])
+
+
+def test_a_header_counts_only_where_it_stands_once():
+    request = Request("GET", "/", "", (("a", "1"), ("b", "1"), ("b", "2")))
+    assert (request.only("a"), request.only("b"), request.only("c")) == ("1", None, None)
