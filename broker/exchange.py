@@ -132,9 +132,9 @@ class Exchange:
         case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
         call = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
+        self._note_call(tool, call)
         if isinstance(call, Refusal):
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
-        self._note_call(tool, call)
 
         # evaluate
         decision = evaluate(snapshot, agent, call)
@@ -166,18 +166,19 @@ class Exchange:
             return limit
         if limit is None:
             return adapter.recognise(tool, request, b"")
-        too_large = Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that this operation takes")
         declared = request.header("content-length") or ""
         if declared.isdigit() and int(declared) > limit:
-            return too_large
+            return _too_large(adapter, tool, request, limit)
         event = yield WantBody()
         if isinstance(event, ResponseHead) and event.details == _OVER_BUFFER:
-            return too_large
+            return _too_large(adapter, tool, request, limit)
         if not isinstance(event, RequestBody):
             return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive")
         if event.trailers:
             return Refusal(Code.PROTOCOL_VIOLATION, "trailers are not passed on")
-        return adapter.recognise(tool, request, event.body) if len(event.body) <= limit else too_large
+        if len(event.body) > limit:
+            return _too_large(adapter, tool, request, limit)
+        return adapter.recognise(tool, request, event.body)
 
     def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
         if tool.credential is None:
@@ -277,11 +278,12 @@ class Exchange:
         run, trace = run_id(request), _trace_id(request)
         self._case.note(door=wire.door, method=request.method, host=wire.authority, path=request.path, run_id=run, trace_id=trace)
 
-    def _note_call(self, tool: Tool, call: ToolCall) -> None:
+    def _note_call(self, tool: Tool, call: ToolCall | Refusal) -> None:
         operation = tool.operations.get(call.operation or "")
-        effect, data = (operation.effect, operation.data) if operation else ("", ())
-        name = operation.name if operation else call.label
-        self._case.note(operation=name, effect=effect, data=data, params=call.params)
+        if operation:
+            self._case.note(operation=operation.name, effect=operation.effect, data=operation.data)
+        if isinstance(call, ToolCall):
+            self._case.note(operation=operation.name if operation else call.label, params=call.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +314,11 @@ def _pass_on() -> Steps:
     # Only what was let go on purpose goes on: any other script that has run out is cut.
     while True:
         yield Pass()
+
+
+def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:
+    named = adapter.recognise(tool, request, b"").operation
+    return Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that it may have", operation=named)
 
 
 def run_id(request: Request) -> str:

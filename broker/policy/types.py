@@ -132,7 +132,7 @@ class Refusal:
     """A request that could not be read as a call in exactly one way. `code` says which law it broke.
 
     `correlation` as in `ToolCall`, where the request got far enough to show one. `protocol_code` is the protocol's own error
-    number for it, if the protocol reserves one (MCP header mismatch: -32020).
+    number for it, if the protocol reserves one (MCP header mismatch: -32020). `operation` is what the readable part names.
     """
 
     code: Code
@@ -140,6 +140,7 @@ class Refusal:
     violations: tuple[Violation, ...] = ()
     correlation: Json = None
     protocol_code: int | None = None
+    operation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ it is JSON or a form, it must be a proper one.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from broker.policy.match import PathError, split_path
 from broker.policy.schema import ParameterSchema, typed
@@ -34,7 +35,7 @@ class Rest:
 
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """The operation with its path, query and body; operation None where nothing matches."""
-        label = f"{request.method} {request.path}"
+        label, operation = f"{request.method} {request.path}", None
         try:
             operation, variables = _matched(tool, request)
             if operation is None:
@@ -44,7 +45,7 @@ class Rest:
             query = _typed(strict.query(request.query), schemas.get("query"))
             params = {"path": path, "query": query, **_body(operation, request, body)}
         except Unreadable as error:
-            return error.refusal
+            return replace(error.refusal, operation=operation.name if operation else None)
         return ToolCall(tool.name, operation.name, params, label=label)
 
     def denial(self, *_: object) -> None:

@@ -207,3 +207,22 @@ def test_sigterm_ends_the_broker_also_when_a_child_hangs(child):
     broker = stack.Broker(folder / "manifests", folder / "state")
     os.kill(broker.child(child), signal.SIGSTOP)
     assert broker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        pytest.param({"content-type": "application/json"}, b"{", 400, id="malformed"),
+        pytest.param({"content-type": "text/csv"}, b"a,b", 415, id="of another type"),
+        pytest.param({"content-type": "application/octet-stream"}, b"x" * 1001, 413, id="too large"),
+    ],
+)
+def test_a_body_that_is_refused_still_names_its_operation(world, headers, body, status):
+    with world.broker.direct("writer") as client:
+        answer = client.request(
+            "PUT" if status == 413 else "POST", f"/plain/items{'/a1' if status == 413 else ''}", content=body, headers=headers
+        )
+    assert answer.status_code == status
+    assert answer.json()["operation"] == ("items.upload" if status == 413 else "items.create")
+    record = world.broker.decision(answer.json()["decision_id"])
+    assert (record["operation"], record["effect"]) == (answer.json()["operation"], "write")
