@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker.dataplane.routes import is_address
 from broker.dataplane.site import Certificates, Leaf
 from broker.keys import KeyFileError, fresh_p256, p256, pem
+from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot
 
 _ROOT_DAYS = 3650

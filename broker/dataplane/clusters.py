@@ -21,8 +21,9 @@ from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane.filters import http_filter, rbac_filter
 from broker.dataplane.proto import any_of, extension, inline, one_endpoint, seconds, socket
-from broker.dataplane.routes import is_address, tool_cluster
+from broker.dataplane.routes import tool_cluster
 from broker.dataplane.site import PROCESSOR
+from broker.policy.agreement import is_address
 from broker.policy.snapshot import Tool
 
 # Not globally reachable by the IANA special-purpose registries (RFC 6890), plus every IPv6 form that embeds an IPv4 address.

@@ -17,6 +17,7 @@ from envoy_data_plane.google.protobuf import Any
 from broker.dataplane import site
 from broker.dataplane.filters import EXT_PROC
 from broker.dataplane.proto import any_of, inline, seconds
+from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot, Tool
 
 # No call or tunnel outlives the longest token; an answer may be silent this long (MCP servers ping more often).
@@ -75,11 +76,6 @@ def _host(listener: str, tools: list[Tool], routes: list[Route]) -> VirtualHost:
 def inner_listener(tool: Tool) -> str:
     """The internal listener that a tunnel to this tool leads into: TLS clients send no SNI for IP addresses (RFC 6066)."""
     return site.INNER_ADDRESSES if tool.endpoint.scheme == "https" and is_address(tool.endpoint.host) else site.INNER
-
-
-def is_address(host: str) -> bool:
-    """Whether a host of a checked endpoint is an IP literal: no DNS name has a colon or an all-digit last label."""
-    return ":" in host or host.rpartition(".")[2].isdigit()
 
 
 def _to(cluster: str) -> RouteAction:

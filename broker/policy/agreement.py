@@ -89,13 +89,16 @@ def _tunnel_mismatch(wire: Wire, tools: tuple[Tool, ...]) -> Decision | None:
         return deny(
             Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}"
         )
-    if wire.scheme == "https" and wire.sni != host and not (wire.sni == "" and tools and _is_ip(host)):
+    if wire.scheme == "https" and wire.sni != host and not (wire.sni == "" and tools and is_address(host)):
         return deny(Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but TLS was opened to {wire.sni!r}")
     return None
 
 
-def _is_ip(host: str) -> bool:
-    # RFC 6066 section 3: literal addresses are not permitted in SNI. A DNS name's last label is never all digits.
+def is_address(host: str) -> bool:
+    """Whether a host is an IP literal: a DNS name has no colon, and its last label is never all digits.
+
+    TLS clients send no SNI for one (RFC 6066 section 3).
+    """
     return ":" in host or host.rpartition(".")[2].isdigit()
 
 
