@@ -107,7 +107,6 @@ class Send:
     set_headers: tuple[tuple[str, str], ...]
     remove_headers: tuple[str, ...]
     path: str | None
-    decision_id: str
 
 
 @dataclass(frozen=True, slots=True)

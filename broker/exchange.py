@@ -154,7 +154,6 @@ class Exchange:
             set_headers=(("accept-encoding", "identity"), *injected),
             remove_headers=clean.removed,
             path=_whole_path(head, clean.request) if clean.query_changed else None,
-            decision_id=case.attempt.decision_id,
         )
         return _Allowed(send, adapter, tool, agent, call)
 
@@ -204,11 +203,11 @@ class Exchange:
     def _observe(self, allowed: "_Allowed", answer: Event) -> Steps:
         if not isinstance(answer, ResponseHead):
             raise TypeError(f"an answer was expected, not {type(answer).__name__}")
-        headers = dict(answer.headers)
-        length = headers.get("content-length", "")
         if answer.details != "via_upstream":
             yield from self._own_answer(allowed, answer.details)
             return
+        headers = dict(answer.headers)
+        length = headers.get("content-length", "")
         self._ending = Ending(status=answer.status, size=int(length) if length.isdigit() else 0)
         rewriter = allowed.filter(headers.get("content-type", "")) if answer.has_body else None
         if rewriter is None:
