@@ -16,6 +16,8 @@ from broker.protocols.problem import problem
 
 log = logging.getLogger(__name__)
 
+UNRECORDED = deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded")
+
 
 class Case:
     """Holds the one snapshot that decides. `decision_id` is new unless an answer carries one already."""
@@ -45,8 +47,11 @@ class Case:
 
     def record(self, decision: Decision, lease: Lease | None = None) -> bool:
         """Write the decision down; False where that failed."""
-        self.services.decided(decision.verdict, decision.code or "")
-        return self._append(decision_record, decision, lease.described if lease else None)
+        written = self._append(decision_record, decision, lease.described if lease else None)
+        # An allow that is not in the record is none.
+        told = decision if written or not decision.allowed else UNRECORDED
+        self.services.decided(told.verdict, told.code or "")
+        return written
 
     def record_outcome(self, ending: Ending) -> None:
         """Write down how an allowed call ended."""

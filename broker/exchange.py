@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 from broker.audit.record import Ending
-from broker.case import Case
+from broker.case import UNRECORDED, Case
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion
 from broker.events import (
     Command,
@@ -148,7 +148,7 @@ class Exchange:
 
         # record
         if not case.record(decision, lease):
-            return _Denied(deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded"), adapter, call, record=False)
+            return _Denied(UNRECORDED, adapter, call, record=False)
         injected = ((lease.header, lease.value.reveal()),) if lease else ()
         send = Send(
             set_headers=(("accept-encoding", "identity"), *injected),

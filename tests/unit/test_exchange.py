@@ -415,6 +415,15 @@ def test_an_allow_that_can_not_be_recorded_is_a_503_and_nothing_is_sent():
     assert outside.audit == []
 
 
+def test_the_metrics_count_an_allow_that_is_not_in_the_record_as_what_became_of_it():
+    told = []
+    outside = services(audit=Records(), decided=lambda *verdict: told.append(verdict))
+    play(outside, head(), OK)
+    outside.audit.full = frozenset({"decision"})
+    play(outside, head())
+    assert told == [("allow", ""), ("deny", "audit_unavailable")]
+
+
 def test_a_denial_that_can_not_be_recorded_is_a_denial_all_the_same():
     outside = services(audit=Records())
     outside.audit.full = frozenset({"decision"})
