@@ -1,1 +1,1 @@
-"""What was spent and what was taken back. Limits come with the ledger's reservations; revocations live here already."""
+"""What was spent and what was taken back, embedded or shared by several brokers."""

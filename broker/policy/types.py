@@ -110,6 +110,39 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a model call used, in tokens: `input` holds the `cached` ones (read from a cache) and those of `cache_write`.
+
+    `estimated` says that the provider did not tell all of it.
+    """
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cache_write: int = 0
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """What a call asks of a model provider.
+
+    `max_output` is the most tokens of each of its `choices` answers; None where the call does not say, and then `output_field` is
+    the body's field to say it in (empty where nothing is generated). `input_tokens` is an upper bound. `server_tools` are what
+    the provider would run or fetch by itself: a pointer into the parameters and the word for it. `prompt_hash` is `sha256:…`.
+    """
+
+    name: str
+    input_tokens: int
+    prompt_hash: str
+    max_output: int | None = None
+    output_field: str = ""
+    choices: int = 1
+    stream: bool = False
+    server_tools: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """What an agent tries to do, as a protocol adapter recognised it.
 
@@ -117,6 +150,7 @@ class ToolCall:
     methods by which a protocol keeps itself alive (MCP `initialize`, `ping`, …): they pass for every agent that holds the tool.
     `params` maps a location (`path`, `query`, `body`, `arguments`) to its value. `label` names what was tried for people
     ("POST /repos/acme/web/issues", "tools/call search_pages"). `correlation` is the protocol's own request ID, for its denial.
+    `model` is there for calls of model providers.
     """
 
     tool: str
@@ -125,6 +159,7 @@ class ToolCall:
     housekeeping: bool = False
     label: str = ""
     correlation: Json = None
+    model: ModelCall | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,157 @@
+"""What may be spent: limits as data, and what one call spends of them.
+
+Laws: all amounts are whole numbers, US dollars in billionths, so that no sum depends on its order. A limit's key names whose it
+is and what it counts, never how much it allows: a changed amount takes nothing back of what is spent. What a call may cost is
+reserved before it leaves, at its upper bound.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from broker.policy.types import Code, Effect, ModelCall, Usage
+
+NANO = 1_000_000_000
+"""Billionths of a US dollar in one."""
+
+
+class Kind(StrEnum):
+    """How a limit counts."""
+
+    RATE = "rate"
+    """A token bucket of `burst` calls, refilled with `amount` calls in `per` seconds."""
+    WINDOW = "window"
+    """At most `amount` in each window of `per` seconds. Windows begin at whole multiples since the epoch: days at 00:00 UTC."""
+    CONCURRENCY = "concurrency"
+    """At most `amount` calls open at once."""
+    RUN = "run"
+    """At most `amount` in one run."""
+    RUN_TIME = "run_time"
+    """No call later than `amount` seconds after the run's first."""
+    IDENTICAL = "identical"
+    """At most `amount` calls of one run with the same operation and parameters."""
+
+
+class Measure(StrEnum):
+    """What is counted."""
+
+    CALLS = "calls"
+    WRITES = "writes"
+    DESTRUCTIVE = "destructive"
+    RUNS = "runs"
+    BYTES_OUT = "bytes_out"
+    TOKENS = "tokens"
+    INPUT_TOKENS = "input_tokens"
+    OUTPUT_TOKENS = "output_tokens"
+    CACHED_TOKENS = "cached_tokens"
+    USD = "usd"
+
+
+TOKENS = frozenset({Measure.TOKENS, Measure.INPUT_TOKENS, Measure.OUTPUT_TOKENS, Measure.CACHED_TOKENS})
+_OF_MODELS = TOKENS | {Measure.USD}
+_BUDGETS = _OF_MODELS | {Measure.BYTES_OUT}
+
+WORDS: Mapping[str, tuple[Kind, Measure]] = {
+    "rate": (Kind.RATE, Measure.CALLS),
+    "concurrency": (Kind.CONCURRENCY, Measure.CALLS),
+    **{str(measure): (Kind.WINDOW, measure) for measure in Measure},
+    "steps_per_run": (Kind.RUN, Measure.CALLS),
+    "tokens_per_run": (Kind.RUN, Measure.TOKENS),
+    "usd_per_run": (Kind.RUN, Measure.USD),
+    "time_per_run": (Kind.RUN_TIME, Measure.CALLS),
+    "identical_per_run": (Kind.IDENTICAL, Measure.CALLS),
+}
+"""What manifests may write under `limits`, and how each is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One bound, as a manifest or the platform policy writes it.
+
+    `word` is the field that it was written in, `scope` whose it is (`agent/NAME`, `agent/NAME/TOOL`, `agent/NAME/TOOL/OPERATION`,
+    `team/NAME`, `environment/NAME`), `rule` where it stands (`file#pointer`). `amount` is in the measure's unit (dollars in
+    billionths, a run's time in seconds), `per` in seconds; `burst` is a rate's alone. `key` is what the ledger counts under.
+    """
+
+    word: str
+    scope: str
+    amount: int
+    rule: str
+    per: int = 0
+    burst: int = 0
+    kind: Kind = field(init=False)
+    measure: Measure = field(init=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        kind, measure = WORDS[self.word]
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "measure", measure)
+        object.__setattr__(self, "key", f"{self.scope}:{measure}:{kind}:{self.per}")
+
+    @property
+    def code(self) -> Code:
+        """What a call over it is denied with."""
+        if self.kind is Kind.CONCURRENCY:
+            return Code.CONCURRENCY_LIMITED
+        if self.measure in _BUDGETS:
+            return Code.BUDGET_EXHAUSTED
+        return Code.RATE_LIMITED if self.kind in (Kind.RATE, Kind.WINDOW) else Code.STEPS_EXHAUSTED
+
+    def bears_on(self, effect: Effect | None, *, model: bool) -> bool:
+        """Whether calls with this effect are counted; `model` for calls of model providers.
+
+        `effect` is None for a protocol's own housekeeping, which is no call: it has a rate and sends bytes, nothing else.
+        """
+        if effect is None:
+            return self.kind is Kind.RATE or self.measure is Measure.BYTES_OUT
+        if self.measure is Measure.WRITES:
+            return effect is not Effect.READ
+        if self.measure is Measure.DESTRUCTIVE:
+            return effect is Effect.DESTRUCTIVE
+        return model or self.measure not in _OF_MODELS
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a model costs, in billionths of a US dollar per million tokens.
+
+    `cached` is for input read from a cache; `cache_write` for input written to one (Anthropic charges at most twice the input).
+    """
+
+    input: int
+    output: int
+    cached: int
+    cache_write: int
+
+    def of(self, usage: Usage) -> int:
+        """The cost in billionths of a US dollar, rounded up."""
+        plain = usage.input - usage.cached - usage.cache_write
+        read = plain * self.input + usage.cached * self.cached + usage.cache_write * self.cache_write
+        return -(-(read + usage.output * self.output) // 1_000_000)
+
+
+def most(model: ModelCall) -> Usage:
+    """The upper bound of what a model call may use."""
+    return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
+
+
+def used(usage: Usage, price: Price | None) -> dict[Measure, int]:
+    """What a model call spends, by measure; no dollars where the model has no price."""
+    spent = {
+        Measure.TOKENS: usage.input + usage.output,
+        Measure.INPUT_TOKENS: usage.input,
+        Measure.OUTPUT_TOKENS: usage.output,
+        Measure.CACHED_TOKENS: usage.cached,
+    }
+    return {**spent, Measure.USD: price.of(usage)} if price else spent
+
+
+def called(size: int) -> dict[Measure, int]:
+    """What every call spends; `size` is what it sends, in bytes. Which of it counts is up to `bears_on`."""
+    return {Measure.CALLS: 1, Measure.WRITES: 1, Measure.DESTRUCTIVE: 1, Measure.BYTES_OUT: size}
+
+
+def unpriced(limits: Iterable[Limit], spent: Mapping[Measure, int]) -> Limit | None:
+    """The first limit in dollars on a call whose cost nobody knows: it can't be kept, so the call can't be let go."""
+    return next((limit for limit in limits if limit.measure is Measure.USD and Measure.USD not in spent), None)
