@@ -5,12 +5,13 @@ Law: whoever calls this has found no error, so nothing is checked here and nothi
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from broker.manifest import models
-from broker.manifest.admission import Source
+from broker.manifest.admission import Source, named_models
+from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Tool, Upstream
 
@@ -21,6 +22,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     agents: dict[str, Agent] = {}
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
     platform = models.PlatformSpec.model_construct()
+    catalog = {model.metadata.name: model.spec for source in sources if isinstance(model := source.model, models.Tool)}
     for source in sources:
         model = source.model
         if isinstance(model, models.Tool):
@@ -28,7 +30,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
             place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
             hosts[place] = (*hosts.get(place, ()), tool)
         elif isinstance(model, models.Agent):
-            agents[model.metadata.name] = _agent(source, model)
+            agents[model.metadata.name] = _agent(source, model, catalog)
         elif isinstance(model, models.Platform):
             platform = model.spec
     bundles = {name: pems[part["file"]] for name, part in platform.identity.get("trust_bundles", {}).items()}
@@ -53,8 +55,8 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
             effect=written.effect,
             rule=source.rule("spec", "operations", name),
             data=written.data,
-            method=written.match.method or "",
-            template=written.match.path,
+            method=spec.match(name).method or "",
+            template=spec.match(name).path,
             alias=(written.match.tool or name) if spec.protocol == "mcp" else "",
             schemas=_placed(written.params, source.rule("spec", "operations", name, "params")),
             max_body=written.max_body,
@@ -85,10 +87,12 @@ def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
     return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
 
 
-def _agent(source: Source, model: models.Agent) -> Agent:
+def _agent(source: Source, model: models.Agent, catalog: Mapping[str, models.ToolSpec]) -> Agent:
     spec = model.spec
     tools = {
-        tool: MappingProxyType({name: _grant(source, tool, name, grant) for name, grant in part.operations.items()})
+        tool: MappingProxyType(
+            {name: _grant(source, tool, name, grant, catalog[tool]) for name, grant in part.operations.items()}
+        )
         for tool, part in spec.tools.items()
     }
     return Agent(
@@ -103,6 +107,24 @@ def _agent(source: Source, model: models.Agent) -> Agent:
     )
 
 
-def _grant(source: Source, tool: str, operation: str, spec: models.GrantSpec) -> Grant:
+def _grant(source: Source, tool: str, operation: str, spec: models.GrantSpec, declared: models.ToolSpec) -> Grant:
     rule = source.rule("spec", "tools", tool, "operations", operation)
-    return Grant(rule, _placed(spec.params, f"{rule}/params"), approval=spec.approval is not None)
+    asked = (declared.operations[operation].params, spec.params)
+    return Grant(
+        rule,
+        _placed(spec.params, f"{rule}/params"),
+        approval=spec.approval is not None,
+        models=named_models(spec.params),
+        server_tools=frozenset(spec.server_tools),
+        max_output=min(_maxima(declared.protocol, declared.match(operation), asked), default=MAX_OUTPUT),
+    )
+
+
+def _maxima(protocol: str, match: models.Match, params: Iterable[models.Params]) -> Iterator[int]:
+    """What schemas allow of the fields by which a model call bounds its output."""
+    api = api_at(protocol, match.method or "", match.path.text if match.path else "")
+    for field in PROVIDERS[protocol][api].outputs if api else ():
+        for schema in params:
+            of_field = schema["body"].source.get("properties", {}).get(field) if "body" in schema else None
+            if isinstance(of_field, dict) and "maximum" in of_field:
+                yield int(of_field["maximum"])

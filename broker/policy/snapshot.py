@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.policy.match import PathTemplate
+from broker.policy.providers import MAX_OUTPUT
 from broker.policy.schema import ParameterSchema
 from broker.policy.types import Effect
 
@@ -96,11 +97,18 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """An agent's right to one operation: the manifest's schemas (each ANDed with the catalog's), and what else it asks for."""
+    """An agent's right to one operation: the manifest's schemas (each ANDed with the catalog's), and what else it asks for.
+
+    Of a model provider's operation: the `models` that the manifest names, the `server_tools` (what the provider may run or fetch
+    by itself), and `max_output`, the tokens that a call may generate which names no maximum.
+    """
 
     rule: str
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     approval: bool = False
+    models: frozenset[str] = frozenset()
+    server_tools: frozenset[str] = frozenset()
+    max_output: int = MAX_OUTPUT
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from broker.policy.snapshot import Grant, Tool
-from broker.policy.types import Decision, Json, Refusal, Request, ToolCall
+from broker.policy.types import Decision, Json, Refusal, Request, ToolCall, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,19 @@ class ResponseFilter(Protocol):
 
     def feed(self, chunk: bytes, *, last: bool) -> bytes:
         """What the agent gets in place of `chunk`; may be empty while a message is incomplete. Raises `ResponseBlocked`."""
+
+
+@runtime_checkable
+class Meter(ResponseFilter, Protocol):
+    """Passes an answer on as it comes, and reads on the side what it used. Both may be asked for at any time."""
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer used, as far as it got; `estimated` where the provider did not tell all of it."""
+
+    @property
+    def completion_hash(self) -> str:
+        """`sha256:…` of the text that was generated; the same for a whole answer and for its stream."""
 
 
 class ResponseBlocked(ValueError):
