@@ -76,7 +76,7 @@ class OpenAI(Dialect):
     def whole(self, document: Any, seen: Answer) -> None:
         """A completion, a response, or embeddings."""
         if "output" in document:
-            _told(document["usage"], seen)
+            _told(document["usage"], None, seen)
             for index, item in enumerate(document["output"]):
                 _item(item, index, seen)
         else:
@@ -91,7 +91,7 @@ class OpenAI(Dialect):
         kind = event.get("type", "")
         if kind in _ENDS:
             seen.final = True
-            _told(event["response"]["usage"], seen)
+            _told(event["response"]["usage"], None, seen)
         elif kind.endswith(".delta") and isinstance(event["delta"], str):
             part = event.get("summary_index", event.get("content_index", 0))
             seen.add(event["delta"], event["output_index"], "summary_index" not in event, part)
@@ -99,11 +99,15 @@ class OpenAI(Dialect):
             _chunk(event, seen)
 
 
-def _told(usage: Any, seen: Answer) -> None:
+def _told(usage: Any, otherwise: Json, seen: Answer) -> None:
     if "input_tokens" in usage:
         details, total, output = usage.get("input_tokens_details"), usage["input_tokens"], usage["output_tokens"]
-    else:  # of embeddings there is no output
-        details, total, output = usage.get("prompt_tokens_details"), usage["prompt_tokens"], usage.get("completion_tokens", 0)
+    else:
+        details, total, output = (
+            usage.get("prompt_tokens_details"),
+            usage["prompt_tokens"],
+            usage.get("completion_tokens", otherwise),
+        )
     details = details or {}
     seen.tell(total, output, details.get("cached_tokens"), details.get("cache_write_tokens"))
 
@@ -111,7 +115,7 @@ def _told(usage: Any, seen: Answer) -> None:
 def _chunk(document: Any, seen: Answer) -> None:
     """A completion or a chunk of one: they differ in the name of the message."""
     if document.get("usage"):
-        _told(document["usage"], seen)
+        _told(document["usage"], None if "choices" in document else 0, seen)  # embeddings have no output
     for choice in document.get("choices", ()):
         said, index = choice.get("delta") or choice.get("message") or {}, choice.get("index", 0)
         for place, field in enumerate(("reasoning_content", "content", "refusal")):
