@@ -217,8 +217,8 @@ class Dialect(ABC):
             if kind is None:
                 if not self.untyped_tools and node.parent and node.parent.part == "tools":
                     yield node, UNNAMED
-                if node.value.keys() - {"type"} == {"id"}:
-                    yield node, "stored"
+                if "id" in node.value and not node.value.keys() & {"role", "function", "custom"}:
+                    yield node, "stored"  # an item of that ID: its type may be left out
             elif not isinstance(kind, str) or kind not in self.inert:
                 yield Node(node, "type", kind), self._word(kind)
             for key, value in node.value.items():

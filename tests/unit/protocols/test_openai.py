@@ -165,6 +165,16 @@ URL = "https://x.example/a.png"
             RESPONSES, {"input": [{"type": "item_reference", "id": "i"}]}, {"stored": "/body/input/0/type"}, id="a stored item"
         ),
         pytest.param(RESPONSES, {"input": [{"id": "i"}]}, {"stored": "/body/input/0"}, id="a stored item without a type"),
+        pytest.param(RESPONSES, {"input": [{"id": "i", "x": 1}]}, {"stored": "/body/input/0"}, id="one with something else"),
+        pytest.param(
+            CHAT, {"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, {"stored": "/body/messages/0/audio"}, id="audio"
+        ),
+        pytest.param(
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}]},
+            {},
+            id="a call of the agent's own tool without a type",
+        ),
         pytest.param(
             CHAT,
             {"messages": said(type="file", file={"file_id": "f"})},
