@@ -131,13 +131,14 @@ class Price:
         return -(-(read + usage.output * self.output) // 1_000_000)
 
 
-def most(model: ModelCall) -> Usage:
-    """The upper bound of what a model call may use."""
-    return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
+def bound(model: ModelCall, price: Price | None) -> dict[Measure, int]:
+    """The most that a model call may spend, by measure; no dollars where the model has no price."""
+    most = Usage(model.input_tokens, (model.max_output or 0) * model.choices)
+    return {**used(most, price), Measure.CACHED_TOKENS: most.input}
 
 
 def used(usage: Usage, price: Price | None) -> dict[Measure, int]:
-    """What a model call spends, by measure; no dollars where the model has no price."""
+    """What a model call has spent, by measure; no dollars where the model has no price."""
     spent = {
         Measure.TOKENS: usage.input + usage.output,
         Measure.INPUT_TOKENS: usage.input,
