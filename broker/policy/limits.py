@@ -5,11 +5,12 @@ is and what it counts, never how much it allows: a changed amount takes nothing 
 reserved before it leaves, at its upper bound.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from broker.policy.types import Code, Effect, ModelCall, Usage
+from broker.policy.types import Code, Decision, Effect, ModelCall, Usage, deny
 
 NANO = 1_000_000_000
 """Billionths of a US dollar in one."""
@@ -98,6 +99,18 @@ class Limit:
             return Code.BUDGET_EXHAUSTED
         return Code.RATE_LIMITED if self.kind in (Kind.RATE, Kind.WINDOW) else Code.STEPS_EXHAUSTED
 
+    def said(self, amount: int) -> str:
+        """An amount of what is counted, for people."""
+        if self.kind is Kind.RUN_TIME:
+            return f"{amount} s"
+        return f"{amount / NANO:.6f}".rstrip("0").rstrip(".") + " USD" if self.measure is Measure.USD else f"{amount:,}"
+
+    def refusal(self, spent: int, needed: int, retry_after: float) -> Decision:
+        """The denial of a call for which there is no room."""
+        more = f", and the call may need {self.said(needed)}" if needed > 1 else ""
+        detail = f"{self.word} of {self.scope} is {self.said(self.amount)}: {self.said(spent)} spent{more}"
+        return deny(self.code, detail, rule=self.rule, retry_after=math.ceil(retry_after))
+
     def bears_on(self, effect: Effect | None, *, model: bool) -> bool:
         """Whether calls with this effect are counted; `model` for calls of model providers.
 
@@ -153,6 +166,8 @@ def called(size: int) -> dict[Measure, int]:
     return {Measure.CALLS: 1, Measure.WRITES: 1, Measure.DESTRUCTIVE: 1, Measure.BYTES_OUT: size}
 
 
-def unpriced(limits: Iterable[Limit], spent: Mapping[Measure, int]) -> Limit | None:
-    """The first limit in dollars on a call whose cost nobody knows: it can't be kept, so the call can't be let go."""
-    return next((limit for limit in limits if limit.measure is Measure.USD and Measure.USD not in spent), None)
+def unpriced(limits: Iterable[Limit], model: str) -> Decision | None:
+    """The denial of a call whose cost nobody knows, where dollars are limited: that limit could not be kept."""
+    limit = next((limit for limit in limits if limit.measure is Measure.USD), None)
+    why = f"the platform's prices don't have the model {model!r}, so its cost can't be held to {{}} of {{}}"
+    return deny(Code.BUDGET_EXHAUSTED, why.format(limit.word, limit.scope), rule=limit.rule) if limit else None

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from broker.policy.snapshot import Grant, Tool
-from broker.policy.types import Decision, Json, Refusal, Request, ToolCall
+from broker.policy.types import Decision, Json, Refusal, Request, ToolCall, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,19 @@ class ResponseFilter(Protocol):
 
     def feed(self, chunk: bytes, *, last: bool) -> bytes:
         """What the agent gets in place of `chunk`; may be empty while a message is incomplete. Raises `ResponseBlocked`."""
+
+
+@runtime_checkable
+class Meter(ResponseFilter, Protocol):
+    """Reads what a model call used off its answer, which passes unchanged. Both may be asked at any time."""
+
+    @property
+    def usage(self) -> Usage:
+        """What was used by now: what the provider said, else estimated."""
+
+    @property
+    def completion_hash(self) -> str:
+        """`sha256:…` over the generated text by now."""
 
 
 class ResponseBlocked(ValueError):
