@@ -58,15 +58,17 @@ class MemoryLedger:
             return known.granted
         now = self._advance(now)
         run = self._run(spend, now)
-        for limit in spend.limits:
-            if (need := _need(limit, spend, run)) and (refused := self._refusal(limit, spend, need, run, now)):
+        charges = _charges(spend, run)
+        for limit, need in charges:
+            if refused := self._refusal(limit, spend, need, run, now):
                 return refused
-        return self._take(spend, run, now)
+        return self._take(spend, charges, run, now)
 
     def take(self, spend: Spend, now: float) -> Granted:
         """Reserve without asking: what another ledger has granted, or what the record says was."""
         now = self._advance(now)
-        return self._take(spend, self._run(spend, now), now)
+        run = self._run(spend, now)
+        return self._take(spend, _charges(spend, run), run, now)
 
     def _advance(self, now: float) -> float:
         self.now = now = max(now, self.now)
@@ -114,10 +116,8 @@ class MemoryLedger:
                 del calls[lapsed]
         return len(calls)
 
-    def _take(self, spend: Spend, run: Run | None, now: float) -> Granted:
-        taken = [
-            (limit, need, self._add(limit, spend, need, run, now)) for limit in spend.limits if (need := _need(limit, spend, run))
-        ]
+    def _take(self, spend: Spend, charges: list[tuple[Limit, int]], run: Run | None, now: float) -> Granted:
+        taken = [(limit, need, self._add(limit, spend, need, run, now)) for limit, need in charges]
         if run and spend.run is not None:
             run.last, run.steps = now, run.steps + 1
             self.runs.pop((spend.agent, spend.run), None)
@@ -156,7 +156,8 @@ class MemoryLedger:
         self._advance(now)
         if (grant := self.grants.pop(decision_id, None)) is None:
             return None
-        changes = [_change(limit, need, spent) for limit, need, _ in grant.taken]
+        # Most calls spend just what they reserved.
+        changes = [0] * len(grant.taken) if spent == {} else [_change(limit, need, spent) for limit, need, _ in grant.taken]
         for (limit, _, window), change in zip(grant.taken, changes, strict=True):
             if limit.kind is Kind.CONCURRENCY:
                 self.open[limit.key].pop(decision_id, None)
@@ -220,10 +221,10 @@ def idle(run: str | None) -> float:
     return NAMED_IDLE_S if run else IDLE_S
 
 
-def _need(limit: Limit, spend: Spend, run: Run | None) -> int:
-    if limit.measure is Measure.RUNS:
-        return int(run is not None and not run.steps)
-    return spend.amounts.get(limit.measure, 0)
+def _charges(spend: Spend, run: Run | None) -> list[tuple[Limit, int]]:
+    """The limits that bear on the call, each with what it needs of them."""
+    amounts = spend.amounts if run is None or run.steps else {**spend.amounts, Measure.RUNS: 1}
+    return [(limit, need) for limit in spend.limits if (need := amounts.get(limit.measure))]
 
 
 def _counted(limit: Limit, spend: Spend) -> str:

@@ -65,6 +65,9 @@ WORDS: Mapping[str, tuple[Kind, Measure]] = {
 """What manifests may write under `limits`, and how each is counted."""
 
 
+_PER = {0: "", 1: "/s", 60: "/minute", 3600: "/hour", 86400: "/day"}
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """One bound, as a manifest or the platform policy writes it.
@@ -105,10 +108,15 @@ class Limit:
             return f"{amount} s"
         return f"{amount / NANO:.6f}".rstrip("0").rstrip(".") + " USD" if self.measure is Measure.USD else f"{amount:,}"
 
+    @property
+    def written(self) -> str:
+        """The limit as a manifest writes it: `calls: 20/hour`."""
+        return f"{self.word}: {self.said(self.amount)}{_PER.get(self.per, f'/{self.per} s')}"
+
     def refusal(self, spent: int, needed: int, retry_after: float) -> Decision:
         """The denial of a call for which there is no room."""
-        more = f", and the call may need {self.said(needed)}" if needed > 1 else ""
-        detail = f"{self.word} of {self.scope} is {self.said(self.amount)}: {self.said(spent)} spent{more}"
+        needs = f", and this call may need {self.said(needed)}" if needed > 1 else ""
+        detail = f"no room under {self.written} of {self.scope}: {self.said(spent)} spent{needs}"
         return deny(self.code, detail, rule=self.rule, retry_after=math.ceil(retry_after))
 
     def bears_on(self, effect: Effect | None, *, model: bool) -> bool:
