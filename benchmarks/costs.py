@@ -29,6 +29,7 @@ from broker.dataplane import site
 from broker.events import Command, Pass, Send, Services, WantBody
 from broker.exchange import Exchange
 from broker.identity import TokenAuthority
+from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
 from broker.policy.evaluate import evaluate
@@ -135,9 +136,11 @@ def _services() -> Iterator[Services]:
             adapters=ADAPTERS,
             issuers={"static": StaticIssuer()},
             audit=log,
+            ledger=MemoryLedger(),
             tokens=TokenAuthority(key),
             revocations=Revocations(),
             now=clock.now,
+            steady=clock.steady,
             mono_ns=clock.mono_ns,
             random_id=lambda: f"{next(numbers):020x}",
             decided=lambda *_: None,

@@ -1,18 +1,21 @@
 """One decision in the making: what is known of the attempt so far, its record, and its words for the agent."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, Ending, decision_record, outcome_record
+from broker.audit.record import Attempt, Ending, args_hash, decision_record, outcome_record
 from broker.credentials.base import Lease
 from broker.events import Services
 from broker.identity import Evidence, Principal, identify
+from broker.ledger.base import Spend
 from broker.policy.evaluate import View, admit
+from broker.policy.limits import Limit, Measure
 from broker.policy.snapshot import Agent
-from broker.policy.types import Code, Decision, Json, deny
-from broker.protocols.problem import problem
+from broker.policy.types import Code, Decision, Door, Json, Refusal, ToolCall, deny
+from broker.protocols.base import Adapter, Reply
+from broker.protocols.problem import problem, reply, status_at
 
 log = logging.getLogger(__name__)
 
@@ -20,16 +23,21 @@ UNRECORDED = deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded")
 
 
 class Case:
-    """Holds the one snapshot that decides. `decision_id` is new unless an answer carries one already."""
+    """Holds the one snapshot that decides. `decision_id` is new unless an answer carries one already.
+
+    `asks_at` is the door that asks for an identity where one is missing.
+    """
 
     def __init__(self, services: Services, decision_id: str = "", **known: Any) -> None:
         self.services = services
         self.snapshot = services.snapshot()
         self.attempt = Attempt(decision_id or services.random_id(), self.snapshot.revision, {}, **known)
+        self.asks_at = Door.BASE_URL
 
     def note(self, **known: Any) -> None:
         """Add what has become known of the attempt (fields of `Attempt`)."""
-        self.attempt = replace(self.attempt, **known)
+        for name, value in known.items():
+            setattr(self.attempt, name, value)
 
     def identify(self, evidence: Evidence) -> tuple[Principal, Agent] | Decision:
         """Who calls and by which manifest, or why nobody may."""
@@ -66,7 +74,33 @@ class Case:
             return False
         return True
 
+    def spend(self, limits: tuple[Limit, ...], amounts: Mapping[Measure, int], call: ToolCall) -> Spend:
+        """What the ledger is asked for."""
+        about = self.attempt
+        about.args_hash = args_hash(about.params)
+        fingerprint = f"{about.tool}/{about.operation}/{about.args_hash}"
+        run = None if call.housekeeping else about.run_id
+        return Spend(about.decision_id, about.agent["name"], limits, amounts, run, fingerprint)
+
+    def end_reservation(self, spent: Mapping[Measure, int] | None) -> None:
+        """Settle what was reserved, or (None) give it back."""
+        ledger, now = self.services.ledger, self.services.steady()
+        if spent is None:
+            self.note(limits={})
+            ledger.refund(self.attempt.decision_id, now)
+        else:
+            ledger.settle(self.attempt.decision_id, spent, now)
+
     def problem(self, decision: Decision) -> dict[str, Json]:
         """The denial for people and programs (RFC 9457)."""
         about = self.attempt
         return problem(about.decision_id, about.agent.get("name", ""), about.tool, about.operation, decision)
+
+    def reply(self, decision: Decision, adapter: Adapter | None = None, call: ToolCall | Refusal | None = None) -> Reply:
+        """The denial as the agent gets it: in the shape of its protocol, where the request got far enough to have one."""
+        body = self.problem(decision)
+        if adapter is not None and call is not None:
+            shaped = adapter.denial(body, call if isinstance(call, Refusal) else decision, call.correlation)
+            if shaped is not None:
+                return shaped
+        return reply(body, status_at(decision.code or Code.INTERNAL_FAULT, self.asks_at))

@@ -11,3 +11,11 @@ def now() -> float:
 def mono_ns() -> int:
     """Nanoseconds of a clock that never steps, for durations."""
     return time.monotonic_ns()
+
+
+_BEGAN = now() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def steady() -> float:
+    """Seconds since the epoch by a clock that nobody sets: `now` at the start, and what has passed since."""
+    return _BEGAN + time.clock_gettime(time.CLOCK_BOOTTIME)

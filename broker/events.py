@@ -3,12 +3,13 @@
 Law: plain frozen values; nothing here knows gRPC, Envoy's protos or the clock.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 
 from broker.audit import AuditSink
 from broker.credentials.base import CredentialUnavailable, Issuer, Lease, Occasion
 from broker.identity import Evidence, TokenAuthority
+from broker.ledger.base import Granted, Ledger, LedgerUnavailable, Refused
 from broker.ledger.revocations import Revocations
 from broker.policy.agreement import Wire
 from broker.policy.snapshot import PolicySnapshot
@@ -18,15 +19,20 @@ from broker.protocols.base import Adapter, Reply
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The outside, as interfaces. `snapshot` gives the one in force now; `random_id` gives a new decision ID."""
+    """The outside, as interfaces. `snapshot` gives the one in force now; `random_id` gives a new decision ID.
+
+    `steady` is the time that the ledger counts by: as `now`, but nobody sets it.
+    """
 
     snapshot: Callable[[], PolicySnapshot]
     adapters: Mapping[str, Adapter]
     issuers: Mapping[str, Issuer]
     audit: AuditSink
+    ledger: Ledger
     tokens: TokenAuthority
     revocations: Revocations
     now: Callable[[], float]
+    steady: Callable[[], float]
     mono_ns: Callable[[], int]
     random_id: Callable[[], str]
     decided: Callable[[str, str], None]
@@ -63,6 +69,13 @@ class Issued:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserved:
+    """The answer to `Reserve`."""
+
+    answer: Granted | Refused | LedgerUnavailable
+
+
+@dataclass(frozen=True, slots=True)
 class ResponseHead:
     """An answer's head. `details` is Envoy's word for where it came from; `via_upstream` for a real answer."""
 
@@ -80,7 +93,7 @@ class ResponseChunk:
     last: bool
 
 
-Event = RequestHead | RequestBody | Issued | ResponseHead | ResponseChunk
+Event = RequestHead | RequestBody | Reserved | Issued | ResponseHead | ResponseChunk
 
 
 # Commands.
@@ -89,6 +102,13 @@ Event = RequestHead | RequestBody | Issued | ResponseHead | ResponseChunk
 @dataclass(frozen=True, slots=True)
 class WantBody:
     """Hold the request until its whole body is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Wait for the ledger; come back with `Reserved`."""
+
+    answer: Awaitable[Granted | Refused]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +122,12 @@ class Issue:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Let the request go, with proof for the gate. `path` replaces the request's path and query where it is not None."""
+    """Let the request go, with proof for the gate. `path` (with its query) and `body` replace the request's where not None."""
 
     set_headers: tuple[tuple[str, str], ...]
     remove_headers: tuple[str, ...]
     path: str | None
+    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,5 +159,5 @@ class Cut:
     """Break the stream now."""
 
 
-Command = WantBody | Issue | Send | Reply | Pass | Mark | Observe | Replace | Cut
+Command = WantBody | Reserve | Issue | Send | Reply | Pass | Mark | Observe | Replace | Cut
 Steps = Generator[Command, Event, None]

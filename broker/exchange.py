@@ -1,25 +1,27 @@
 """The life of one call, in order. Read `Exchange._decide` top to bottom.
 
 Laws: no I/O here: events come in, commands go out, and the driver (`broker/processor/ext_proc.py`) turns both into gRPC. Nothing
-is sent before its decision is in the audit log. One exchange sees one snapshot. An exception is a fault, and a fault is a denial.
+is sent before its decision is in the audit log, nor before what it may spend is reserved. One exchange sees one snapshot. An
+exception is a fault, and a fault is a denial. However a call ends, its reservation ends with it.
 
     event                 command it may be answered with
     ─────────────────     ──────────────────────────────────────────────
-    RequestHead           WantBody · Issue · Send · Reply
-    RequestBody           Issue · Send · Reply
+    RequestHead           WantBody · Reserve · Issue · Send · Reply
+    RequestBody           Reserve · Issue · Send · Reply
+    Reserved              Issue · Send · Reply
     Issued                Send · Reply
     ResponseHead          Pass · Mark · Observe · Reply
-    ResponseChunk         Replace · Cut
+    ResponseChunk         Pass · Replace · Cut
     close()               (the call is over, however it ended)
 """
 
 import logging
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
-from broker.audit.record import Ending
+from broker.answer import Answer
 from broker.case import UNRECORDED, Case
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion
 from broker.events import (
@@ -29,25 +31,27 @@ from broker.events import (
     Issue,
     Issued,
     Mark,
-    Observe,
     Pass,
-    Replace,
     RequestBody,
     RequestHead,
-    ResponseChunk,
+    Reserve,
+    Reserved,
     ResponseHead,
     Send,
     Services,
     Steps,
     WantBody,
 )
+from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
+from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
 from broker.policy.evaluate import evaluate
+from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.strip import strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
-from broker.protocols.base import Adapter, Reply, ResponseBlocked, ResponseFilter
-from broker.protocols.problem import reply, status_at
+from broker.protocols.base import Adapter
+from broker.protocols.models import with_max_output
 
 log = logging.getLogger(__name__)
 
@@ -58,23 +62,14 @@ _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
 
-# What Envoy says (response code details) when the upstream itself was refused.
-_UNTRUSTED = {
-    "rbac_access_denied": "the tool's host resolved to an address that its catalog entry does not allow",
-    "CERTIFICATE_VERIFY_FAILED": "the tool's certificate could not be verified",
-    "TLS_error": "no verified TLS connection to the tool could be made",
-}
-
 
 class Exchange:
     """One call. `handle` takes an event and gives a command; `close` says that the call is over."""
 
     def __init__(self, services: Services) -> None:
         self._case = Case(services)
-        self._started = services.mono_ns()
-        self._sent = False
-        self._ending = Ending(detail="the call ended before an answer came")
-        self._asks_at = Door.BASE_URL
+        self._reserved = False
+        self._answer: Answer | None = None
         self._steps: Steps | None = None
 
     def handle(self, event: Event) -> Command:
@@ -93,24 +88,34 @@ class Exchange:
             return self._fault()
 
     def close(self) -> None:
-        """The call is over: its outcome is recorded, once."""
-        if self._sent:
-            self._sent = False
-            duration = (self._case.services.mono_ns() - self._started) / 1e6
-            self._case.record_outcome(replace(self._ending, duration_ms=round(duration, 3)))
+        """The call is over: its outcome is recorded and its reservation settled, once."""
+        answer, self._answer = self._answer, None
+        try:
+            self._end_reservation(answer.end() if answer else None)
+        except Exception:
+            log.exception(
+                "decision %s: its end could not be worked out; what it reserved stays spent", self._case.attempt.decision_id
+            )
+            self._end_reservation({})
+
+    def _end_reservation(self, spent: Mapping[Measure, int] | None) -> None:
+        if self._reserved:
+            self._case.end_reservation(spent)
+            self._reserved = False
 
     def _run(self, head: RequestHead) -> Steps:
         verdict = yield from self._decide(head)
         if isinstance(verdict, _Denied):
+            self._end_reservation(None)
             if verdict.record:
                 self._case.record(verdict.decision)
-            yield self._reply(verdict)
+            yield self._case.reply(verdict.decision, verdict.adapter, verdict.call)
             return
-        self._sent = True
-        answer = yield verdict.send
-        yield from self._observe(verdict, answer)
+        send, self._answer = verdict
+        event = yield send
+        yield from self._answer.observe(event)
 
-    def _decide(self, head: RequestHead) -> Generator[Command, Event, "_Allowed | _Denied"]:
+    def _decide(self, head: RequestHead) -> Generator[Command, Event, "tuple[Send, Answer] | _Denied"]:
         """The order of a call, up to its record."""
         case, services, snapshot = self._case, self._case.services, self._case.snapshot
         self._note_head(head)
@@ -131,7 +136,7 @@ class Exchange:
         adapter = services.adapters[tool.protocol]
         case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
-        call = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
+        call, body = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
         self._note_call(tool, call)
         if isinstance(call, Refusal):
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
@@ -140,6 +145,13 @@ class Exchange:
         decision = evaluate(snapshot, agent, call)
         if not decision.allowed:
             return _Denied(decision, adapter, call)
+        call, sent = _bounded(agent, call, body)
+
+        # reserve
+        size = len(case.attempt.path) + len(clean.request.query) + len(sent)
+        no_room = yield from self._reserve(agent, tool, call, size)
+        if no_room:
+            return _Denied(no_room, adapter, call)
 
         # issue
         lease = yield from self._lease(agent, tool, call)
@@ -154,30 +166,63 @@ class Exchange:
             set_headers=(("accept-encoding", "identity"), *injected),
             remove_headers=clean.removed,
             path=_whole_path(head, clean.request) if clean.query_changed else None,
+            body=sent if sent is not body else None,
         )
-        return _Allowed(send, adapter, tool, agent, call)
+        return send, Answer(case, adapter, tool, agent, call)
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, request: Request, *, has_body: bool
-    ) -> Generator[Command, Event, ToolCall | Refusal]:
+    ) -> Generator[Command, Event, tuple[ToolCall | Refusal, bytes]]:
         limit = adapter.body_limit(tool, request) if has_body else None
         if isinstance(limit, Refusal):
-            return limit
+            return limit, b""
         if limit is None:
-            return adapter.recognise(tool, request, b"")
+            return adapter.recognise(tool, request, b""), b""
         declared = request.header("content-length") or ""
         if declared.isdigit() and int(declared) > limit:
-            return _too_large(adapter, tool, request, limit)
+            return _too_large(adapter, tool, request, limit), b""
         event = yield WantBody()
         if isinstance(event, ResponseHead) and event.details == _OVER_BUFFER:
-            return _too_large(adapter, tool, request, limit)
+            return _too_large(adapter, tool, request, limit), b""
         if not isinstance(event, RequestBody):
-            return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive")
+            return Refusal(Code.PROTOCOL_VIOLATION, "the body did not arrive"), b""
         if event.trailers:
-            return Refusal(Code.PROTOCOL_VIOLATION, "trailers are not passed on")
+            return Refusal(Code.PROTOCOL_VIOLATION, "trailers are not passed on"), b""
         if len(event.body) > limit:
-            return _too_large(adapter, tool, request, limit)
-        return adapter.recognise(tool, request, event.body)
+            return _too_large(adapter, tool, request, limit), b""
+        return adapter.recognise(tool, request, event.body), event.body
+
+    def _reserve(self, agent: Agent, tool: Tool, call: ToolCall, size: int) -> Generator[Command, Event, Decision | None]:
+        case = self._case
+        limits = agent.housekeeping[tool.name] if call.operation is None else agent.tools[tool.name][call.operation].limits
+        amounts = called(size)
+        if call.model:
+            provider, price = case.snapshot.price(tool, call.model.name)
+            if price is None and (unknown := unpriced(limits, call.model.name)):
+                return unknown
+            amounts |= bound(call.model, price)
+            case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
+        answer = yield from self._granted(case.spend(limits, amounts, call))
+        if isinstance(answer, LedgerUnavailable):
+            log.warning("limits can't be checked: %s", answer)
+            return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
+        if isinstance(answer, Refused):
+            case.note(limits=refused(answer))
+            return answer.limit.refusal(answer.spent, answer.needed, answer.retry_after)
+        self._reserved = True
+        case.note(step=answer.step, limits=reserved(amounts, degraded=answer.degraded))
+        return None
+
+    def _granted(self, spend: Spend) -> Generator[Command, Event, Granted | Refused | LedgerUnavailable]:
+        services = self._case.services
+        try:
+            answer = services.ledger.reserve(spend, services.steady())
+        except LedgerUnavailable as error:
+            return error
+        if isinstance(answer, Granted | Refused):
+            return answer
+        event = yield Reserve(answer)
+        return event.answer if isinstance(event, Reserved) else LedgerUnavailable("the ledger gave no answer")
 
     def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
         if tool.credential is None:
@@ -198,82 +243,26 @@ class Exchange:
         log.warning("no credential: %s", lease)
         return deny(Code.CREDENTIAL_UNAVAILABLE, "no credential for this tool can be had now")
 
-    # The answer.
-
-    def _observe(self, allowed: "_Allowed", answer: Event) -> Steps:
-        if not isinstance(answer, ResponseHead):
-            raise TypeError(f"an answer was expected, not {type(answer).__name__}")
-        if answer.details != "via_upstream":
-            yield from self._own_answer(allowed, answer.details)
-            return
-        headers = dict(answer.headers)
-        length = headers.get("content-length", "")
-        self._ending = Ending(status=answer.status, size=int(length) if length.isdigit() else 0)
-        rewriter = allowed.filter(headers.get("content-type", "")) if answer.has_body else None
-        if rewriter is None:
-            yield from _pass_on()
-        elif headers.get("content-encoding", "identity") != "identity":
-            yield self._withheld(allowed, Code.RESPONSE_BLOCKED, "the answer is compressed, although it was asked for plain")
-        else:
-            event = yield Observe()
-            yield from self._rewrite(rewriter, event)
-
-    def _rewrite(self, rewriter: ResponseFilter, event: Event) -> Steps:
-        size = 0
-        while isinstance(event, ResponseChunk):
-            size += len(event.data)
-            self._ending = replace(self._ending, size=size)
-            try:
-                data = rewriter.feed(event.data, last=event.last)
-            except ResponseBlocked as error:
-                self._ending = replace(self._ending, code=Code.RESPONSE_BLOCKED, detail=str(error))
-                yield Cut()
-                return
-            event = yield Replace(data)
-
-    def _own_answer(self, allowed: "_Allowed", details: str) -> Steps:
-        """Envoy answered in the upstream's place: the connection failed, was not trusted, or led to a forbidden address."""
-        untrusted = next((reason for mark, reason in _UNTRUSTED.items() if mark in details), None)
-        if untrusted:
-            yield self._withheld(allowed, Code.UPSTREAM_UNTRUSTED, untrusted)
-            return
-        self._ending = replace(self._ending, detail=details)
-        yield Mark(self._case.attempt.decision_id)
-        yield from _pass_on()
-
-    def _withheld(self, allowed: "_Allowed", code: Code, why: str) -> Reply:
-        self._ending = replace(self._ending, code=code, detail=why)
-        return self._reply(_Denied(deny(code, why), allowed.adapter, allowed.call))
-
     def _mark(self, event: Event) -> Command:
         """An answer that Envoy gave by itself, before this filter saw the request."""
         named = isinstance(event, ResponseHead) and any(name == _DECISION_HEADER for name, _ in event.headers)
         return Pass() if named else Mark(self._case.attempt.decision_id)
 
-    def _reply(self, denied: "_Denied") -> Reply:
-        decision, body = denied.decision, self._case.problem(denied.decision)
-        if denied.adapter is not None and denied.call is not None:
-            said = denied.call if isinstance(denied.call, Refusal) else decision
-            shaped = denied.adapter.denial(body, said, denied.call.correlation)
-            if shaped is not None:
-                return shaped
-        return reply(body, status_at(decision.code or Code.INTERNAL_FAULT, self._asks_at))
-
     def _fault(self) -> Command:
-        if self._sent:
-            self._ending = replace(self._ending, code=Code.INTERNAL_FAULT)
+        if self._answer:
+            self._answer.fault()
             return Cut()
         decision = deny(Code.INTERNAL_FAULT, "the broker failed on this request; it was not sent")
         try:
             self._case.record(decision)
         except Exception:
             log.exception("decision %s: the fault could not be recorded", self._case.attempt.decision_id)
-        return self._reply(_Denied(decision))
+        return self._case.reply(decision)
 
     def _note_head(self, head: RequestHead) -> None:
         wire, request = head.wire, head.request
         # Inside a tunnel the proxy has answered already: what comes now is an origin's answer, and 407 is a proxy's.
-        self._asks_at = Door.BASE_URL if wire.connect_host else wire.door
+        self._case.asks_at = Door.BASE_URL if wire.connect_host else wire.door
         run, trace = run_id(request), _trace_id(request)
         self._case.note(door=wire.door, method=request.method, host=wire.authority, path=request.path, run_id=run, trace_id=trace)
 
@@ -286,20 +275,6 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
-class _Allowed:
-    """What leaves, and what its answer is judged by."""
-
-    send: Send
-    adapter: Adapter
-    tool: Tool
-    agent: Agent
-    call: ToolCall
-
-    def filter(self, content_type: str) -> ResponseFilter | None:
-        return self.adapter.response_filter(self.tool, self.agent.tools[self.tool.name], self.call, content_type)
-
-
-@dataclass(frozen=True, slots=True)
 class _Denied:
     """A denial, and how far the request was understood. `record` is False where the record itself failed."""
 
@@ -309,10 +284,12 @@ class _Denied:
     record: bool = True
 
 
-def _pass_on() -> Steps:
-    # Only what was let go on purpose goes on: any other script that has run out is cut.
-    while True:
-        yield Pass()
+def _bounded(agent: Agent, call: ToolCall, body: bytes) -> tuple[ToolCall, bytes]:
+    """The call and its body, with a bound on what a model may generate where the agent gave none."""
+    if call.model is None or call.model.max_output is not None:
+        return call, body
+    most = agent.tools[call.tool][call.operation or ""].max_output
+    return replace(call, model=replace(call.model, max_output=most)), with_max_output(body, call.model.output_field, most)
 
 
 def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:

@@ -29,7 +29,11 @@ from broker.dataplane.site import Site
 from broker.errors import BrokerError, counted
 from broker.events import Services
 from broker.identity import TokenAuthority
-from broker.keys import ed25519, public_pem
+from broker.keys import ed25519, public_pem, write_private
+from broker.ledger import checkpoint
+from broker.ledger.base import RENEW_S, Ledger
+from broker.ledger.checkpoint import rebuild
+from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
@@ -73,6 +77,8 @@ class Server:
         (state.keys / "audit.pub.pem").write_bytes(public_pem(audit_key))
         self._ca = PlatformCA(state.keys / "ca.key", state.ca, now)
         self._audit = AuditLog(state.audit, audit_key, now, clock.mono_ns())
+        self._own = MemoryLedger()
+        self._ledger: Ledger = self._own
         self._revocations = Revocations()
         self._revocations.replay(_revocation_records(state.audit))
         self._registry = CollectorRegistry()
@@ -82,9 +88,11 @@ class Server:
             adapters=ADAPTERS,
             issuers={"static": StaticIssuer(), "jwt": JwtIssuer(jwt_key)},
             audit=self._audit,
+            ledger=self._ledger,
             tokens=TokenAuthority(ed25519(state.keys / "tokens.key")),
             revocations=self._revocations,
             now=clock.now,
+            steady=clock.steady,
             mono_ns=clock.mono_ns,
             random_id=lambda: secrets.token_hex(10),
             decided=lambda verdict, code: decisions.labels(verdict, code).inc(),
@@ -103,7 +111,7 @@ class Server:
         public = api.public(self._readiness, self._registry, self._jwks)
         control = api.control(self._agent, self._revoke_tokens)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            background = [asyncio.create_task(self._watch()), asyncio.create_task(self._sync())]
+            background = [asyncio.create_task(each) for each in (self._watch(), self._sync(), self._keep())]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
             for task in background:
@@ -111,6 +119,7 @@ class Server:
             await server.stop(_GRACE_S)
         with contextlib.suppress(AuditUnavailable):
             self._audit.sync(clock.now())
+        await self._checkpoint()
         self._audit.close()
 
     async def _listen(self) -> grpc.aio.Server:
@@ -165,6 +174,9 @@ class Server:
             self._report(f"{counted(len(errors), 'error')} in the manifests, the first: {FORMATS['text'](errors[:1]).strip()}")
             return
         self._ads.publish(await asyncio.to_thread(self._compile, loaded.snapshot))
+        if self._snapshot is EMPTY:
+            # Only now is it known which limits there are to count under; nothing was let through before.
+            await asyncio.to_thread(rebuild, self._own, self._state.ledger, self._state.audit, loaded.snapshot, clock.now())
         if loaded.snapshot.revision != self._snapshot.revision or self._broken:
             self._record("configuration in force", loaded.snapshot.revision)
             self._snapshot = loaded.snapshot
@@ -218,6 +230,20 @@ class Server:
                 await asyncio.to_thread(self._audit.sync, clock.now())
             except AuditUnavailable as error:
                 log.error("%s", error)  # noqa: TRY400 - it says all there is
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            self._ledger.renew(clock.steady())
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        if self._snapshot is not EMPTY:
+            picture = checkpoint.take(self._own, self._audit.head)
+            try:
+                await asyncio.to_thread(write_private, self._state.ledger, picture)
+            except OSError as error:
+                log.warning("the ledger can't be saved (%s); a restart will take longer", error.strerror)
 
     def _record(self, what: str, revision: str) -> None:
         try:

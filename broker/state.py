@@ -3,6 +3,7 @@
     STATE/ca.pem              the platform CA's certificate; agents read it
     STATE/keys/               private keys, each 0600
     STATE/audit/              the record
+    STATE/ledger.json         what was spent, as of a moment ago; made again from the record where it is missing
     STATE/run/                sockets and Envoy's bootstrap, gone with the broker
 
 Law: the folders are 0700. A Unix socket's path must fit 107 bytes (unix(7)); where STATE is too deep, `run` lies in the system's
@@ -28,6 +29,7 @@ class State:
     ca: Path
     keys: Path
     audit: Path
+    ledger: Path
     run: Path
     processor_socket: Path  # ext_proc, ext_authz, ADS and access logs
     control_socket: Path  # the admin API's changing half
@@ -42,7 +44,7 @@ class State:
             digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
             run = Path(tempfile.gettempdir()) / f"broker-{os.getuid()}-{digest}"
         sockets = (run / "processor.sock", run / "control.sock", run / "envoy-admin.sock")
-        state = cls(root, root / "ca.pem", root / "keys", root / "audit", run, *sockets)
+        state = cls(root, root / "ca.pem", root / "keys", root / "audit", root / "ledger.json", run, *sockets)
         try:
             root.mkdir(parents=True, exist_ok=True)
             for path in (state.keys, state.audit, run):

@@ -75,6 +75,11 @@ class AuditLog:
         if torn:
             self.append(config_record(now, mono_ns, f"the last write was cut short by a crash; its {torn}"))
 
+    @property
+    def head(self) -> Link:
+        """The last record."""
+        return self._head
+
     def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Give the record its `seq`, `prev_hash` and `hash` and write it; returns it so. Raises `AuditUnavailable`."""
         with self._mutex:

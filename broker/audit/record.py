@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import orjson
 
 from broker.audit import AuditUnavailable
-from broker.policy.types import Decision, Json
+from broker.policy.types import Decision, Json, Usage
 from broker.redaction import SHAPE
 
 SCHEMA = "broker.audit/v1"
@@ -60,11 +60,12 @@ def args_hash(params: Mapping[str, Json]) -> str:
         raise AuditUnavailable(f"the call's parameters have no canonical JSON: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Attempt:
-    """Who tried what, as far as it was known when the decision fell; empty means not known.
+    """Who tried what, as far as it is known by now; empty means not known.
 
     `agent` holds `name`, `spiffe`, `owner`, `oncall`. `path` is raw and without query. `data` are the operation's data classes.
+    `limits` is what was reserved, or which limit refused. `model` and what follows are those of a model call.
     """
 
     decision_id: str
@@ -79,16 +80,22 @@ class Attempt:
     effect: str = ""
     data: tuple[str, ...] = ()
     params: Mapping[str, Json] = field(default_factory=dict)
+    args_hash: str = ""
     run_id: str = ""
     step: int = 0
     trace_id: str = ""
+    limits: Mapping[str, Json] = field(default_factory=dict)
+    model: str = ""
+    provider: str = ""
+    prompt_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How a call ended. `status` is 0 when no upstream answered; `code` is set when the broker ended it (`response_blocked`, …).
 
-    `size` is in bytes, `duration_ms` in milliseconds; `response_hash` is `sha256:…`, where the body was read.
+    `size` is in bytes, `duration_ms` in milliseconds; `response_hash` is `sha256:…`, where the body was read. Of a model call,
+    `usage` is what it used, `usd` what that cost (where there is a price), and `completion_hash` is over the text it generated.
     """
 
     status: int = 0
@@ -97,6 +104,9 @@ class Ending:
     code: str = ""
     detail: str = ""
     response_hash: str = ""
+    usage: Usage | None = None
+    usd: float | None = None
+    completion_hash: str = ""
 
 
 def decision_record(
@@ -116,8 +126,9 @@ def decision_record(
         "method": _text(attempt.method),
         "host": _text(attempt.host, _MAX_NAME),
         "path": _path(attempt),
-        "args": redact(attempt.params, attempt.data),
-        "args_hash": args_hash(attempt.params),
+        "args": redact(_without_prompt(attempt) if attempt.model else attempt.params, attempt.data),
+        "args_hash": attempt.args_hash or args_hash(attempt.params),
+        "limits": dict(attempt.limits) or None,
         "verdict": str(decision.verdict),
         "code": str(decision.code) if decision.code else None,
         "rule": decision.rule or None,
@@ -137,7 +148,29 @@ def outcome_record(now: float, mono_ns: int, attempt: Attempt, ending: Ending) -
         "detail": _text(ending.detail, _MAX_NAME) or None,
         "upstream": {"status": ending.status, "bytes": ending.size, "duration_ms": ending.duration_ms},
         "response_hash": ending.response_hash or None,
+        **(_used(ending.usage, ending) if ending.usage else {}),
     }
+
+
+def _used(usage: Usage, ending: Ending) -> dict[str, Any]:
+    tokens = {"input": usage.input, "output": usage.output, "cached": usage.cached}
+    more = {"cache_write": usage.cache_write} if usage.cache_write else {}
+    return {
+        "tokens": {**tokens, **more, "estimated": usage.estimated},
+        "usd": ending.usd,
+        "completion_hash": ending.completion_hash or None,
+    }
+
+
+def _without_prompt(attempt: Attempt) -> dict[str, Json]:
+    """The parameters of a model call without what was said in it: of the body, its model and its numbers and switches."""
+    body = attempt.params.get("body")
+    kept = (
+        {name: value for name, value in body.items() if name == "model" or isinstance(value, (int, float))}
+        if isinstance(body, dict)
+        else {}
+    )
+    return {**attempt.params, "body": kept}
 
 
 def config_record(now: float, mono_ns: int, detail: str, revision: str = "") -> dict[str, Any]:
@@ -169,6 +202,11 @@ def _call(attempt: Attempt) -> dict[str, Any]:
         "tool": attempt.tool or None,
         "operation": attempt.operation or None,
         "revision": attempt.revision,
+        **(
+            {"model": _text(attempt.model), "provider": attempt.provider, "prompt_hash": attempt.prompt_hash}
+            if attempt.model
+            else {}
+        ),
     }
 
 

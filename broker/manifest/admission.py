@@ -47,7 +47,7 @@ class Source:
 Problem = tuple[Pointer, str, str]
 """Where, which code, and what is wrong; what to do."""
 
-_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext"})
+_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis"})
 # These are about a value; all others are about the key that names the place.
 _AT_VALUE = frozenset(
     {
@@ -134,19 +134,18 @@ def _not_built(source: Source) -> Iterator[Problem]:
             yield pointer, *found
     if isinstance(source.model, Agent) and source.model.spec.mode == "shadow":
         yield ("spec", "mode"), "not_enforced", "shadow mode is not built yet and denials are enforced; write mode: enforce"
+    if isinstance(source.model, Platform) and source.model.spec.ledger.get("unsafe_reads_without_redis"):
+        why = "while Redis is away, each broker lets reads pass on limits of its own; take it out to have them denied"
+        yield ("spec", "ledger", "unsafe_reads_without_redis"), "unsafe_reads_without_redis", why
 
 
-_LIMITS = ("not_enforced", "limits are not enforced yet; don't rely on them")
 _APPROVAL = "approvals are not built yet and this operation is always denied, whatever `when` says; take approval out to allow it"
 _NOT_BUILT = {
     "Agent spec/callers": ("callers_not_built", "calls between agents are not built yet; take callers out"),
-    "Agent spec/limits": _LIMITS,
-    "Agent spec/tools/*/limits": _LIMITS,
-    "Agent spec/tools/*/operations/*/limits": _LIMITS,
     "Agent spec/tools/*/operations/*/approval": ("not_enforced", _APPROVAL),
     **{
         f"Platform spec/{part}": ("not_enforced", f"{part} is not enforced yet; don't rely on it")
-        for part in ("teams", "prices", "containment", "flow", "alerts")
+        for part in ("containment", "flow", "alerts")
     },
 }
 

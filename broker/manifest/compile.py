@@ -5,34 +5,33 @@ Law: whoever calls this has found no error, so nothing is checked here and nothi
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from broker.manifest import models
 from broker.manifest.admission import Source, named_models
+from broker.manifest.limits import bearing, limits, prices
+from broker.policy.limits import Limit
 from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Tool, Upstream
 
+_Kind = TypeVar("_Kind", bound=models.Kind)
+
 
 def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Path) -> PolicySnapshot:
     """The snapshot of these documents; `base` is the manifests folder, `pems` the certificates by the file that is named."""
-    tools: dict[str, Tool] = {}
-    agents: dict[str, Agent] = {}
+    tools = {model.metadata.name: _tool(source, model, pems, base) for source, model in _of(sources, models.Tool)}
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
-    platform = models.PlatformSpec.model_construct()
-    catalog = {model.metadata.name: model.spec for source in sources if isinstance(model := source.model, models.Tool)}
-    for source in sources:
-        model = source.model
-        if isinstance(model, models.Tool):
-            tool = tools[model.metadata.name] = _tool(source, model, pems, base)
-            place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
-            hosts[place] = (*hosts.get(place, ()), tool)
-        elif isinstance(model, models.Agent):
-            agents[model.metadata.name] = _agent(source, model, catalog)
-        elif isinstance(model, models.Platform):
-            platform = model.spec
+    for tool in tools.values():
+        place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
+        hosts[place] = (*hosts.get(place, ()), tool)
+    policy = next(_of(sources, models.Platform), None)
+    platform = policy[1].spec if policy else models.PlatformSpec.model_construct()
+    above = _ceilings(*policy) if policy else {}
+    agents = {model.metadata.name: _agent(source, model, tools, above) for source, model in _of(sources, models.Agent)}
     bundles = {name: pems[part["file"]] for name, part in platform.identity.get("trust_bundles", {}).items()}
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
     return PolicySnapshot(
@@ -44,7 +43,24 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         trust_bundles=MappingProxyType(bundles),
         max_ttl=platform.credentials.get("max_ttl", 3600),
         environment=platform.environment,
+        prices=prices(platform),
+        unsafe_reads=platform.ledger.get("unsafe_reads_without_redis", False),
     )
+
+
+def _of(sources: Sequence[Source], kind: type[_Kind]) -> Iterator[tuple[Source, _Kind]]:
+    return ((source, source.model) for source in sources if isinstance(source.model, kind))
+
+
+def _ceilings(source: Source, model: models.Platform) -> Mapping[str, tuple[Limit, ...]]:
+    """What bounds the agents of each team, and those of none (under an empty name)."""
+    spec = model.spec
+    everyone = limits(source, spec.ceilings, f"environment/{spec.environment}", "spec", "ceilings")
+    teams = {
+        name: limits(source, team.ceilings, f"team/{name}", "spec", "teams", name, "ceilings")
+        for name, team in spec.teams.items()
+    }
+    return {"": everyone, **{name: (*own, *everyone) for name, own in teams.items()}}
 
 
 def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Path) -> Tool:
@@ -87,16 +103,28 @@ def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
     return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
 
 
-def _agent(source: Source, model: models.Agent, catalog: Mapping[str, models.ToolSpec]) -> Agent:
-    spec = model.spec
-    tools = {
-        tool: MappingProxyType(
-            {name: _grant(source, tool, name, grant, catalog[tool]) for name, grant in part.operations.items()}
-        )
-        for tool, part in spec.tools.items()
-    }
+def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], ceilings: Mapping[str, tuple[Limit, ...]]) -> Agent:
+    spec, name = model.spec, model.metadata.name
+    above = ceilings.get(model.metadata.owner, ceilings.get("", ()))
+    common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
+    tools: dict[str, Mapping[str, Grant]] = {}
+    housekeeping: dict[str, tuple[Limit, ...]] = {}
+    every = dict.fromkeys(common)
+    for tool, part in spec.tools.items():
+        here = ("spec", "tools", tool)
+        shared = (*limits(source, part.limits, f"agent/{name}/{tool}", *here, "limits"), *common)
+        housekeeping[tool] = bearing(shared, None, catalog[tool].protocol)
+        grants = {}
+        for operation, grant in part.operations.items():
+            place = (*here, "operations", operation)
+            own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
+            every |= dict.fromkeys((*own, *shared))
+            declared = catalog[tool].operations[operation]
+            bounds = bearing((*own, *shared), declared.effect, catalog[tool].protocol)
+            grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
+        tools[tool] = MappingProxyType(grants)
     return Agent(
-        name=model.metadata.name,
+        name=name,
         owner=model.metadata.owner,
         oncall=model.metadata.oncall,
         rule=source.rule(),
@@ -104,27 +132,29 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, models.Too
         spiffe=spec.identity.spiffe or "",
         token=spec.identity.token,
         namespace=spec.identity.namespace or "",
+        housekeeping=MappingProxyType(housekeeping),
+        limits=tuple(every),
     )
 
 
-def _grant(source: Source, tool: str, operation: str, spec: models.GrantSpec, declared: models.ToolSpec) -> Grant:
-    rule = source.rule("spec", "tools", tool, "operations", operation)
-    asked = (declared.operations[operation].params, spec.params)
+def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protocol: str, declared: Operation) -> Grant:
+    schemas = _placed(spec.params, f"{rule}/params")
     return Grant(
         rule,
-        _placed(spec.params, f"{rule}/params"),
+        schemas,
         approval=spec.approval is not None,
+        limits=bounds,
         models=named_models(spec.params),
         server_tools=frozenset(spec.server_tools),
-        max_output=min(_maxima(declared.protocol, declared.match(operation), asked), default=MAX_OUTPUT),
+        max_output=min(_maxima(protocol, declared, schemas), default=MAX_OUTPUT),
     )
 
 
-def _maxima(protocol: str, match: models.Match, params: Iterable[models.Params]) -> Iterator[int]:
+def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterSchema]) -> Iterator[int]:
     """What schemas allow of the fields by which a model call bounds its output."""
-    api = api_at(protocol, match.method or "", match.path.text if match.path else "")
+    api = api_at(protocol, declared.method, declared.template.text if declared.template else "")
     for field in PROVIDERS[protocol][api].outputs if api else ():
-        for schema in params:
-            of_field = schema["body"].source.get("properties", {}).get(field) if "body" in schema else None
+        for schema in (each["body"].source for each in (declared.schemas, granted) if "body" in each):
+            of_field = schema.get("properties", {}).get(field)
             if isinstance(of_field, dict) and "maximum" in of_field:
                 yield int(of_field["maximum"])

@@ -9,12 +9,13 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from broker.manifest.addresses import parse_endpoint, parse_spiffe
+from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS
 from broker.policy.schema import ParameterSchema, SchemaError
@@ -59,8 +60,45 @@ def _quantity(units: Mapping[str, int], example: str) -> Callable[[str], int]:
     return read
 
 
-_bytes = _quantity({"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}, "1MiB")
+_SIZES = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+_WINDOWS = {"s": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+_bytes = _quantity(_SIZES, "1MiB")
 _seconds = _quantity({"s": 1, "m": 60, "h": 3600, "d": 86400}, "5m")
+
+
+def _amount(units: Mapping[str, int], example: str, parts: int = 1) -> Callable[[object], int]:
+    """A reader of numbers with a unit; what it gives is in `parts` of one, and those are whole."""
+    shape = re.compile(rf"([0-9]{{1,9}})(?:\.([0-9]{{1,9}}))?({'|'.join(units)})")
+
+    def read(value: object) -> int:
+        found = shape.fullmatch(str(value)) if isinstance(value, str | int | float) else None
+        billionths = int(found[1] + (found[2] or "").ljust(9, "0")) * units[found[3]] * parts if found else 1
+        if billionths % NANO:
+            one_of = f" with one of {', '.join(filter(None, units))} or none" if len(units) > 1 else ""
+            raise refusal(f"it should be a number{one_of}; write it as in {example}")
+        return billionths // NANO
+
+    return read
+
+
+class Rate(NamedTuple):
+    """So much per time: an amount in the unit of what is counted, and the time in seconds."""
+
+    amount: int
+    per: int
+
+
+def _rate(units: Mapping[str, int], example: str, parts: int = 1) -> Callable[[str], Rate]:
+    amount = _amount(units, example, parts)
+
+    def read(text: str) -> Rate:
+        number, _, window = text.partition("/")
+        if window not in _WINDOWS:
+            raise refusal(f"it should be an amount per {', '.join(_WINDOWS)}; write it as in {example}")
+        return Rate(amount(number), _WINDOWS[window])
+
+    return read
 
 
 def _cidr(text: str) -> str:
@@ -119,10 +157,23 @@ Bytes = Annotated[
     Field(ge=0, le=1 << 30, examples=["1MiB", 65536]),
 ]
 # k, M and G are thousands, millions and billions.
-_PER = "/(s|min|minute|h|hour|day)$"
-CountRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}[kMG]?{_PER}")]
-SizeRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}(KiB|MiB|GiB)?{_PER}")]
-MoneyRate = Annotated[str, Field(pattern=rf"^[0-9]{{1,9}}(\.[0-9]{{1,6}})?{_PER}")]
+_PER = "/(s|min|minute|h|hour|d|day)$"
+_COUNT, _SIZE, _MONEY = (
+    r"^[0-9]{1,9}(\.[0-9]{1,9})?[kMG]?",
+    r"^[0-9]{1,9}(\.[0-9]{1,9})?(KiB|MiB|GiB)?",
+    r"^[0-9]{1,9}(\.[0-9]{1,9})?",
+)
+CountRate = Annotated[Rate, _text(_rate(_THOUSANDS, "20/hour"), shown=Annotated[str, Field(pattern=_COUNT + _PER)])]
+SizeRate = Annotated[Rate, _text(_rate(_SIZES, "50MiB/day"), shown=Annotated[str, Field(pattern=_SIZE + _PER)])]
+MoneyRate = Annotated[Rate, _text(_rate({"": 1}, "50/day", NANO), shown=Annotated[str, Field(pattern=_MONEY + _PER)])]
+Count = Annotated[
+    int, PlainValidator(_amount(_THOUSANDS, "200k"), json_schema_input_type=int | Annotated[str, Field(pattern=_COUNT + "$")])
+]
+# In billionths; as a number or, since YAML rounds none, in quotes.
+Money = Annotated[
+    int,
+    PlainValidator(_amount({"": 1}, "2.50", NANO), json_schema_input_type=float | Annotated[str, Field(pattern=_MONEY + "$")]),
+]
 Params = dict[str, Annotated[ParameterSchema, PlainValidator(_schema, json_schema_input_type=dict[str, JsonValue])]]
 Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
 ServerTool = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -240,18 +291,48 @@ class Tool(Kind):
     spec: ToolSpec = Field(description="One endpoint and its operations.")
 
 
-class Limits(Model):
-    """Bounds on what is spent; the narrowest applies."""
+class Ceilings(Model):
+    """Bounds on what is spent by all that they stand above; each holds on its own."""
 
-    calls: CountRate | None = Field(None, description="Calls per time, such as 20/hour.")
-    rate: CountRate | None = Field(None, description="Calls per second, such as 10/s.")
+    rate: CountRate | None = Field(
+        None, description="Calls per time, evenly: a bucket of `burst` calls that refills at this pace."
+    )
+    burst: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The size of the rate's bucket; the rate's amount if absent."
+    )
     concurrency: int | None = Field(None, ge=0, description="Calls that may be open at once.")
-    runs: CountRate | None = Field(None, description="New runs per time, such as 30/hour.")
+    calls: CountRate | None = Field(
+        None, description="Calls per window, such as 20/hour. Windows begin at the full hour or day, UTC."
+    )
+    writes: CountRate | None = Field(None, description="Calls with effect write or destructive per window.")
+    destructive: CountRate | None = Field(None, description="Calls with effect destructive per window.")
+    bytes_out: SizeRate | None = Field(
+        None, description="Bytes of request bodies, paths and queries per window, such as 50MiB/day."
+    )
+    tokens: CountRate | None = Field(None, description="Model tokens, input and output, per window, such as 2M/day.")
+    input_tokens: CountRate | None = Field(None, description="Model input tokens, cached ones too, per window.")
+    output_tokens: CountRate | None = Field(None, description="Model output tokens per window.")
+    cached_tokens: CountRate | None = Field(None, description="Model input tokens read from the provider's cache, per window.")
+    usd: MoneyRate | None = Field(None, description="US dollars spent on models per window, by the platform's prices.")
+
+    @model_validator(mode="after")
+    def _bucket(self) -> Self:
+        if self.burst and not self.rate:
+            raise refusal("burst is the size of a rate's bucket; write a rate beside it", pointer="/burst")
+        return self
+
+
+class Limits(Ceilings):
+    """Bounds on what is spent; each holds on its own. A run is what the agent names so, or what it does without a pause."""
+
+    runs: CountRate | None = Field(
+        None, description="New runs per window. Without it, limits per run can be got around by new runs."
+    )
     steps_per_run: int | None = Field(None, ge=0, description="Calls in one run.")
-    writes: CountRate | None = Field(None, description="Calls with effect write or destructive per time.")
-    bytes_out: SizeRate | None = Field(None, description="Bytes of request bodies per time, such as 50MiB/day.")
-    tokens: CountRate | None = Field(None, description="Model tokens per time, such as 2M/day.")
-    usd: MoneyRate | None = Field(None, description="US dollars per time, such as 50/day.")
+    identical_per_run: int | None = Field(None, ge=1, description="Calls with the same operation and parameters in one run.")
+    time_per_run: Seconds | None = Field(None, description="Time from a run's first call to its last, such as 30m.")
+    tokens_per_run: Count | None = Field(None, description="Model tokens in one run.")
+    usd_per_run: Money | None = Field(None, description="US dollars spent on models in one run.")
 
 
 class Identity(Model):
@@ -317,16 +398,38 @@ class Agent(Kind):
     spec: AgentSpec = Field(description="Who the agent is and what it may do.")
 
 
+class Team(Model):
+    """A team that owns agents."""
+
+    oncall: Word = Field("", description="Who is paged about its agents.")
+    ceilings: Ceilings | None = Field(None, description="Bounds on all that its agents do together.")
+
+
+class ModelPrice(Model):
+    """US dollars per million tokens of one model."""
+
+    input: Money = Field(description="Of input.")
+    output: Money = Field(description="Of output.")
+    cached: Money | None = Field(None, description="Of input that is read from the provider's cache; as input if absent.")
+    cache_write: Money | None = Field(None, description="Of input that is written to it (Anthropic); twice the input if absent.")
+
+
 class PlatformSpec(Model):
     """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
 
-    teams: JsonValue = Field(None, description="The teams that own agents, their on-call contacts and ceilings.")
+    teams: dict[Word, Team] = Field({}, description="The teams that own agents (their metadata.owner).")
     environment: Word = Field("", description="The name of this environment, such as production.")
+    ceilings: Ceilings | None = Field(None, description="Bounds on all that is done in this environment.")
+    ledger: dict[Literal["unsafe_reads_without_redis"], bool] = Field(
+        {}, description="unsafe_reads_without_redis: true lets reads pass on each broker's own limits while Redis is away."
+    )
     identity: dict[Literal["trust_bundles"], dict[TrustDomain, PemFile]] = Field(
         {}, description="What proves an agent's identity: X.509 authorities by SPIFFE trust domain, each as a PEM file."
     )
     credentials: dict[Literal["max_ttl"], Seconds] = Field({}, description="The longest life of an issued credential (1h).")
-    prices: JsonValue = Field(None, description="US dollars per million tokens, by provider and model.")
+    prices: dict[Word, dict[Word, ModelPrice]] = Field(
+        {}, description="What models cost, by provider (the tool's name, or else its protocol) and model."
+    )
     containment: JsonValue = Field(None, description="When an agent is cut off without waiting for a human.")
     flow: JsonValue = Field(None, description="What a run may no longer do after it touched certain data.")
     alerts: JsonValue = Field(None, description="Who hears of what.")

@@ -5,11 +5,12 @@ is and what it counts, never how much it allows: a changed amount takes nothing 
 reserved before it leaves, at its upper bound.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from broker.policy.types import Code, Effect, ModelCall, Usage
+from broker.policy.types import Code, Decision, Effect, ModelCall, Usage, deny
 
 NANO = 1_000_000_000
 """Billionths of a US dollar in one."""
@@ -64,6 +65,9 @@ WORDS: Mapping[str, tuple[Kind, Measure]] = {
 """What manifests may write under `limits`, and how each is counted."""
 
 
+_PER = {0: "", 1: "/s", 60: "/minute", 3600: "/hour", 86400: "/day"}
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """One bound, as a manifest or the platform policy writes it.
@@ -98,6 +102,23 @@ class Limit:
             return Code.BUDGET_EXHAUSTED
         return Code.RATE_LIMITED if self.kind in (Kind.RATE, Kind.WINDOW) else Code.STEPS_EXHAUSTED
 
+    def said(self, amount: int) -> str:
+        """An amount of what is counted, for people."""
+        if self.kind is Kind.RUN_TIME:
+            return f"{amount} s"
+        return f"{amount / NANO:.6f}".rstrip("0").rstrip(".") + " USD" if self.measure is Measure.USD else f"{amount:,}"
+
+    @property
+    def written(self) -> str:
+        """The limit as a manifest writes it: `calls: 20/hour`."""
+        return f"{self.word}: {self.said(self.amount)}{_PER.get(self.per, f'/{self.per} s')}"
+
+    def refusal(self, spent: int, needed: int, retry_after: float) -> Decision:
+        """The denial of a call for which there is no room."""
+        needs = f", and this call may need {self.said(needed)}" if needed > 1 else ""
+        detail = f"no room under {self.written} of {self.scope}: {self.said(spent)} spent{needs}"
+        return deny(self.code, detail, rule=self.rule, retry_after=math.ceil(retry_after))
+
     def bears_on(self, effect: Effect | None, *, model: bool) -> bool:
         """Whether calls with this effect are counted; `model` for calls of model providers.
 
@@ -131,13 +152,14 @@ class Price:
         return -(-(read + usage.output * self.output) // 1_000_000)
 
 
-def most(model: ModelCall) -> Usage:
-    """The upper bound of what a model call may use."""
-    return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
+def bound(model: ModelCall, price: Price | None) -> dict[Measure, int]:
+    """The most that a model call may spend, by measure; no dollars where the model has no price."""
+    most = Usage(model.input_tokens, (model.max_output or 0) * model.choices)
+    return {**used(most, price), Measure.CACHED_TOKENS: most.input}
 
 
 def used(usage: Usage, price: Price | None) -> dict[Measure, int]:
-    """What a model call spends, by measure; no dollars where the model has no price."""
+    """What a model call has spent, by measure; no dollars where the model has no price."""
     spent = {
         Measure.TOKENS: usage.input + usage.output,
         Measure.INPUT_TOKENS: usage.input,
@@ -152,6 +174,8 @@ def called(size: int) -> dict[Measure, int]:
     return {Measure.CALLS: 1, Measure.WRITES: 1, Measure.DESTRUCTIVE: 1, Measure.BYTES_OUT: size}
 
 
-def unpriced(limits: Iterable[Limit], spent: Mapping[Measure, int]) -> Limit | None:
-    """The first limit in dollars on a call whose cost nobody knows: it can't be kept, so the call can't be let go."""
-    return next((limit for limit in limits if limit.measure is Measure.USD and Measure.USD not in spent), None)
+def unpriced(limits: Iterable[Limit], model: str) -> Decision | None:
+    """The denial of a call whose cost nobody knows, where dollars are limited: that limit could not be kept."""
+    limit = next((limit for limit in limits if limit.measure is Measure.USD), None)
+    why = f"the platform's prices don't have the model {model!r}, so its cost can't be held to {{}} of {{}}"
+    return deny(Code.BUDGET_EXHAUSTED, why.format(limit.word, limit.scope), rule=limit.rule) if limit else None

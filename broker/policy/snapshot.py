@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.policy.limits import Limit, Price
 from broker.policy.match import PathTemplate
 from broker.policy.providers import MAX_OUTPUT
 from broker.policy.schema import ParameterSchema
@@ -101,11 +102,14 @@ class Grant:
 
     Of a model provider's operation: the `models` that the manifest names, the `server_tools` (what the provider may run or fetch
     by itself), and `max_output`, the tokens that a call may generate which names no maximum.
+
+    `limits` are all that bear on its calls: its own, then the tool's, the agent's, the team's and the environment's.
     """
 
     rule: str
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     approval: bool = False
+    limits: tuple[Limit, ...] = ()
     models: frozenset[str] = frozenset()
     server_tools: frozenset[str] = frozenset()
     max_output: int = MAX_OUTPUT
@@ -113,7 +117,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """A principal: who it is, who answers for it, and what it may do. `tools` maps tool → operation → grant."""
+    """A principal: who it is, who answers for it, and what it may do. `tools` maps tool → operation → grant.
+
+    `housekeeping` maps a tool to what limits its protocol's own traffic; `limits` are all of the agent's, however narrow.
+    """
 
     name: str
     owner: str
@@ -123,6 +130,8 @@ class Agent:
     spiffe: str = ""
     token: bool = False
     namespace: str = ""
+    housekeeping: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
 
     @property
     def described(self) -> dict[str, str]:
@@ -135,7 +144,8 @@ class PolicySnapshot:
     """Everything that decides, under one `revision` (`sha256:` of the content).
 
     `hosts` maps (scheme, host, port) to the tools there (several only when their base paths don't nest). `trust_bundles` maps a
-    SPIFFE trust domain to its X.509 authorities (PEM). `max_ttl` bounds every issued credential, in seconds.
+    SPIFFE trust domain to its X.509 authorities (PEM). `max_ttl` bounds every issued credential, in seconds. `prices` is by
+    provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger is away.
     """
 
     revision: str
@@ -146,6 +156,13 @@ class PolicySnapshot:
     trust_bundles: Mapping[str, str] = field(default_factory=dict)
     max_ttl: int = 3600
     environment: str = ""
+    prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
+    unsafe_reads: bool = False
+
+    def price(self, tool: Tool, model: str) -> tuple[str, Price | None]:
+        """The provider that a tool's models are priced under, and the model's price if it has one."""
+        named = self.prices.get((tool.name, model))
+        return (tool.name, named) if named else (tool.protocol, self.prices.get((tool.protocol, model)))
 
 
 EMPTY = PolicySnapshot(revision="none", agents={}, tools={}, hosts={}, by_spiffe={})

@@ -183,7 +183,7 @@ class Decision:
     """The broker's word on one call, with its reason.
 
     `rule` is where the decisive rule stands (`file#pointer`), empty for an allow that no single rule decided. `detail` is one
-    sentence for people. `code` is None exactly when the verdict is `allow`.
+    sentence for people. `code` is None exactly when the verdict is `allow`. `retry_after` is in seconds, 0 if none.
     """
 
     verdict: Verdict
@@ -191,6 +191,7 @@ class Decision:
     detail: str = ""
     rule: str = ""
     violations: tuple[Violation, ...] = ()
+    retry_after: int = 0
 
     @property
     def allowed(self) -> bool:
@@ -201,6 +202,6 @@ class Decision:
 ALLOW = Decision(Verdict.ALLOW)
 
 
-def deny(code: Code, detail: str, *, rule: str = "", violations: tuple[Violation, ...] = ()) -> Decision:
+def deny(code: Code, detail: str, *, rule: str = "", violations: tuple[Violation, ...] = (), retry_after: int = 0) -> Decision:
     """A denial with its stable code and one sentence of reason."""
-    return Decision(Verdict.DENY, code, detail, rule, violations)
+    return Decision(Verdict.DENY, code, detail, rule, violations, retry_after)

@@ -97,8 +97,12 @@ def response_of(command: Command, message: Any) -> Any:
             return ProcessingResponse(immediate_response=_immediate(command))
         case Send(path=path, set_headers=headers):
             pairs = headers if path is None else (*headers, (":path", path))
-            mutation = {"set_headers": _set(pairs), "remove_headers": command.remove_headers}
-            return _answer(message, {"header_mutation": mutation}, dynamic_metadata=_PROOF)
+            common: dict[str, Any] = {}
+            if command.body is not None:
+                pairs = (*pairs, ("content-length", str(len(command.body))))
+                common["body_mutation"] = {"body": command.body}
+            common["header_mutation"] = {"set_headers": _set(pairs), "remove_headers": command.remove_headers}
+            return _answer(message, common, dynamic_metadata=_PROOF)
         case Mark():
             return _answer(message, {"header_mutation": {"set_headers": _set([(site.DECISION_HEADER, command.decision_id)])}})
         case Replace():

@@ -8,8 +8,9 @@ import grpc
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorServicer
 
 from broker.credentials.base import CredentialUnavailable
-from broker.events import Command, Cut, Issue, Issued, Services
+from broker.events import Command, Cut, Issue, Issued, Reserve, Reserved, Services
 from broker.exchange import Exchange
+from broker.ledger.base import LedgerUnavailable
 from broker.processor.convert import event_of, response_of, unchanged
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,23 @@ class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated wit
                     await context.write(unchanged(message))
                     continue
                 command: Command = exchange.handle(event)
-                if isinstance(command, Issue):
-                    command = exchange.handle(await _issued(command))
+                while isinstance(command, Reserve | Issue):
+                    command = exchange.handle(await (_reserved(command) if isinstance(command, Reserve) else _issued(command)))
                 if isinstance(command, Cut):
                     await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
                 await context.write(response_of(command, message))
         finally:
             exchange.close()
+
+
+async def _reserved(command: Reserve) -> Reserved:
+    try:
+        return Reserved(await command.answer)
+    except LedgerUnavailable as error:
+        return Reserved(error)
+    except Exception:
+        log.exception("the ledger is at fault")
+        return Reserved(LedgerUnavailable("the ledger failed", "see its traceback in the log"))
 
 
 async def _issued(command: Issue) -> Issued:

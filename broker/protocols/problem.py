@@ -87,6 +87,7 @@ def problem(decision_id: str, agent: str, tool: str, operation: str, decision: D
         "operation": operation,
         "violations": [{"pointer": v.pointer, "rule": v.rule, "message": v.message} for v in decision.violations],
         "next_steps": [step.format_map(names) for step in steps],
+        **({"retry_after": decision.retry_after} if isinstance(decision, Decision) and decision.retry_after else {}),
     }
 
 
@@ -97,6 +98,8 @@ def reply(body: Mapping[str, Json], status: int) -> Reply:
 
 def answer(document: Json, status: int, about: Mapping[str, Json], content_type: str = "application/json") -> Reply:
     """Any JSON document as an answer that carries the decision ID of the problem it is `about`, and the status's challenge."""
-    headers = (("content-type", content_type), ("x-broker-decision-id", str(about["decision_id"])), *_CHALLENGE.get(status, ()))
+    headers = [("content-type", content_type), ("x-broker-decision-id", str(about["decision_id"])), *_CHALLENGE.get(status, ())]
+    if "retry_after" in about:  # RFC 9110 section 10.2.3
+        headers.append(("retry-after", str(about["retry_after"])))
     # ASCII: total for every string, also one that a header smuggled in as broken UTF-8.
-    return Reply(status, headers, json.dumps(document).encode("ascii"))
+    return Reply(status, tuple(headers), json.dumps(document).encode("ascii"))

@@ -39,6 +39,7 @@ from broker.events import (
 )
 from broker.exchange import Exchange, run_id
 from broker.identity import Evidence, TokenAuthority
+from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
 from broker.policy.agreement import Wire
@@ -152,9 +153,11 @@ def services(**changed: Any) -> Services:
         adapters={"rest": Counted(), "mcp": Mcp()},
         issuers={"static": Issues(LEASE)},
         audit=Records(),
+        ledger=MemoryLedger(),
         tokens=TOKENS,
         revocations=Revocations(),
         now=lambda: NOW,
+        steady=lambda: NOW,
         mono_ns=lambda: next(clock),
         random_id=lambda: f"d{next(ids)}",
         decided=lambda *_: None,

@@ -173,6 +173,7 @@ def test_an_allow_has_all_fields_of_the_contract():
         "violations": [],
         "revision": "sha256:r",
         "credential": {"issuer": "static", "scopes": {}, "lease_id": "l", "expires": None},
+        "limits": None,
     }
 
 

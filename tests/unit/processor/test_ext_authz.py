@@ -11,6 +11,7 @@ from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 from broker.audit import AuditUnavailable
 from broker.events import Services
 from broker.identity import TokenAuthority
+from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.policy.snapshot import Agent, Endpoint, PolicySnapshot, Tool
 from broker.processor.ext_authz import ExtAuthz
@@ -43,9 +44,11 @@ def asked(target="api.example:443", peer=SPIFFE, **changed):
         adapters={},
         issuers={},
         audit=[],
+        ledger=MemoryLedger(),
         tokens=TokenAuthority(Ed25519PrivateKey.generate()),
         revocations=Revocations(),
         now=lambda: NOW,
+        steady=lambda: NOW,
         mono_ns=lambda: 1,
         random_id=lambda: "d1",
         decided=lambda *_: None,

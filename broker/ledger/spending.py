@@ -1,0 +1,81 @@
+"""What a call spent, as the record says it, and the embedded ledger rebuilt from what the record says.
+
+Laws: the two directions stand side by side here, so that what was written is what is counted after a restart. What every call
+spends (one call, one write if it writes) is not written: the record's effect says it. A call with a decision and no outcome has
+spent all that it reserved. Nothing that was open before a restart is open after it.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from broker.ledger.base import Refused, Spend
+from broker.ledger.memory import MemoryLedger
+from broker.policy.limits import NANO, Limit, Measure, called, used
+from broker.policy.snapshot import PolicySnapshot
+from broker.policy.types import Json, Usage, Verdict
+
+_ALWAYS = frozenset(called(0)) - {Measure.BYTES_OUT}
+
+
+def reserved(amounts: Mapping[Measure, int], *, degraded: bool) -> dict[str, Json]:
+    """The record's `limits` of a call that was let go: the upper bound of what it may spend."""
+    noted = {str(name): _written(name, amount) for name, amount in amounts.items() if name not in _ALWAYS}
+    return {"reserved": noted, "degraded": True} if degraded else {"reserved": noted}
+
+
+def refused(answer: Refused) -> dict[str, Json]:
+    """The record's `limits` of a call that a limit refused."""
+    limit, measure = answer.limit, answer.limit.measure
+    numbers = {"amount": limit.amount, "spent": answer.spent, "needed": answer.needed}
+    said = {name: _written(measure, number) for name, number in numbers.items()}
+    return {"refused": {"limit": limit.word, "scope": limit.scope, **said, "retry_after": round(answer.retry_after, 3)}}
+
+
+def _written(measure: Measure, amount: int) -> Json:
+    return amount / NANO if measure is Measure.USD else amount
+
+
+def _read(noted: Mapping[str, Any]) -> dict[Measure, int]:
+    return {Measure(name): round(amount * NANO) if name == Measure.USD else amount for name, amount in noted.items()}
+
+
+def replay(ledger: MemoryLedger, records: Iterable[Mapping[str, Any]], snapshot: PolicySnapshot) -> None:
+    """Count what an audit log's records, in order, say was spent, under the limits that are in force now."""
+    for record in records:
+        if record["event"] == "decision" and record["verdict"] in (Verdict.ALLOW, Verdict.WOULD_DENY):
+            ledger.take(_spend(record, snapshot), _seconds(record["time"]))
+        elif record["event"] == "outcome":
+            ledger.settle(record["decision_id"], _spent(record), _seconds(record["time"]))
+    ledger.grants.clear()
+    ledger.open.clear()
+
+
+def _spend(record: Mapping[str, Any], snapshot: PolicySnapshot) -> Spend:
+    name, tool, operation = record["agent"]["name"], record["tool"], record["operation"]
+    limits = _bearing(snapshot, name, tool, operation)
+    noted = _read((record.get("limits") or {}).get("reserved", {}))
+    # A protocol's own traffic has no effect, and is no step of a run.
+    run = (record["run_id"] or "") if record["effect"] else None
+    fingerprint = f"{tool}/{operation}/{record['args_hash']}"
+    return Spend(record["decision_id"], name, limits, {**called(0), **noted}, run, fingerprint)
+
+
+def _bearing(snapshot: PolicySnapshot, name: str, tool: str, operation: str) -> tuple[Limit, ...]:
+    agent = snapshot.agents.get(name)
+    if agent is None or tool not in agent.tools:
+        return ()
+    grant = agent.tools[tool].get(operation)
+    return grant.limits if grant else agent.housekeeping[tool]
+
+
+def _spent(record: Mapping[str, Any]) -> dict[Measure, int]:
+    tokens, usd = record.get("tokens"), record.get("usd")
+    if not tokens:
+        return {}
+    told = used(Usage(tokens["input"], tokens["output"], tokens["cached"]), None)
+    return told if usd is None else {**told, Measure.USD: round(usd * NANO)}
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
