@@ -74,6 +74,17 @@ def _model(name: str, *server_tools: str) -> dict[str, Any]:
     return {"params": {"body": {"properties": {"model": {"const": name}}}}, "server_tools": list(server_tools)}
 
 
+PRICES = {
+    "openai": {
+        "gpt-5-mini": {"input": 0.25, "output": 2.00, "cached": 0.025},
+        "text-embedding-3-small": {"input": 0.02, "output": 0},
+    },
+    "anthropic": {"claude-haiku-4-5": {"input": 1.00, "output": 5.00, "cached": 0.10}},
+}
+# Two calls may be under way, each of which reserves some five thousand; a hundred fit one after the other.
+SPENDER = {"tokens": "12k/day", "usd": "0.10/day"}
+
+
 @pytest.fixture(scope="module")
 def models() -> Iterator[SimpleNamespace]:
     """Two providers, and a broker that holds their keys; `writer` may use one model of each, `finder` one with web search."""
@@ -91,6 +102,9 @@ def models() -> Iterator[SimpleNamespace]:
         _sample("anthropic", anthropic.port),
         stack.agent("writer", {"openai": gpt, "anthropic": claude}),
         stack.agent("finder", {"openai": found}),
+        *(stack.agent(f"spender-{number}", {"openai": gpt, "anthropic": claude}, limits=SPENDER) for number in range(8)),
+        stack.agent("unpriced", {"openai": {"operations": {"responses": _model("gpt-6")}}}, limits={"usd": "1/day"}),
+        stack.platform(prices=PRICES),
     )
     (folder / "manifests" / "ca.pem").write_text(ca.pem)
     broker = stack.Broker(folder / "manifests", folder / "state", KEYS)

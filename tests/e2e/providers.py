@@ -5,6 +5,7 @@ A stream stops after its first event until `released` is set, by who received th
 
 import json
 import threading
+from http import HTTPStatus
 from typing import Any
 
 import anyio.to_thread
@@ -27,6 +28,7 @@ class Provider(Served):
     ) -> None:
         self._counted = counted
         self.released = threading.Event()
+        self.status = 200
         self._documents, self._streams = documents, streams
         super().__init__(self._answer, certificate)
 
@@ -35,8 +37,10 @@ class Provider(Served):
             return
         asked = json.loads((await receive())["body"])
         media = b"text/event-stream" if asked.get("stream") else b"application/json"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media)]})
-        if asked.get("stream"):
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", media)]})
+        if self.status != HTTPStatus.OK:
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "overloaded"}}'})
+        elif asked.get("stream"):
             counts = (asked.get("stream_options") or {}).get("include_usage")
             events = self._streams[scope["path"]]
             await self._stream([event for event in events if counts or event[1] is not self._counted], send)
