@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
 from broker.metrics import Metrics, Standing, windows
 from broker.pki import PlatformCA, declared_hosts
-from broker.policy.limits import Limit
 from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.processor.access_log import AccessLog
 from broker.processor.ext_authz import ExtAuthz
@@ -84,7 +83,7 @@ class Server:
         self._revocations = Revocations()
         self._revocations.replay(_revocation_records(state.audit))
         self._metrics = Metrics()
-        self._budgets: Mapping[str, Limit] = {}
+        self._budgets = windows(EMPTY)
         self._services = Services(
             snapshot=lambda: self._snapshot,
             adapters=ADAPTERS,
@@ -181,9 +180,9 @@ class Server:
             await asyncio.to_thread(rebuild, self._own, self._state.ledger, self._state.audit, loaded.snapshot, clock.now())
         if loaded.snapshot.revision != self._snapshot.revision or self._broken:
             self._record("configuration in force", loaded.snapshot.revision)
-            self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             self._snapshot = loaded.snapshot
             self._broken = False
+            self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             log.info("revision %s is in force", loaded.snapshot.revision)
 
     def _report(self, what: str) -> None:
