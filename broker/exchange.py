@@ -207,7 +207,6 @@ class Exchange:
         answer = yield from self._granted(case.spend(limits, amounts, call))
         case.services.metrics.answered(answer)
         if isinstance(answer, LedgerUnavailable):
-            log.warning("limits can't be checked: %s", answer)
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
         if isinstance(answer, Refused):
             case.note(limits=refused(answer))

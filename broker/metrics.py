@@ -101,6 +101,10 @@ class Metrics(Collector):
         """The ledger answered, or did not."""
         self._ledger_up = not (isinstance(answer, LedgerUnavailable) or (isinstance(answer, Granted) and answer.degraded))
 
+    def ledger(self, *, up: bool) -> None:
+        """A shared ledger came, or went."""
+        self._ledger_up = up
+
     def waited_for_ledger(self, took_ns: int) -> None:
         """A shared ledger was asked, and waited for."""
         self._reserve_time.observe(took_ns / 1e9)
