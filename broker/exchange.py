@@ -205,7 +205,6 @@ class Exchange:
             amounts |= bound(call.model, price)
             case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
         answer = yield from self._granted(case.spend(limits, amounts, call))
-        case.services.metrics.answered(answer)
         if isinstance(answer, LedgerUnavailable):
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
         if isinstance(answer, Refused):
