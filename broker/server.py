@@ -273,7 +273,7 @@ class Server:
                 log.error("%s", error)  # noqa: TRY400 - it says all there is
 
     def _ledger_changed(self, healthy: bool, why: str) -> None:  # noqa: FBT001 - the ledger's callback
-        self._metrics.ledger(up=healthy)
+        self._metrics.ledger_up = healthy
         passing = ", and reads pass on this broker's own limits" if self._snapshot.unsafe_reads else ""
         what = "limits can be checked again" if healthy else f"limits can't be checked{passing}: {why}"
         log.log(logging.INFO if healthy else logging.ERROR, "%s", what)
