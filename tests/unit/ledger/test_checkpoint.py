@@ -159,7 +159,7 @@ def _of_another_log(place: Place) -> None:
         pytest.param(lambda place: place.picture.write_bytes(b"[" * 5000), id="a nest"),
         pytest.param(lambda place: (place.picture.unlink(), place.picture.mkdir()), id="a folder"),
         pytest.param(lambda place: (place.picture.unlink(), place.picture.symlink_to("nowhere")), id="a link to nowhere"),
-        pytest.param(_replaced(b"calls:window:86400\":[19675,5]", b"calls:window:86400\":[19675,0]"), id="less spent"),
+        pytest.param(_replaced(b'calls:window:86400":[19675,5]', b'calls:window:86400":[19675,0]'), id="less spent"),
         pytest.param(_replaced(b'"seq":5', b'"seq":8'), id="another place in the log"),
         pytest.param(_of_another_log, id="of another log"),
         pytest.param(_forged(after="0" * 64), id="after a record that never was"),
