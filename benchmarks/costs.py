@@ -32,6 +32,7 @@ from broker.identity import TokenAuthority
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
+from broker.metrics import Metrics
 from broker.policy.evaluate import evaluate
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import ALLOW, Request, ToolCall
@@ -143,7 +144,7 @@ def _services() -> Iterator[Services]:
             steady=clock.steady,
             mono_ns=clock.mono_ns,
             random_id=lambda: f"{next(numbers):020x}",
-            decided=lambda *_: None,
+            metrics=Metrics(),
         )
     shutil.rmtree(folder)
 

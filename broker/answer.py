@@ -5,6 +5,7 @@ passed unread; one whose usage is read on the side is never held back. What a mo
 what may have been used is not given back.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from broker.audit.record import Ending
@@ -15,7 +16,7 @@ from broker.policy.snapshot import Agent, Tool
 from broker.policy.types import Code, ToolCall, Usage, deny
 from broker.protocols.base import Adapter, Meter, Reply, ResponseBlocked, ResponseFilter
 
-_ERROR = 400
+_ERROR, _SERVER_ERROR = 400, 500
 
 # What Envoy says (response code details) when the upstream itself was refused.
 _UNTRUSTED = {
@@ -25,6 +26,9 @@ _UNTRUSTED = {
 }
 # And when no connection to it came about, so that it can't have acted.
 _UNREACHED = (*_UNTRUSTED, "connection_failure", "connection_timeout", "no_healthy_upstream", "dns_resolution_failure")
+# And when there was one, and no answer came of it.
+_BROKEN_OFF = ("reset", "timeout")
+_BLAMED: Mapping[str, str] = {Code.UPSTREAM_UNTRUSTED: "untrusted", Code.RESPONSE_BLOCKED: "blocked"}
 
 
 class Answer:
@@ -35,6 +39,7 @@ class Answer:
         self._started = case.services.mono_ns()
         self._ending = Ending(detail="the call ended before an answer came")
         self._unreached = False
+        self._error = ""
         self._meter: Meter | None = None
 
     def observe(self, event: Event) -> Steps:
@@ -79,6 +84,7 @@ class Answer:
     def _own_answer(self, details: str) -> Steps:
         """Envoy answered in the upstream's place: the connection failed, was not trusted, or led to a forbidden address."""
         self._unreached = any(mark in details for mark in _UNREACHED)
+        self._error = "unreached" if self._unreached else next((word for word in _BROKEN_OFF if word in details), "other")
         untrusted = next((reason for mark, reason in _UNTRUSTED.items() if mark in details), None)
         if untrusted:
             yield self._withheld(Code.UPSTREAM_UNTRUSTED, untrusted)
@@ -106,7 +112,13 @@ class Answer:
             usd = spent[Measure.USD] / NANO if price else None
             ending = replace(ending, usage=usage, usd=usd, completion_hash=self._meter.completion_hash if self._meter else "")
         self._case.record_outcome(ending)
+        model = self._call.model.name if self._call.model else ""
+        self._case.services.metrics.ended(self._agent.name, self._tool.name, model, ending, self._error_type())
         return spent
+
+    def _error_type(self) -> str:
+        """What went wrong upstream, as a word for the metrics."""
+        return _BLAMED.get(self._ending.code) or self._error or ("5xx" if self._ending.status >= _SERVER_ERROR else "")
 
     def _usage(self) -> Usage:
         model = self._call.model

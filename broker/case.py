@@ -25,7 +25,8 @@ UNRECORDED = deny(Code.AUDIT_UNAVAILABLE, "the decision could not be recorded")
 class Case:
     """Holds the one snapshot that decides. `decision_id` is new unless an answer carries one already.
 
-    `asks_at` is the door that asks for an identity where one is missing.
+    `asks_at` is the door that asks for an identity where one is missing; `began` is when a request came that waits for the
+    decision, in nanoseconds of the monotonic clock.
     """
 
     def __init__(self, services: Services, decision_id: str = "", **known: Any) -> None:
@@ -33,6 +34,7 @@ class Case:
         self.snapshot = services.snapshot()
         self.attempt = Attempt(decision_id or services.random_id(), self.snapshot.revision, {}, **known)
         self.asks_at = Door.BASE_URL
+        self.began: int | None = None
 
     def note(self, **known: Any) -> None:
         """Add what has become known of the attempt (fields of `Attempt`)."""
@@ -53,12 +55,18 @@ class Case:
         self.note(agent=agent.described)
         return principal, agent
 
+    def waited(self, since: int) -> None:
+        """What passed since then was the wait for somebody else, and is no part of the decision's time."""
+        if self.began is not None:
+            self.began += self.services.mono_ns() - since
+
     def record(self, decision: Decision, lease: Lease | None = None) -> bool:
         """Write the decision down; False where that failed."""
         written = self._append(decision_record, decision, lease.described if lease else None)
         # An allow that is not in the record is none.
         told = decision if written or not decision.allowed else UNRECORDED
-        self.services.decided(told.verdict, told.code or "")
+        took = None if self.began is None else self.services.mono_ns() - self.began
+        self.services.metrics.decided(told.verdict, told.code or "", took)
         return written
 
     def record_outcome(self, ending: Ending) -> None:

@@ -11,6 +11,7 @@ from broker.credentials.base import CredentialUnavailable, Issuer, Lease, Occasi
 from broker.identity import Evidence, TokenAuthority
 from broker.ledger.base import Granted, Ledger, LedgerUnavailable, Refused
 from broker.ledger.revocations import Revocations
+from broker.metrics import Metrics
 from broker.policy.agreement import Wire
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import Request
@@ -35,8 +36,7 @@ class Services:
     steady: Callable[[], float]
     mono_ns: Callable[[], int]
     random_id: Callable[[], str]
-    decided: Callable[[str, str], None]
-    """Told each verdict and code, for the metrics."""
+    metrics: Metrics
 
 
 # Events.

@@ -182,7 +182,9 @@ class Exchange:
         declared = request.header("content-length") or ""
         if declared.isdigit() and int(declared) > limit:
             return _too_large(adapter, tool, request, limit), b""
+        asked = self._case.services.mono_ns()
         event = yield WantBody()
+        self._case.waited(asked)
         if isinstance(event, ResponseHead) and event.details == _OVER_BUFFER:
             return _too_large(adapter, tool, request, limit), b""
         if not isinstance(event, RequestBody):
@@ -204,6 +206,7 @@ class Exchange:
             amounts |= bound(call.model, price)
             case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
         answer = yield from self._granted(case.spend(limits, amounts, call))
+        case.services.metrics.answered(answer)
         if isinstance(answer, LedgerUnavailable):
             log.warning("limits can't be checked: %s", answer)
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
@@ -224,7 +227,9 @@ class Exchange:
             return error
         if isinstance(answer, Granted | Refused):
             return answer
+        asked = services.mono_ns()
         event = yield Reserve(answer)
+        services.metrics.waited_for_ledger(services.mono_ns() - asked)
         return event.answer if isinstance(event, Reserved) else LedgerUnavailable("the ledger gave no answer")
 
     def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
@@ -264,6 +269,7 @@ class Exchange:
 
     def _note_head(self, head: RequestHead) -> None:
         wire, request = head.wire, head.request
+        self._case.began = self._case.services.mono_ns()
         # Inside a tunnel the proxy has answered already: what comes now is an origin's answer, and 407 is a proxy's.
         self._case.asks_at = Door.BASE_URL if wire.connect_host else wire.door
         run, trace = run_id(request), _trace_id(request)

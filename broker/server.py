@@ -15,10 +15,9 @@ from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer
 from envoy.service.auth.v3.external_auth_pb2_grpc import add_AuthorizationServicer_to_server
 from envoy.service.discovery.v3.ads_pb2_grpc import add_AggregatedDiscoveryServiceServicer_to_server
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
-from prometheus_client import CollectorRegistry, Counter
 
 from broker import clock
-from broker.admin import api
+from broker.admin import agents, api
 from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
 from broker.audit.record import config_record, revocation_record
@@ -31,12 +30,13 @@ from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.keys import ed25519, public_pem, write_private
 from broker.ledger import checkpoint
-from broker.ledger.base import RENEW_S, Ledger
+from broker.ledger.base import RENEW_S, Balance, Ledger
 from broker.ledger.checkpoint import rebuild
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
+from broker.metrics import Metrics, Standing, windows
 from broker.pki import PlatformCA, declared_hosts
 from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.processor.access_log import AccessLog
@@ -53,6 +53,7 @@ _WATCH_S = 0.25
 _SYNC_S = 1.0
 _RECERTIFY_S = 86_400.0
 _GRACE_S = 5.0
+_BALANCES_AT_ONCE = 1000  # a millisecond
 
 
 Announce = Callable[[str, str], None]
@@ -81,8 +82,8 @@ class Server:
         self._ledger: Ledger = self._own
         self._revocations = Revocations()
         self._revocations.replay(_revocation_records(state.audit))
-        self._registry = CollectorRegistry()
-        decisions = Counter("broker_decisions", "Decisions, by verdict and code.", ["verdict", "code"], registry=self._registry)
+        self._metrics = Metrics()
+        self._budgets = windows(EMPTY)
         self._services = Services(
             snapshot=lambda: self._snapshot,
             adapters=ADAPTERS,
@@ -95,7 +96,7 @@ class Server:
             steady=clock.steady,
             mono_ns=clock.mono_ns,
             random_id=lambda: secrets.token_hex(10),
-            decided=lambda verdict, code: decisions.labels(verdict, code).inc(),
+            metrics=self._metrics,
         )
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
@@ -108,8 +109,8 @@ class Server:
         await self._reload()
         server = await self._listen()
         host, port = self._admin
-        public = api.public(self._readiness, self._registry, self._jwks)
-        control = api.control(self._agent, self._revoke_tokens)
+        public = api.public(self._readiness, self._exposition, self._jwks)
+        control = api.control(self._agents, self._agent, self._revoke_tokens)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
             background = [asyncio.create_task(each) for each in (self._watch(), self._sync(), self._keep())]
             self._announce("listening", self._snapshot.revision)
@@ -181,6 +182,7 @@ class Server:
             self._record("configuration in force", loaded.snapshot.revision)
             self._snapshot = loaded.snapshot
             self._broken = False
+            self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             log.info("revision %s is in force", loaded.snapshot.revision)
 
     def _report(self, what: str) -> None:
@@ -213,9 +215,32 @@ class Server:
             reasons.append(f"Envoy: {self._refused}")
         return reasons, self._snapshot.revision
 
-    def _agent(self, name: str) -> dict[str, Any]:
+    async def _exposition(self) -> bytes:
+        standing = Standing(
+            revision="" if self._snapshot is EMPTY else self._snapshot.revision,
+            current=self._snapshot is not EMPTY and not self._broken,
+            accepted=self._refused is None,
+            audit_writable=self._audit.writable,
+            open_calls=len(self._own.grants),
+            balances=await self._own_balances(),
+        )
+        return await asyncio.to_thread(self._metrics.exposition, standing)
+
+    async def _own_balances(self) -> list[Balance]:
+        """Of the windows that something was spent in; calls are served meanwhile."""
+        found = list[Balance]()
+        spent_of = [self._budgets[key] for key in self._own.windows if key in self._budgets]
+        for start in range(0, len(spent_of), _BALANCES_AT_ONCE):
+            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), clock.steady())
+            await asyncio.sleep(0)
+        return found
+
+    async def _agents(self) -> dict[str, Any]:
+        return await agents.listed(self._snapshot, self._ledger, clock.steady())
+
+    async def _agent(self, name: str) -> dict[str, Any]:
         agent = self._snapshot.agents.get(name)
-        return {"agent": agent.described, "token": agent.token} if agent else {}
+        return await agents.shown(agent, self._ledger, clock.steady()) if agent else {}
 
     def _revoke_tokens(self, agent: str) -> None:
         now = clock.now()

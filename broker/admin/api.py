@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,8 +18,13 @@ from starlette.routing import Route
 from broker.errors import BrokerError
 
 
-def public(readiness: Callable[[], tuple[list[str], str]], registry: CollectorRegistry, jwks: Mapping[str, Any]) -> Starlette:
+def public(
+    readiness: Callable[[], tuple[list[str], str]], exposition: Callable[[], Awaitable[bytes]], jwks: Mapping[str, Any]
+) -> Starlette:
     """What reads. `readiness` gives each reason not to be ready (none when ready), and the revision in force."""
+
+    async def metrics() -> Response:
+        return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
     def readyz() -> Response:
         reasons, revision = readiness()
@@ -29,29 +34,40 @@ def public(readiness: Callable[[], tuple[list[str], str]], registry: CollectorRe
         {
             "GET /healthz": lambda: JSONResponse({"status": "ok"}),
             "GET /readyz": readyz,
-            "GET /metrics": lambda: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST),
+            "GET /metrics": metrics,
             "GET /jwks.json": lambda: JSONResponse(jwks, headers={"cache-control": "max-age=300"}),
         }
     )
 
 
-def control(agent: Callable[[str], Mapping[str, Any]], revoke_tokens: Callable[[str], None]) -> Starlette:
+Document = Awaitable[Mapping[str, Any]]
+
+
+def control(agents: Callable[[], Document], agent: Callable[[str], Document], revoke_tokens: Callable[[str], None]) -> Starlette:
     """What changes, or says who there is. A `BrokerError` that a callable raises is answered with 503."""
+
+    async def listed() -> Response:
+        return JSONResponse(await agents())
+
+    async def shown(name: str) -> Response:
+        return JSONResponse(await agent(name))
 
     def revoke(name: str) -> Response:
         revoke_tokens(name)
         return JSONResponse({"agent": name, "revoked": "tokens"})
 
-    return _answering(
-        {"GET /agents/{name:path}": lambda name: JSONResponse(agent(name)), "POST /agents/{name:path}/tokens/revoke": revoke}
-    )
+    return _answering({"GET /agents": listed, "GET /agents/{name:path}": shown, "POST /agents/{name:path}/tokens/revoke": revoke})
 
 
-def _answering(answers: Mapping[str, Callable[..., Response]]) -> Starlette:
-    def route(where: str, answer: Callable[..., Response]) -> Route:
+_Answer = Callable[..., Response | Awaitable[Response]]
+
+
+def _answering(answers: Mapping[str, _Answer]) -> Starlette:
+    def route(where: str, answer: _Answer) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
-                return answer(**request.path_params)
+                answered = answer(**request.path_params)
+                return answered if isinstance(answered, Response) else await answered
             except BrokerError as error:
                 return JSONResponse({"error": str(error)}, 503)
 

@@ -42,6 +42,7 @@ class AuditLog:
         self._segment_bytes = segment_bytes
         self._mutex = threading.Lock()
         self._signed: Link | None = None
+        self._written = self._synced = True
         with contextlib.ExitStack() as files:
             self._files = files
             try:
@@ -80,6 +81,11 @@ class AuditLog:
         """The last record."""
         return self._head
 
+    @property
+    def writable(self) -> bool:
+        """Whether the last append and the last sync succeeded."""
+        return self._written and self._synced
+
     def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Give the record its `seq`, `prev_hash` and `hash` and write it; returns it so. Raises `AuditUnavailable`."""
         with self._mutex:
@@ -92,12 +98,14 @@ class AuditLog:
                 raise AuditUnavailable(f"the record can't be written as JSON: {error}") from error
             if len(line) > chain.MAX_LINE:
                 raise AuditUnavailable(f"the record is {len(line)} bytes long, and {chain.MAX_LINE} is the most")
+            self._written = False
             try:
                 self._write(line, head.seq + 1)
             except OSError as error:
                 why = f"the audit log in {self._directory} can't be written: {error.strerror}"
                 advice = "free space or repair the disk; calls are denied until then and pass again by themselves"
                 raise AuditUnavailable(why, advice) from error
+            self._written = True
             self._head = Link(head.seq + 1, head.hash, entry["hash"])
             return entry
 
@@ -148,11 +156,12 @@ class AuditLog:
             fresh.replace(self._directory / chain.CHECKPOINT)
             os.fsync(self._folder)  # the rename, and the names of new segments
         except OSError as error:
+            self._synced = False
             why = f"the audit log in {self._directory} can't be put on the disk: {error.strerror}"
             raise AuditUnavailable(why, "free space or repair the disk") from error
         finally:
             os.close(fd)
-        self._signed = head
+        self._signed, self._synced = head, True
 
     def close(self) -> None:
         """Let go of the files and of the lock. Does not sync. Appending afterwards raises `AuditUnavailable`."""

@@ -80,6 +80,15 @@ broker = _together(
 )
 
 
+def broker_state(folder: Path) -> State:
+    """The state folder of a broker that ran before. Raises `UsageError` where none has."""
+    if not (folder / "keys" / "tokens.key").exists():
+        raise UsageError(
+            f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
+        )
+    return State.at(folder)
+
+
 def command(verb: str, **chosen: object) -> list[str]:
     """The command line of a verb with these options (`base_url` is `--base-url`) and `--json`."""
     options = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -24,9 +24,7 @@ from broker.state import State
 @options.as_json
 def token(*, name: str, state: Path, ttl: int, revoke: bool, as_json: bool) -> None:
     """Print a token with which the agent NAME proves itself to the broker."""
-    if not (state / "keys" / "tokens.key").exists():
-        raise UsageError(f"{state} is no state folder of a broker", "start one with `broker up`, or name its folder with --state")
-    folder = State.at(state)
+    folder = options.broker_state(state)
     _refuse_unknown(folder, name)
     if revoke:
         _revoke(folder, name)

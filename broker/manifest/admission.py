@@ -15,6 +15,7 @@ from broker.manifest.findings import Finding
 from broker.manifest.models import Agent, Kind, Match, Params, Platform, Tool, ToolSpec
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.policy.match import PathTemplate
+from broker.policy.providers import PROVIDERS, api_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Source:
 Problem = tuple[Pointer, str, str]
 """Where, which code, and what is wrong; what to do."""
 
-_WARNINGS = frozenset({"not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis"})
+_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis"})
 # These are about a value; all others are about the key that names the place.
 _AT_VALUE = frozenset(
     {
@@ -106,8 +107,8 @@ def _said(source: Source) -> Iterator[tuple[object, Pointer, str, str]]:
             if value:
                 yield (word, value), ("spec", "identity", word), f"{word}_duplicate", f"this {word}, and a call has one principal"
     if isinstance(model, Tool):
-        for name, operation in model.spec.operations.items():
-            calls = _matched(model.spec.protocol, name, operation.match)
+        for name in model.spec.operations:
+            calls = _matched(model.spec.protocol, name, model.spec.match(name))
             if calls:
                 yield (
                     (source, calls),
@@ -187,8 +188,9 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
         yield _UNSAFE_PLAINTEXT if spec.unsafe_plaintext else _ENDPOINT_PLAINTEXT
     for name, operation in spec.operations.items():
         place: Pointer = ("spec", "operations", name)
-        yield from _match((*place, "match"), spec.protocol, operation.match)
-        yield from _params((*place, "params"), operation.params, spec.protocol, operation.match.path, words)
+        match = spec.match(name)
+        yield from _match((*place, "match"), spec.protocol, match)
+        yield from _params((*place, "params"), operation.params, spec.protocol, match.path, words)
 
 
 _UNSAFE_PLAINTEXT: Problem = (
@@ -206,6 +208,10 @@ _ENDPOINT_PLAINTEXT: Problem = (
 def _match(here: Pointer, protocol: str, match: Match) -> Iterator[Problem]:
     if protocol == "mcp" and (match.method or match.path):
         why = "method and path mean nothing to MCP; write match: {tool: NAME}, or leave match out"
+        yield here, "match_invalid", why
+    if protocol in PROVIDERS and (not match.method or not match.path or match.tool):
+        names = " or ".join(PROVIDERS[protocol])
+        why = f"only {names} is known by its name alone; write match: {{method: GET, path: /…}}, or one of these names"
         yield here, "match_invalid", why
     if protocol == "rest" and (not match.method or not match.path or match.tool):
         why = "a REST operation is known by its method and path, and nothing else; write match: {method: GET, path: /…}"
@@ -253,5 +259,20 @@ def _grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]], word
             if ("spec", "operations", operation) not in written.keys:
                 why = f"the tool {name!r} has no operation {operation!r}; correct the name, or ask for it to be added"
                 yield place, "operation_unknown", why
-            declared = spec.operations.get(operation)
-            yield from _params((*place, "params"), grant.params, spec.protocol, declared.match.path if declared else None, words)
+            match = spec.match(operation) if operation in spec.operations else Match.model_construct()
+            yield from _params((*place, "params"), grant.params, spec.protocol, match.path, words)
+            path = match.path.text if match.path else ""
+            if api_at(spec.protocol, match.method or "", path) and not named_models(grant.params):
+                yield place, "model_not_named", _MODEL_NOT_NAMED
+
+
+_MODEL_NOT_NAMED = (
+    "the grant names no model, so every call will be denied; write params: {body: {properties: {model: {enum: [NAME]}}}}"
+)
+
+
+def named_models(params: Params) -> frozenset[str]:
+    """The models that a grant names: the `const` or `enum` of its schema for the body's `model`."""
+    model = params["body"].source.get("properties", {}).get("model") if "body" in params else None
+    named = model.get("enum", [model.get("const")]) if isinstance(model, dict) else []
+    return frozenset(name for name in named if isinstance(name, str))

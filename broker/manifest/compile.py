@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from broker.manifest import models
-from broker.manifest.admission import Source
+from broker.manifest.admission import Source, named_models
 from broker.manifest.limits import bearing, limits, prices
 from broker.policy.limits import Limit
+from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Tool, Upstream
 
@@ -70,8 +71,8 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
             effect=written.effect,
             rule=source.rule("spec", "operations", name),
             data=written.data,
-            method=written.match.method or "",
-            template=written.match.path,
+            method=spec.match(name).method or "",
+            template=spec.match(name).path,
             alias=(written.match.tool or name) if spec.protocol == "mcp" else "",
             schemas=_placed(written.params, source.rule("spec", "operations", name, "params")),
             max_body=written.max_body,
@@ -119,9 +120,8 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], cei
             own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
             every |= dict.fromkeys((*own, *shared))
             declared = catalog[tool].operations[operation]
-            grants[operation] = _grant(
-                source.rule(*place), grant, bearing((*own, *shared), declared.effect, catalog[tool].protocol)
-            )
+            bounds = bearing((*own, *shared), declared.effect, catalog[tool].protocol)
+            grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
         tools[tool] = MappingProxyType(grants)
     return Agent(
         name=name,
@@ -137,5 +137,24 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], cei
     )
 
 
-def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...]) -> Grant:
-    return Grant(rule, _placed(spec.params, f"{rule}/params"), approval=spec.approval is not None, limits=bounds)
+def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protocol: str, declared: Operation) -> Grant:
+    schemas = _placed(spec.params, f"{rule}/params")
+    return Grant(
+        rule,
+        schemas,
+        approval=spec.approval is not None,
+        limits=bounds,
+        models=named_models(spec.params),
+        server_tools=frozenset(spec.server_tools),
+        max_output=min(_maxima(protocol, declared, schemas), default=MAX_OUTPUT),
+    )
+
+
+def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterSchema]) -> Iterator[int]:
+    """What schemas allow of the fields by which a model call bounds its output."""
+    api = api_at(protocol, declared.method, declared.template.text if declared.template else "")
+    for field in PROVIDERS[protocol][api].outputs if api else ():
+        for schema in (each["body"].source for each in (declared.schemas, granted) if "body" in each):
+            of_field = schema.get("properties", {}).get(field)
+            if isinstance(of_field, dict) and "maximum" in of_field:
+                yield int(of_field["maximum"])

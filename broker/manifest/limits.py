@@ -9,9 +9,8 @@ from types import MappingProxyType
 from broker.manifest.admission import Source
 from broker.manifest.models import Ceilings, ModelPrice, PlatformSpec, Rate
 from broker.policy.limits import WORDS, Limit, Price
+from broker.policy.providers import PROVIDERS
 from broker.policy.types import Effect
-
-MODEL_PROTOCOLS = frozenset({"anthropic", "openai"})
 
 
 def limits(source: Source, spec: Ceilings | None, scope: str, *pointer: str) -> tuple[Limit, ...]:
@@ -31,7 +30,7 @@ def _limit(word: str, scope: str, value: Rate | int, rule: str, burst: int | Non
 
 def bearing(on: Iterable[Limit], effect: Effect | None, protocol: str) -> tuple[Limit, ...]:
     """Those that count calls with this effect (None: housekeeping) to a tool that speaks this protocol."""
-    return tuple(limit for limit in on if limit.bears_on(effect, model=protocol in MODEL_PROTOCOLS))
+    return tuple(limit for limit in on if limit.bears_on(effect, model=protocol in PROVIDERS))
 
 
 def prices(spec: PlatformSpec) -> Mapping[tuple[str, str], Price]:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from broker.manifest.addresses import parse_endpoint, parse_spiffe
 from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
+from broker.policy.providers import PROVIDERS
 from broker.policy.schema import ParameterSchema, SchemaError
 from broker.policy.snapshot import Endpoint
 from broker.policy.types import Code, Effect, Verdict
@@ -175,6 +176,7 @@ Money = Annotated[
 ]
 Params = dict[str, Annotated[ParameterSchema, PlainValidator(_schema, json_schema_input_type=dict[str, JsonValue])]]
 Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
+ServerTool = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 # RFC 9110 section 5.1, in lower case.
 Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), AfterValidator(_header)]
 Spiffe = Annotated[str, _text(parse_spiffe, "spiffe_invalid")]
@@ -234,10 +236,10 @@ class Match(Model):
     """How a call is recognised as this operation."""
 
     method: Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] | None = Field(
-        None, description="The HTTP method (rest)."
+        None, description="The HTTP method (rest, openai, anthropic)."
     )
     path: Annotated[PathTemplate, _text(PathTemplate.parse, "match_invalid")] | None = Field(
-        None, description="The path below the endpoint; {name} is one segment, {+name} the rest (rest)."
+        None, description="The path below the endpoint; {name} is one segment, {+name} the rest (rest, openai, anthropic)."
     )
     tool: Word | None = Field(None, description="The MCP tool's name, where it differs from the operation's (mcp).")
 
@@ -245,10 +247,14 @@ class Match(Model):
 class OperationSpec(Model):
     """One thing that the tool can do."""
 
-    match: Match = Field(Match.model_construct(), description="How a call is recognised as this operation.")
+    match: Match = Field(
+        Match.model_construct(),
+        description="How a call is recognised as this operation; a model provider's chat.completions, responses, embeddings or "
+        "messages needs none.",
+    )
     effect: Effect = Field(description="What it does to the world.")
     data: tuple[Word, ...] = Field((), description="The classes of data that it touches, such as pii or source-code.")
-    params: Params = Field({}, description="A JSON Schema for each location: path, query and body (rest), arguments (mcp).")
+    params: Params = Field({}, description="A JSON Schema for each location: path, query and body, or arguments (mcp).")
     max_body: Bytes = Field(1 << 20, description="The largest request body, in bytes or such as 1MiB.")
     description: str = Field("", description="What it does, to people.")
 
@@ -256,7 +262,7 @@ class OperationSpec(Model):
 class ToolSpec(Model):
     """One endpoint and its operations."""
 
-    protocol: Word = Field(description="What the endpoint speaks: rest or mcp.")
+    protocol: Word = Field(description="What the endpoint speaks: rest, mcp, openai or anthropic.")
     endpoint: Annotated[Endpoint, _text(parse_endpoint, "endpoint_invalid")] = Field(
         description="Scheme, host, port and base path: the only destination.", examples=["https://api.github.com"]
     )
@@ -267,6 +273,15 @@ class ToolSpec(Model):
     )
     credential: Credential | None = Field(None, description="Which credential the broker adds to each call.")
     operations: dict[OperationName, OperationSpec] = Field(description="What the tool can do; all else is denied.")
+
+    def match(self, name: str) -> Match:
+        """How a call is recognised as this operation: as written, or where the provider's API of that name is."""
+        written, api = self.operations[name].match, PROVIDERS.get(self.protocol, {}).get(name)
+        if api is None or written.method or written.path or written.tool:
+            return written
+        return Match.model_construct(
+            method="POST", path=PathTemplate.parse(api.path if self.endpoint.base_path else f"/v1{api.path}")
+        )
 
 
 class Tool(Kind):
@@ -350,6 +365,13 @@ class GrantSpec(Model):
     params: Params = Field({}, description="A JSON Schema for each location, in addition to the catalog's.")
     limits: Limits | None = Field(None, description="Bounds on this operation alone.")
     approval: Approval | None = Field(None, description="Asks a human before each call.")
+    server_tools: tuple[ServerTool, ...] = Field(
+        (),
+        description="What a model provider may run or fetch by itself in these calls, by its word: a tool's type such as "
+        "web_search, mcp, container, background, prompt, url (images and files by address), stored (files and earlier answers by "
+        "ID), or the name of another member of the body.",
+        examples=[["web_search", "url"]],
+    )
 
 
 class AgentTool(Model):

@@ -37,8 +37,9 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
     4. a protocol's own housekeeping → allow
     5. the operation is not in the catalog or not in the manifest → `operation_not_declared`
     6. the parameters break the catalog's schema, then the manifest's → `params_invalid`
-    7. the manifest asks for approval → `approval_required`
-    8. allow
+    7. the manifest does not name the model, or what the provider would do by itself → `params_invalid`
+    8. the manifest asks for approval → `approval_required`
+    9. allow
     """
     tool, grants = snapshot.tools[call.tool], agent.tools.get(call.tool)
     listed = f"{agent.rule}/spec/tools"
@@ -54,7 +55,7 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
     if grant is None:
         what = f"agent {agent.name!r} does not list {name}"
         return deny(Code.OPERATION_NOT_DECLARED, what, rule=f"{listed}/{tool.name}/operations")
-    if violations := _violations(call, operation, grant):
+    if violations := _violations(call, operation, grant) or _of_model(call, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
     if grant.approval:
         return deny(Code.APPROVAL_REQUIRED, f"{name} waits for a human's approval", rule=grant.rule)
@@ -73,6 +74,21 @@ def _at(call: ToolCall, location: str, schema: ParameterSchema) -> tuple[Violati
         return schema.violations(call.params[location], location)
     missing = f"the request has no {location}, but the operation's schema asks for one"
     return (Violation(f"/{location}", schema.rule, missing),)
+
+
+def _of_model(call: ToolCall, grant: Grant) -> tuple[Violation, ...]:
+    model = call.model
+    if model is None:
+        return ()
+    found = []
+    if model.name not in grant.models:
+        named = f"these models: {', '.join(sorted(grant.models))}" if grant.models else "no model; write them there, as an enum"
+        found.append(Violation("/body/model", f"{grant.rule}/params/body/properties/model", f"the manifest names {named}"))
+    for pointer, word in model.server_tools:
+        if word not in grant.server_tools:
+            what = f"the provider would run or fetch this by itself, and the manifest's server_tools don't name it: {word}"
+            found.append(Violation(pointer, f"{grant.rule}/server_tools", what))
+    return tuple(found)
 
 
 def _summary(violations: tuple[Violation, ...]) -> str:

@@ -106,6 +106,8 @@ class Limit:
         """An amount of what is counted, for people."""
         if self.kind is Kind.RUN_TIME:
             return f"{amount} s"
+        if self.measure is Measure.BYTES_OUT:
+            return _bytes(amount)
         return f"{amount / NANO:.6f}".rstrip("0").rstrip(".") + " USD" if self.measure is Measure.USD else f"{amount:,}"
 
     @property
@@ -131,6 +133,14 @@ class Limit:
         if self.measure is Measure.DESTRUCTIVE:
             return effect is Effect.DESTRUCTIVE
         return model or self.measure not in _OF_MODELS
+
+
+def _bytes(amount: int) -> str:
+    """`50MiB` for a round number, as manifests write it; else all digits."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if amount and amount % size == 0:
+            return f"{amount // size:,}{unit}"
+    return f"{amount:,}"
 
 
 @dataclass(frozen=True, slots=True)

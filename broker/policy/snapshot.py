@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.policy.limits import Limit, Price
 from broker.policy.match import PathTemplate
+from broker.policy.providers import MAX_OUTPUT
 from broker.policy.schema import ParameterSchema
 from broker.policy.types import Effect
 
@@ -99,6 +100,9 @@ class Tool:
 class Grant:
     """An agent's right to one operation: the manifest's schemas (each ANDed with the catalog's), and what else it asks for.
 
+    Of a model provider's operation: the `models` that the manifest names, the `server_tools` (what the provider may run or fetch
+    by itself), and `max_output`, the tokens that a call may generate which names no maximum.
+
     `limits` are all that bear on its calls: its own, then the tool's, the agent's, the team's and the environment's.
     """
 
@@ -106,7 +110,9 @@ class Grant:
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     approval: bool = False
     limits: tuple[Limit, ...] = ()
-    max_output: int = 4096
+    models: frozenset[str] = frozenset()
+    server_tools: frozenset[str] = frozenset()
+    max_output: int = MAX_OUTPUT
 
 
 @dataclass(frozen=True, slots=True)

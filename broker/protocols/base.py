@@ -26,15 +26,15 @@ class ResponseFilter(Protocol):
 
 @runtime_checkable
 class Meter(ResponseFilter, Protocol):
-    """Reads what a model call used off its answer, which passes unchanged. Both may be asked at any time."""
+    """Passes an answer on as it comes, and reads on the side what it used. Both may be asked for at any time."""
 
     @property
     def usage(self) -> Usage:
-        """What was used by now: what the provider said, else estimated."""
+        """What the answer used, as far as it got; `estimated` where the provider did not tell all of it."""
 
     @property
     def completion_hash(self) -> str:
-        """`sha256:…` over the generated text by now."""
+        """`sha256:…` of the text that was generated; the same for a whole answer and for its stream."""
 
 
 class ResponseBlocked(ValueError):

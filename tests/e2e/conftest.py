@@ -70,24 +70,41 @@ def _sample(name: str, port: int) -> dict[str, Any]:
     return document
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"params": {"body": {"properties": {"model": {"const": name}}}}}
+def _model(name: str, *server_tools: str) -> dict[str, Any]:
+    return {"params": {"body": {"properties": {"model": {"const": name}}}}, "server_tools": list(server_tools)}
+
+
+PRICES = {
+    "openai": {
+        "gpt-5-mini": {"input": 0.25, "output": 2.00, "cached": 0.025},
+        "text-embedding-3-small": {"input": 0.02, "output": 0},
+    },
+    "anthropic": {"claude-haiku-4-5": {"input": 1.00, "output": 5.00, "cached": 0.10}},
+}
+# Two calls may be under way, each of which reserves some five thousand; a hundred fit one after the other.
+SPENDER = {"tokens": "12k/day", "usd": "0.10/day"}
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[SimpleNamespace]:
-    """Two providers, and a broker that holds their keys; the agent `writer` may use one model of each."""
+    """Two providers, and a broker that holds their keys; `writer` may use one model of each, `finder` one with web search."""
     folder = stack.short_folder()
     ca = stack.TestCA()
     certificate = ca.issue(folder / "certs", "localhost")
     openai, anthropic = providers.openai(certificate), providers.anthropic(certificate)
     gpt = {"operations": {name: _model("gpt-5-mini") for name in ("chat.completions", "responses")}}
+    gpt["operations"]["embeddings"] = _model("text-embedding-3-small")
+    found = {"operations": {"responses": _model("gpt-5-mini", "web_search")}}
     claude = {"operations": {"messages": _model("claude-haiku-4-5")}}
     stack.write_manifests(
         folder / "manifests",
         _sample("openai", openai.port),
         _sample("anthropic", anthropic.port),
         stack.agent("writer", {"openai": gpt, "anthropic": claude}),
+        stack.agent("finder", {"openai": found}),
+        *(stack.agent(f"spender-{number}", {"openai": gpt, "anthropic": claude}, limits=SPENDER) for number in range(8)),
+        stack.agent("unpriced", {"openai": {"operations": {"responses": _model("gpt-6")}}}, limits={"usd": "1/day"}),
+        stack.platform(prices=PRICES),
     )
     (folder / "manifests" / "ca.pem").write_text(ca.pem)
     broker = stack.Broker(folder / "manifests", folder / "state", KEYS)

@@ -5,6 +5,7 @@ A stream stops after its first event until `released` is set, by who received th
 
 import json
 import threading
+from http import HTTPStatus
 from typing import Any
 
 import anyio.to_thread
@@ -13,13 +14,21 @@ from e2e.serving import Served
 PATIENCE_S = 10
 ANSWER = ["It is ", "a duplicate ", "charge."]
 WHOLE = "".join(ANSWER)
+VECTOR = [0.25, -0.5]
 
 
 class Provider(Served):
-    """Answers `POST path` by `documents[path]`; to `stream: true` by `streams[path]`, a list of (event name, data)."""
+    """Answers `POST path` by `documents[path]`; to `stream: true` by `streams[path]`, a list of (event name, data).
 
-    def __init__(self, documents: dict[str, Any], streams: dict[str, list[tuple[str, Any]]], certificate: Any) -> None:
+    Of the data, `counted` is only sent to who asks for it by `stream_options`.
+    """
+
+    def __init__(
+        self, documents: dict[str, Any], streams: dict[str, list[tuple[str, Any]]], certificate: Any, counted: Any = None
+    ) -> None:
+        self._counted = counted
         self.released = threading.Event()
+        self.status = 200
         self._documents, self._streams = documents, streams
         super().__init__(self._answer, certificate)
 
@@ -28,9 +37,13 @@ class Provider(Served):
             return
         asked = json.loads((await receive())["body"])
         media = b"text/event-stream" if asked.get("stream") else b"application/json"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media)]})
-        if asked.get("stream"):
-            await self._stream(self._streams[scope["path"]], send)
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", media)]})
+        if self.status != HTTPStatus.OK:
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "overloaded"}}'})
+        elif asked.get("stream"):
+            counts = (asked.get("stream_options") or {}).get("include_usage")
+            events = self._streams[scope["path"]]
+            await self._stream([event for event in events if counts or event[1] is not self._counted], send)
         else:
             await send({"type": "http.response.body", "body": json.dumps(self._documents[scope["path"]]).encode()})
 
@@ -48,7 +61,7 @@ def _event(name: str, data: Any) -> bytes:
 
 
 def openai(certificate: Any) -> Provider:
-    """Chat completions and responses."""
+    """Chat completions, responses and embeddings."""
     common = {"id": "chatcmpl-1", "created": 1760000000, "model": "gpt-5-mini"}
     message = {"role": "assistant", "content": WHOLE}
     usage = {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}
@@ -58,25 +71,32 @@ def openai(certificate: Any) -> Provider:
     chunk = {**common, "object": "chat.completion.chunk"}
     chunks = [{**chunk, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     last = {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    spent = {**chunk, "choices": [], "usage": usage}
 
     part = {"type": "output_text", "text": WHOLE, "annotations": []}
     output = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": [part]}
     fixed = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
     response = {"id": "resp_1", "object": "response", "created_at": 1760000000, "model": "gpt-5-mini", **fixed}
-    done = {**response, "status": "completed", "output": [output]}
+    details = {"input_tokens_details": {"cached_tokens": 4}, "output_tokens_details": {"reasoning_tokens": 0}}
+    counted = {"input_tokens": 9, "output_tokens": 6, "total_tokens": 15, **details}
+    done = {**response, "status": "completed", "output": [output], "usage": counted}
     place = {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
     events = [
         {"type": "response.created", "response": {**response, "status": "in_progress", "output": []}},
         *({**place, "delta": each} for each in ANSWER),
         {"type": "response.completed", "response": done},
     ]
+    vector = {"object": "embedding", "index": 0, "embedding": VECTOR}
+    embeddings = {"object": "list", "data": [vector], "model": "text-embedding-3-small"}
+    embedded = {**embeddings, "usage": {"prompt_tokens": 4, "total_tokens": 4}}
     return Provider(
-        {"/v1/chat/completions": completion, "/v1/responses": done},
+        {"/v1/chat/completions": completion, "/v1/responses": done, "/v1/embeddings": embedded},
         {
-            "/v1/chat/completions": [*(("", each) for each in [*chunks, last]), ("", "[DONE]")],
+            "/v1/chat/completions": [*(("", each) for each in [*chunks, last, spent]), ("", "[DONE]")],
             "/v1/responses": [(each["type"], {**each, "sequence_number": n}) for n, each in enumerate(events)],
         },
         certificate,
+        spent,
     )
 
 

@@ -42,6 +42,7 @@ from broker.identity import Evidence, TokenAuthority
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
+from broker.metrics import Metrics
 from broker.policy.agreement import Wire
 from broker.policy.evaluate import evaluate
 from broker.policy.types import Door, Request
@@ -160,7 +161,7 @@ def services(**changed: Any) -> Services:
         steady=lambda: NOW,
         mono_ns=lambda: next(clock),
         random_id=lambda: f"d{next(ids)}",
-        decided=lambda *_: None,
+        metrics=Metrics(),
     )
     return replace(base, **changed)
 
@@ -419,12 +420,12 @@ def test_an_allow_that_can_not_be_recorded_is_a_503_and_nothing_is_sent():
 
 
 def test_the_metrics_count_an_allow_that_is_not_in_the_record_as_what_became_of_it():
-    told = []
-    outside = services(audit=Records(), decided=lambda *verdict: told.append(verdict))
+    outside = services(audit=Records())
     play(outside, head(), OK)
     outside.audit.full = frozenset({"decision"})
     play(outside, head())
-    assert told == [("allow", ""), ("deny", "audit_unavailable")]
+    told = [{"verdict": "allow", "code": ""}, {"verdict": "deny", "code": "audit_unavailable"}]
+    assert [outside.metrics.registry.get_sample_value("broker_decisions_total", labels) for labels in told] == [1, 1]
 
 
 def test_a_denial_that_can_not_be_recorded_is_a_denial_all_the_same():
@@ -497,7 +498,7 @@ def test_a_record_that_fails_in_a_way_nobody_thought_of_denies_as_well():
 
 
 def test_metrics_that_fail_deny_and_send_nothing():
-    [refused] = play(services(decided=_raises), head())
+    [refused] = play(services(metrics=SimpleNamespace(decided=_raises, answered=lambda _: None)), head())
     assert problem_of(refused)["code"] == "internal_fault"
 
 

@@ -12,7 +12,7 @@ BAD = Path(__file__).parents[2] / "bad_manifests"
 
 
 WORDS = Vocabulary(
-    {"rest": frozenset({"path", "query", "body"}), "mcp": frozenset({"arguments"})},
+    {**dict.fromkeys(("rest", "openai", "anthropic"), frozenset({"path", "query", "body"})), "mcp": frozenset({"arguments"})},
     {
         "static": lambda settings: [] if "secret" in settings else ["it needs a reference; write secret: {env: NAME}"],
         "jwt": lambda settings: ["it needs no secret; take it out"] if "secret" in settings else [],
@@ -43,6 +43,7 @@ EXPECTED = {
     "limit_invalid.yaml": ["7:18 field_invalid"],
     "location_unknown.yaml": ["8:71 location_unknown"],
     "match_invalid_mcp.yaml": ["8:14 match_invalid"],
+    "match_invalid_model.yaml": ["9:5 match_invalid", "11:18 match_invalid"],
     "match_invalid_rest.yaml": ["8:12 match_invalid", "9:38 match_invalid"],
     "mistakes_behind_mistakes.yaml": ["6:13 endpoint_invalid", "7:3 field_unknown", "9:56 field_invalid", "10:38 match_invalid"],
     "name_duplicate.yaml": ["12:18 name_duplicate"],
@@ -51,6 +52,7 @@ EXPECTED = {
     "null_grant.yaml": ["18:14 field_invalid"],
     "operation_ambiguous.yaml": ["8:5 operation_ambiguous"],
     "operation_ambiguous_mcp.yaml": ["8:5 operation_ambiguous"],
+    "operation_ambiguous_model.yaml": ["8:5 operation_ambiguous"],
     "operation_name_invalid.yaml": ["8:5 field_invalid"],
     "operation_unknown.yaml": ["16:25 operation_unknown"],
     "platform_duplicate.yaml": ["8:7 platform_duplicate"],
@@ -63,6 +65,7 @@ EXPECTED = {
     "secret_literal_known_form.yaml": ["7:46 secret_literal"],
     "secret_literal_template.yaml": ["10:43 secret_literal"],
     "secret_two_sources.yaml": ["7:40 field_invalid"],
+    "server_tool_invalid.yaml": ["6:57 field_invalid"],
     "spiffe_duplicate.yaml": ["12:22 spiffe_duplicate"],
     "string_as_boolean.yaml": ["5:21 field_invalid"],
     "template_without_place.yaml": ["7:65 field_invalid"],

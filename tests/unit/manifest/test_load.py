@@ -1,6 +1,7 @@
 """What a right folder becomes, and what may and may not change its revision."""
 
 import datetime as dt
+import json
 import os
 from pathlib import Path
 
@@ -57,6 +58,19 @@ spec:
           approval: {approvers: 1}
     wiki: {operations: {pages/delete: {}}}
 """
+MODELS = b"""
+apiVersion: broker/v1
+kind: Tool
+metadata: {name: gpt, owner: team-devex}
+spec:
+  protocol: openai
+  endpoint: https://models.example
+  operations:
+    responses: {effect: read}
+    models.list: {match: {method: GET, path: /v1/models}, effect: read}
+    chat.completions: {match: {method: POST, path: /v2/chat/completions}, effect: read}
+"""
+CATALOG = b"{body: {properties: {max_output_tokens: {maximum: 8000}}}}"
 PLATFORM = b"""
 apiVersion: broker/v1
 kind: Platform
@@ -192,6 +206,76 @@ def test_unsafe_plaintext_is_accepted_with_a_warning():
         ("unsafe_plaintext", "warning", 25)
     ]
     assert loaded.snapshot is not None
+
+
+def test_a_grant_that_names_no_model_is_accepted_with_a_warning_that_says_what_to_write():
+    bare = (
+        b"spec: {identity: {token: true}, tools: {gpt: {operations: {responses: {}, models.list: {}, chat.completions: {params: "
+    )
+    named = b"{body: {properties: {model: {const: m}}}}}}}}}"
+    agent = AGENT.partition(b"spec:")[0] + bare + named
+    [finding] = load_texts({"t.yaml": MODELS, "a.yaml": agent}, Path()).findings
+    assert (finding.code, finding.severity) == ("model_not_named", "warning")
+    assert "{model: {enum: [NAME]}}" in finding.advice
+
+
+def granted(operation="responses", tool=MODELS, **grant):
+    spec = {"identity": {"token": True}, "tools": {"gpt": {"operations": {operation: grant}}}}
+    agent = {"apiVersion": "broker/v1", "kind": "Agent", "metadata": {"name": "bot", "owner": "team"}, "spec": spec}
+    loaded = load_texts({"t.yaml": tool, "a.yaml": json.dumps(agent).encode()}, Path())
+    return loaded.snapshot.agents["bot"].tools["gpt"][operation]
+
+
+def body(**properties):
+    return {"params": {"body": {"properties": properties}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "models"),
+    [
+        pytest.param({"const": "m"}, {"m"}, id="one"),
+        pytest.param({"enum": ["m", "n", 7]}, {"m", "n"}, id="several"),
+        pytest.param({"pattern": "^m"}, set(), id="a pattern names none"),
+        pytest.param(True, set(), id="any"),
+    ],
+)
+def test_a_grant_holds_the_models_that_its_schema_names(schema, models):
+    assert granted(**body(model=schema)).models == models
+
+
+def test_a_grant_holds_the_words_of_what_the_provider_may_do():
+    assert granted(server_tools=["web_search", "url"]).server_tools == {"web_search", "url"}
+    assert granted().server_tools == set()
+
+
+@pytest.mark.parametrize(
+    ("operation", "properties", "most"),
+    [
+        pytest.param("responses", {}, 4096, id="what no schema says"),
+        pytest.param("responses", {"max_output_tokens": {"maximum": 100}}, 100, id="the manifest's"),
+        pytest.param("responses", {"max_output_tokens": {"maximum": 100000}}, 8000, id="the catalog's, where it is the lesser"),
+        pytest.param("responses", {"max_output_tokens": True, "max_tokens": {"maximum": 1}}, 8000, id="not another field's"),
+        pytest.param("chat.completions", {"max_tokens": {"maximum": 50.0}}, 50, id="either field of a chat"),
+        pytest.param("models.list", {"max_tokens": {"maximum": 1}}, 4096, id="nothing where no model is called"),
+    ],
+)
+def test_a_grant_holds_the_most_output_of_a_call_that_says_none(operation, properties, most):
+    tool = MODELS if not properties else MODELS.replace(b"responses: {", b"responses: {params: " + CATALOG + b", ")
+    assert granted(operation, tool, **body(**properties)).max_output == most
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "path"),
+    [
+        pytest.param(b"https://models.example", "/v1/responses", id="at the root, below the version"),
+        pytest.param(b"https://models.example/openai/v1", "/responses", id="below a base path, right there"),
+    ],
+)
+def test_a_providers_api_needs_no_match(endpoint, path):
+    tool = load_texts({"t.yaml": MODELS.replace(b"https://models.example", endpoint)}, Path()).snapshot.tools["gpt"]
+    operation = tool.operations["responses"]
+    assert (operation.method, operation.template.text) == ("POST", path)
+    assert tool.operations["chat.completions"].template.text == "/v2/chat/completions", "what is written counts"
 
 
 def test_shadow_mode_is_enforced_and_says_so():

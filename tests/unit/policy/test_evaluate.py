@@ -3,9 +3,10 @@
 import pytest
 
 from broker.policy.evaluate import View, admit, evaluate
+from broker.policy.providers import api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Endpoint, Grant, Operation, PolicySnapshot, Tool
-from broker.policy.types import Code, Decision, Effect, ToolCall, Verdict
+from broker.policy.types import Code, Decision, Effect, ModelCall, ToolCall, Verdict
 
 BODY = ParameterSchema({"type": "object", "properties": {"amount": {"type": "integer"}}}, "tools/pay.yaml#/body")
 NARROW = ParameterSchema({"properties": {"amount": {"maximum": 50}}}, "agents/bot.yaml#/body")
@@ -119,3 +120,77 @@ def test_a_protocols_housekeeping_passes_for_an_agent_that_holds_the_tool_and_fo
     ping = ToolCall("wiki", None, housekeeping=True, label="ping")
     assert evaluate(SNAPSHOT, holder, ping).verdict is Verdict.ALLOW
     assert evaluate(SNAPSHOT, BOT, ping).code is Code.TOOL_NOT_DECLARED
+
+
+# Calls of models.
+
+GPT = Tool("gpt", "t", "openai", PAY.endpoint, "tools/gpt.yaml#", {"ask": Operation("ask", Effect.READ, "tools/gpt.yaml#/ask")})
+MODELS = PolicySnapshot("1", {}, {"gpt": GPT}, {}, {})
+
+
+def ask(models=("m", "n"), granted=(), name="m", tools=()):
+    grant = Grant("agents/bot.yaml#/ask", models=frozenset(models), server_tools=frozenset(granted))
+    model = ModelCall(name, 10, "sha256:0", server_tools=tools)
+    return evaluate(
+        MODELS, Agent("bot", "t", "p", "a#", {"gpt": {"ask": grant}}), ToolCall("gpt", "ask", label="POST", model=model)
+    )
+
+
+SEARCH, IMAGE = ("/body/tools/0/type", "web_search"), ("/body/input/0/image_url", "url")
+
+
+@pytest.mark.parametrize(
+    ("decision", "violations"),
+    [
+        pytest.param(ask(), [], id="a model that the manifest names"),
+        pytest.param(ask(granted=["url", "web_search"], tools=(SEARCH, IMAGE)), [], id="what the manifest lets the provider do"),
+        pytest.param(
+            ask(name="o"),
+            [("/body/model", "agents/bot.yaml#/ask/params/body/properties/model", "the manifest names these models: m, n")],
+            id="another model",
+        ),
+        pytest.param(
+            ask(models=()),
+            [
+                (
+                    "/body/model",
+                    "agents/bot.yaml#/ask/params/body/properties/model",
+                    "the manifest names no model; write them there, as an enum",
+                )
+            ],
+            id="a manifest that names no model",
+        ),
+        pytest.param(
+            ask(granted=["url"], tools=(SEARCH, IMAGE)),
+            [
+                (
+                    "/body/tools/0/type",
+                    "agents/bot.yaml#/ask/server_tools",
+                    "the provider would run or fetch this by itself, and the manifest's server_tools don't name it: web_search",
+                )
+            ],
+            id="what the provider would do by itself",
+        ),
+    ],
+)
+def test_a_model_call_needs_its_model_and_what_the_provider_would_do_in_the_manifest(decision, violations):
+    assert [(each.pointer, each.rule, each.message) for each in decision.violations] == violations
+    assert decision.code is (Code.PARAMS_INVALID if violations else None)
+    assert decision.rule == (violations[0][1] if violations else "")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "method", "path", "api"),
+    [
+        pytest.param("openai", "POST", "/v1/chat/completions", "chat.completions", id="an API"),
+        pytest.param("openai", "POST", "/v1/Chat/Completions/", "chat.completions", id="as sloppy servers read it"),
+        pytest.param("openai", "POST", "/responses", "responses", id="right below a base path"),
+        pytest.param("anthropic", "POST", "/v1/messages", "messages", id="another provider's"),
+        pytest.param("openai", "POST", "/v1/messages", None, id="not this provider's"),
+        pytest.param("openai", "GET", "/v1/responses", None, id="another method"),
+        pytest.param("anthropic", "POST", "/v1/messages/count_tokens", None, id="something below"),
+        pytest.param("rest", "POST", "/v1/responses", None, id="no provider"),
+    ],
+)
+def test_which_api_a_request_calls(protocol, method, path, api):
+    assert api_at(protocol, method, path) == api

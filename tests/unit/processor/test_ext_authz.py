@@ -13,6 +13,7 @@ from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
+from broker.metrics import Metrics
 from broker.policy.snapshot import Agent, Endpoint, PolicySnapshot, Tool
 from broker.processor.ext_authz import ExtAuthz
 
@@ -51,7 +52,7 @@ def asked(target="api.example:443", peer=SPIFFE, **changed):
         steady=lambda: NOW,
         mono_ns=lambda: 1,
         random_id=lambda: "d1",
-        decided=lambda *_: None,
+        metrics=Metrics(),
     )
     services = replace(services, **changed)
     question = CheckRequest(attributes={"source": {"principal": peer}, "request": {"http": {"host": target}}})

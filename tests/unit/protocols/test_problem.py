@@ -92,4 +92,6 @@ def test_replies(status: int, challenge: tuple[str, str] | None) -> None:
 
 
 def test_the_registry_knows_each_adapter_by_its_word() -> None:
-    assert {word: adapter.name for word, adapter in ADAPTERS.items()} == {"rest": "rest", "mcp": "mcp"}
+    assert {word: adapter.name for word, adapter in ADAPTERS.items()} == {
+        word: word for word in ("anthropic", "mcp", "openai", "rest")
+    }
