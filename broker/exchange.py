@@ -52,6 +52,7 @@ from broker.policy.strip import strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter
 from broker.protocols.models import with_max_output
+from broker.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -208,14 +209,16 @@ class Exchange:
         if isinstance(answer, LedgerUnavailable):
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
         if isinstance(answer, Refused):
+            self._reserved = False
             case.note(limits=refused(answer))
             return answer.limit.refusal(answer.spent, answer.needed, answer.retry_after)
-        self._reserved = True
         case.note(step=answer.step, limits=reserved(amounts, degraded=answer.degraded))
         return None
 
     def _granted(self, spend: Spend) -> Generator[Command, Event, Granted | Refused | LedgerUnavailable]:
         services = self._case.services
+        # From here on, whoever gets no answer can't know that nothing was taken.
+        self._reserved = True
         try:
             answer = services.ledger.reserve(spend, services.steady())
         except LedgerUnavailable as error:
@@ -309,7 +312,9 @@ def run_id(request: Request) -> str:
         # W3C Baggage section 3.2: `key = value ; properties`, the value percent-encoded.
         members = (member.partition(";")[0].partition("=") for member in ",".join(request.all("baggage")).split(","))
         named = next((unquote(value) for key, _, value in members if key.strip() == "run.id"), "")
-    return named.strip() if _RUN_ID.fullmatch(named.strip()) else ""
+    named = named.strip()
+    # What is recorded must tell runs apart, and a credential is not recorded.
+    return named if _RUN_ID.fullmatch(named) and redacted(named) == named else ""
 
 
 def _trace_id(request: Request) -> str:

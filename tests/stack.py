@@ -315,8 +315,8 @@ class Broker:
         return httpx.Client(proxy=self.proxy_url(name), verify=context, timeout=10, **options)
 
     def direct(self, name: str) -> httpx.Client:
-        """A client at the base-url door."""
-        return httpx.Client(base_url=self.base_url, headers={"x-broker-token": self.token(name)}, timeout=10)
+        """A client at the base-url door, which is plain HTTP: no trust roots are read."""
+        return httpx.Client(base_url=self.base_url, headers={"x-broker-token": self.token(name)}, timeout=10, verify=False)
 
     def records(self) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []

@@ -1,10 +1,11 @@
 """The embedded ledger on disk: a picture of it every so often, so that a restart replays seconds of the record and not a day.
 
-Laws: the record is the truth and the picture only saves time. It names the record that it was taken after; where that one is not
-in the log, with that hash, the picture counts for nothing and the whole day is replayed. Calls that are open when it is taken
-have spent what they reserved.
+Laws: the record is the truth and the picture only saves time. It names the record that it was taken after, and carries a hash of
+itself; where that record is not in the log, or either hash is another, the picture counts for nothing and all that can still
+matter is replayed. Calls that are open when it is taken have spent what they reserved.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import orjson
 
 from broker.audit import chain
 from broker.audit.chain import Link
+from broker.audit.record import canonical
 from broker.ledger.base import NAMED_IDLE_S
 from broker.ledger.memory import MemoryLedger, Run
 from broker.ledger.spending import replay
+from broker.policy.limits import Kind
 from broker.policy.snapshot import PolicySnapshot
 
 log = logging.getLogger(__name__)
@@ -26,22 +29,36 @@ def take(ledger: MemoryLedger, link: Link) -> bytes:
     """The picture, of this moment, after the record `link`."""
     runs = [[*key, run.started, run.last, run.steps, run.counts] for key, run in ledger.runs.items()]
     counted = {"now": ledger.now, "windows": ledger.windows, "full_at": ledger.full_at, "runs": runs}
-    return orjson.dumps({"seq": link.seq, "hash": link.hash, **counted})
+    content = canonical({"after": link.hash, "seq": link.seq, **counted})
+    return b'{"hash":"%s","ledger":%s}' % (hashlib.sha256(content).hexdigest().encode(), content)
 
 
 def rebuild(ledger: MemoryLedger, path: Path, audit: Path, snapshot: PolicySnapshot, now: float) -> None:
-    """Bring an empty ledger to where the log in `audit` left it; `path` is where the picture lies."""
+    """Bring an empty ledger to where the log in `audit` left it; `path` is where the picture lies.
+
+    Without a picture, a named run that has gone on for longer than a day (or its `time_per_run`) has spent nothing before that.
+    """
     seq = _restore(ledger, path, audit)
-    records = _records_after(audit, seq) if seq else _records_since(audit, now - NAMED_IDLE_S)
+    records = _records_after(audit, seq) if seq else _records_since(audit, now - _memory(snapshot))
     replay(ledger, records, snapshot)
     log.info("the ledger is rebuilt from the record, %s", f"after its number {seq}" if seq else "as far as it can matter")
 
 
+def _memory(snapshot: PolicySnapshot) -> float:
+    """How long ago a call may have been that still counts, in seconds. No window is longer than a day."""
+    limits = [limit for agent in snapshot.agents.values() for limit in agent.limits]
+    buckets = [limit.burst * limit.per / max(limit.amount, 1) for limit in limits if limit.kind is Kind.RATE]
+    return max([NAMED_IDLE_S, *buckets, *(limit.amount for limit in limits if limit.kind is Kind.RUN_TIME)])
+
+
 def _restore(ledger: MemoryLedger, path: Path, audit: Path) -> int:
     try:
-        document: dict[str, Any] = orjson.loads(path.read_bytes())
+        picture = orjson.loads(path.read_bytes())
+        document: dict[str, Any] = picture["ledger"]
+        if hashlib.sha256(canonical(document)).hexdigest() != picture["hash"]:
+            return 0
         seq = int(document["seq"])
-        if next(_records_after(audit, seq - 1))["hash"] != document["hash"]:
+        if next(_records_after(audit, seq - 1))["hash"] != document["after"]:
             return 0
         ledger.now, ledger.full_at = document["now"], document["full_at"]
         ledger.windows = {key: (window, spent) for key, (window, spent) in document["windows"].items()}

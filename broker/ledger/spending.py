@@ -2,7 +2,8 @@
 
 Laws: the two directions stand side by side here, so that what was written is what is counted after a restart. What every call
 spends (one call, one write if it writes) is not written: the record's effect says it. A call with a decision and no outcome has
-spent all that it reserved. Nothing that was open before a restart is open after it.
+spent all that it reserved. Nothing that was open before a restart is open after it. A call counts whether or not its agent may
+still make it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from broker.ledger.base import Refused, Spend
 from broker.ledger.memory import MemoryLedger
 from broker.policy.limits import NANO, Limit, Measure, called, used
 from broker.policy.snapshot import PolicySnapshot
-from broker.policy.types import Json, Usage, Verdict
+from broker.policy.types import Effect, Json, Usage, Verdict
 
 _ALWAYS = frozenset(called(0)) - {Measure.BYTES_OUT}
 
@@ -42,31 +43,36 @@ def _read(noted: Mapping[str, Any]) -> dict[Measure, int]:
 
 def replay(ledger: MemoryLedger, records: Iterable[Mapping[str, Any]], snapshot: PolicySnapshot) -> None:
     """Count what an audit log's records, in order, say was spent, under the limits that are in force now."""
+    limits = _by_scope(snapshot)
     for record in records:
         if record["event"] == "decision" and record["verdict"] in (Verdict.ALLOW, Verdict.WOULD_DENY):
-            ledger.take(_spend(record, snapshot), _seconds(record["time"]))
+            ledger.take(_spend(record, limits, snapshot.environment), _seconds(record["time"]))
         elif record["event"] == "outcome":
             ledger.settle(record["decision_id"], _spent(record), _seconds(record["time"]))
     ledger.grants.clear()
     ledger.open.clear()
 
 
-def _spend(record: Mapping[str, Any], snapshot: PolicySnapshot) -> Spend:
-    name, tool, operation = record["agent"]["name"], record["tool"], record["operation"]
-    limits = _bearing(snapshot, name, tool, operation)
-    noted = _read((record.get("limits") or {}).get("reserved", {}))
+def _by_scope(snapshot: PolicySnapshot) -> dict[str, dict[Limit, None]]:
+    found: dict[str, dict[Limit, None]] = {}
+    for agent in snapshot.agents.values():
+        for limit in agent.limits:
+            found.setdefault(limit.scope, {})[limit] = None
+    return found
+
+
+def _spend(record: Mapping[str, Any], limits: Mapping[str, Iterable[Limit]], environment: str) -> Spend:
+    agent, tool, operation = record["agent"], record["tool"], f"{record['tool']}/{record['operation']}"
+    own = f"agent/{agent['name']}"
+    scopes = (f"{own}/{operation}", f"{own}/{tool}", own, f"team/{agent['owner']}", f"environment/{environment}")
     # A protocol's own traffic has no effect, and is no step of a run.
-    run = (record["run_id"] or "") if record["effect"] else None
-    fingerprint = f"{tool}/{operation}/{record['args_hash']}"
-    return Spend(record["decision_id"], name, limits, {**called(0), **noted}, run, fingerprint)
-
-
-def _bearing(snapshot: PolicySnapshot, name: str, tool: str, operation: str) -> tuple[Limit, ...]:
-    agent = snapshot.agents.get(name)
-    if agent is None or tool not in agent.tools:
-        return ()
-    grant = agent.tools[tool].get(operation)
-    return grant.limits if grant else agent.housekeeping[tool]
+    effect = Effect(record["effect"]) if record["effect"] else None
+    model = record.get("model") is not None
+    bearing = tuple(each for scope in scopes for each in limits.get(scope, ()) if each.bears_on(effect, model=model))
+    noted = _read((record.get("limits") or {}).get("reserved", {}))
+    run = (record["run_id"] or "") if effect else None
+    fingerprint = f"{operation}/{record['args_hash']}"
+    return Spend(record["decision_id"], agent["name"], bearing, {**called(0), **noted}, run, fingerprint)
 
 
 def _spent(record: Mapping[str, Any]) -> dict[Measure, int]:
