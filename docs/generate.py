@@ -207,6 +207,8 @@ def _finding(example: Finding) -> str:
 
 _PLAINTEXT = b"""{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web},
 spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, operations: {}}}"""
+_PLATFORM = b"""{apiVersion: broker/v1, kind: Platform, metadata: {name: acme, owner: platform},
+spec: {ledger: {unsafe_reads_without_redis: true}, flow: []}}"""
 
 
 def _findings() -> Mapping[str, Finding]:
@@ -214,7 +216,12 @@ def _findings() -> Mapping[str, Finding]:
     examples: dict[str, Finding] = {}
     folder = Path("tests/bad_manifests")
     bad = [{path.name: path.read_bytes()} for path in sorted(folder.glob("*.yaml"))]
-    more: list[dict[str, bytes]] = [{}, {"large.yaml": b"#" * (MAX_BYTES + 1)}, {"shop.yaml": _PLAINTEXT}]
+    more: list[dict[str, bytes]] = [
+        {},
+        {"large.yaml": b"#" * (MAX_BYTES + 1)},
+        {"shop.yaml": _PLAINTEXT},
+        {"acme.yaml": _PLATFORM},
+    ]
     for texts in (*bad, *more):
         for finding in load_texts(texts, folder).findings:
             examples.setdefault(finding.code, finding)
@@ -281,7 +288,7 @@ _MEANING: Mapping[str, str] = {
     "decision_id": "Names the decision; also in the header `x-broker-decision-id` of a denial, and in the outcome.",
     "agent": "`name`, `spiffe`, `owner`, `oncall`, from the manifest; empty where none was proven, `name` alone in a revocation.",
     "run_id": "The run that the agent named (`x-run-id`, or W3C baggage `run.id`). It groups; it proves nothing.",
-    "step": "Number of the call in its run. Not counted yet: always 0.",
+    "step": "Number of the call in its run; 0 where nothing was reserved for it.",
     "trace_id": "The trace ID of the request's `traceparent`.",
     "tool": "The tool's name in the catalog.",
     "operation": "The operation's name, or what was tried where none matched.",
@@ -294,6 +301,8 @@ _MEANING: Mapping[str, str] = {
     "path": "The raw path without query; parameters of an operation with the data class `pii` or `secret` are masked.",
     "args": "The parameters by location, redacted, at most 16 KiB.",
     "args_hash": "`sha256:` over the canonical JSON of all parameters, unredacted.",
+    "limits": "`reserved`: the most that the call may spend, by measure. `refused`: the limit that had no room, its `scope`, "
+    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case.",
     "verdict": "`allow` or `deny`.",
     "code": "Why it was denied, or why the broker ended an allowed call. See [codes](codes.md).",
     "rule": "Where the decisive rule stands, `file#pointer`.",
