@@ -19,7 +19,7 @@ import orjson
 import yaml
 
 from broker.audit.chain import CHECKPOINT
-from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record, revocation_record
+from broker.audit.record import Attempt, Ending, alert_record, config_record, decision_record, outcome_record, revocation_record
 from broker.cli import options
 from broker.cli.main import cli
 from broker.cli.render import placeholders, rendered
@@ -282,7 +282,7 @@ _MEANING: Mapping[str, str] = {
     "seq": "Number of the record, from 1, without gaps.",
     "time": "When it was written, RFC 3339, UTC, microseconds.",
     "mono_ns": "The monotonic clock in nanoseconds: orders records within one run of the broker when the wall clock jumps.",
-    "event": "`decision`, `outcome`, `config` or `revocation`.",
+    "event": "`decision`, `outcome`, `config`, `revocation` or `alert`.",
     "prev_hash": "`hash` of the record before; 64 zeros for the first.",
     "hash": "SHA-256 of this record in canonical JSON without `hash`, lower-case hex.",
     "decision_id": "Names the decision; also in the header `x-broker-decision-id` of a denial, and in the outcome.",
@@ -302,7 +302,8 @@ _MEANING: Mapping[str, str] = {
     "args": "The parameters by location, redacted, at most 16 KiB.",
     "args_hash": "`sha256:` over the canonical JSON of all parameters, unredacted.",
     "limits": "`reserved`: the most that the call may spend, by measure. `refused`: the limit that had no room, its `scope`, "
-    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case.",
+    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case. `degraded`: the shared ledger "
+    "was away, and this broker counted for itself.",
     "verdict": "`allow` or `deny`.",
     "code": "Why it was denied, or why the broker ended an allowed call. See [codes](codes.md).",
     "rule": "Where the decisive rule stands, `file#pointer`.",
@@ -311,6 +312,12 @@ _MEANING: Mapping[str, str] = {
     "credential": "`issuer`, `scopes`, `lease_id`, `expires` of what was injected; never the credential. Null where none was.",
     "upstream": "`status` (0 where no answer came; `detail` says why), `bytes` as far as known, `duration_ms` of the call.",
     "response_hash": "Reserved: null.",
+    "model": "The model that was asked for; in the decision too.",
+    "provider": "Whose prices count: the tool's name, or else its protocol; in the decision too.",
+    "prompt_hash": "`sha256:` over the canonical JSON of what was said to the model, which is not recorded; in the decision too.",
+    "tokens": "`input`, of which `cached` and `cache_write`, and `output`; `estimated` where the provider did not tell all of it.",
+    "usd": "What that cost, by the platform's prices; null without a price.",
+    "completion_hash": "`sha256:` over the text that was generated, which is not recorded; the same for an answer and its stream.",
     "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
 }
 _NOW = 1_767_225_600.0
@@ -324,6 +331,11 @@ def audit() -> str:
     for event, record in samples.items():
         rest = [name for name in _MEANING if name in record and name not in every]
         sections.append(_record_fields(f"`{event}`", rest))
+    asked = Attempt("", "", {}, model="gpt-5-mini", provider="openai", prompt_hash="sha256:…")
+    model = outcome_record(_NOW, 812_345_678, asked, Ending(usage=Usage(), usd=0.0, completion_hash="sha256:…"))
+    more = {name: model for name in model if name not in samples["outcome"]}
+    sections.append(_record_fields("Of a call of a model, beside these", [name for name in _MEANING if name in more]))
+    samples = {**samples, "of models": more}
     unknown = {name for record in samples.values() for name in record} ^ set(_MEANING)
     if unknown:
         raise SystemExit(f"docs/generate.py and broker/audit/record.py disagree on: {', '.join(sorted(unknown))}")
@@ -376,6 +388,7 @@ def _samples() -> Mapping[str, Mapping[str, Any]]:
         "outcome": outcome_record(_NOW, 812_345_678, attempt, Ending(status=200)) | link,
         "config": config_record(_NOW, 812_345_678, "configuration in force") | link,
         "revocation": revocation | {"revoked": {"tokens_until": _NOW}} | link,
+        "alert": alert_record(_NOW, 812_345_678, "limits can't be checked") | link,
     }
 
 
