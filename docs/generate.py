@@ -302,8 +302,8 @@ _MEANING: Mapping[str, str] = {
     "args": "The parameters by location, redacted, at most 16 KiB.",
     "args_hash": "`sha256:` over the canonical JSON of all parameters, unredacted.",
     "limits": "`reserved`: the most that the call may spend, by measure. `refused`: the limit that had no room, its `scope`, "
-    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case. `degraded`: the shared ledger "
-    "was away, and this broker counted for itself.",
+    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case. `degraded`: the shared "
+    "ledger was away, and this broker counted for itself.",
     "verdict": "`allow` or `deny`.",
     "code": "Why it was denied, or why the broker ended an allowed call. See [codes](codes.md).",
     "rule": "Where the decisive rule stands, `file#pointer`.",
@@ -315,9 +315,9 @@ _MEANING: Mapping[str, str] = {
     "model": "The model that was asked for; in the decision too.",
     "provider": "Whose prices count: the tool's name, or else its protocol; in the decision too.",
     "prompt_hash": "`sha256:` over the canonical JSON of what was said to the model, which is not recorded; in the decision too.",
-    "tokens": "`input`, of which `cached` and `cache_write`, and `output`; `estimated` where the provider did not tell all of it.",
+    "tokens": "`input`, of which `cached` and `cache_write`, and `output`; `estimated` where the provider did not tell all.",
     "usd": "What that cost, by the platform's prices; null without a price.",
-    "completion_hash": "`sha256:` over the text that was generated, which is not recorded; the same for an answer and its stream.",
+    "completion_hash": "`sha256:` over the text that was generated, which is not recorded; the same whole or as a stream.",
     "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
 }
 _NOW = 1_767_225_600.0
