@@ -10,7 +10,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from broker.credentials.base import Lease, Occasion, rendered
+from broker.credentials.base import Lease, Occasion, Secret, rendered
 
 DEFAULT_TTL_S = 300
 # A token is replaced this long before it ends, so that none ends on its way.
@@ -75,7 +75,8 @@ class JwtIssuer:
             **({"run_id": occasion.run_id} if occasion.run_id else {}),
         }
         token = jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
-        return Lease(lease_id, self.name, occasion.spec.header, rendered(occasion.spec, token), scopes, float(expires))
+        made = rendered(occasion.spec, token)
+        return Lease(lease_id, self.name, occasion.spec.header, made, scopes, float(expires), (Secret(token),))
 
 
 def key_id(key: Ed25519PrivateKey) -> str:
