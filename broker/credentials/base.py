@@ -4,6 +4,7 @@ Laws: a secret is held by reference until it is needed, and whatever holds one p
 asked for or fails: a wider credential is none, and no call goes without. A lease belongs to one agent.
 """
 
+import base64
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from broker.errors import BrokerError
+from broker.manifest.models import Model
 from broker.policy.snapshot import Agent, CredentialSpec, Operation, Tool
 from broker.policy.types import Json
 
@@ -97,11 +99,9 @@ class Lease:
 class Issuer(Protocol):
     """What the exchange asks. `cached` is the hot path and never waits; `issue` may wait, after `cached` gave None."""
 
-    name: ClassVar[str]
-
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """What is wrong with a catalog entry's settings, each as a sentence with its remedy; empty when nothing is."""
+    @property
+    def name(self) -> str:
+        """The word for it in the catalog."""
 
     def cached(self, occasion: Occasion, now: float) -> Lease | None:
         """A lease at hand for this occasion, or None. Raises `CredentialUnavailable`."""
@@ -110,20 +110,28 @@ class Issuer(Protocol):
         """A new lease. Raises `CredentialUnavailable`."""
 
 
-class Source(Protocol):
-    """Makes credentials by asking someone else. `Leases` makes an issuer of one: it caches, renews, drops and takes back."""
+class Declared(Protocol):
+    """What the catalog's word for an issuer stands for. `Settings` are the fields of its own that an entry may have."""
 
     name: ClassVar[str]
+    Settings: ClassVar[type[Model]]
 
     @staticmethod
     def check(settings: Mapping[str, object]) -> list[str]:
-        """As `Issuer.check`."""
+        """What is wrong with a catalog entry's settings, each as a sentence with its remedy; empty when nothing is."""
+
+
+class Source(Declared, Protocol):
+    """Makes credentials by asking someone else. `Leases` makes an issuer of one: it caches, renews, drops and takes back."""
 
     def narrowed(self, occasion: Occasion) -> tuple[str, ...]:
         """What the lease is narrowed to beside the agent and the tool: calls that share all of it may share a lease."""
 
     async def fetch(self, occasion: Occasion, now: float) -> Lease:
-        """A new lease, not wider than asked and with its true end. Raises `CredentialUnavailable`; may be cancelled."""
+        """A new lease, not wider than asked; its `expires` is `now` and the life that it has left, so nobody else's clock counts.
+
+        Raises `CredentialUnavailable`; may be cancelled.
+        """
 
     async def revoke(self, handle: Secret) -> None:
         """Take a lease back at the issuer. Raises `CredentialUnavailable`: then it is tried again later."""
@@ -133,7 +141,25 @@ def rendered(spec: CredentialSpec, secret: str) -> Secret:
     """The header's value: the secret in the entry's template. A line break can't start a header of its own."""
     if not secret or any(character in secret for character in "\r\n\0"):
         raise CredentialUnavailable("the secret is empty or has a line break in it", "set it to the bare value")
+    if spec.basic is not None:  # RFC 7617 section 2
+        return Secret("Basic " + base64.b64encode(f"{spec.basic}:{secret}".encode()).decode())
     return Secret(spec.template.replace("{}", secret))
+
+
+def leased(  # noqa: PLR0913 - a lease has as many parts
+    spec: CredentialSpec,
+    lease_id: str,
+    secret: str,
+    *,
+    scopes: tuple[str, ...] = (),
+    expires: float | None = None,
+    handle: Secret | None = None,
+) -> Lease:
+    """The lease of a secret that goes where the entry says. Raises `CredentialUnavailable`."""
+    value = rendered(spec, secret)
+    # Of Basic, the encoded pair too: what surrounds the secret in it can't be told from the secret alone.
+    shown = (Secret(secret), Secret(value.reveal().removeprefix("Basic "))) if spec.basic is not None else (Secret(secret),)
+    return Lease(lease_id, spec.issuer, spec.header, value, scopes, expires, shown, handle=handle)
 
 
 def referenced(reference: object, tool: str) -> str:

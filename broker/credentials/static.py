@@ -4,29 +4,37 @@ import hashlib
 from collections.abc import Mapping
 from typing import ClassVar
 
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, referenced, rendered
+from pydantic import Field
+
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion, leased, referenced
+from broker.credentials.settings import problems
+from broker.manifest.models import Model
+from broker.manifest.models import Secret as SecretReference
+
+
+class StaticSettings(Model):
+    """A long-lived secret."""
+
+    secret: SecretReference = Field(description="Where the secret is: {env: NAME} or {file: PATH}.")
 
 
 class StaticIssuer:
     """Reads the secret at each call from the environment, or from a file, so that a rotated file is used at once."""
 
     name: ClassVar[str] = "static"
+    Settings: ClassVar[type[Model]] = StaticSettings
 
     @staticmethod
     def check(settings: Mapping[str, object]) -> list[str]:
-        """One reference, `{env: NAME}` or `{file: PATH}`."""
-        secret = settings.get("secret")
-        if isinstance(secret, Mapping) and len(secret) == 1 and set(secret) <= {"env", "file"}:
-            return []
-        return ["the static issuer needs a reference to its secret; write secret: {env: NAME} or secret: {file: PATH}"]
+        """What is wrong, field by field."""
+        return problems(StaticSettings, settings, StaticIssuer.name)
 
     def cached(self, occasion: Occasion, now: float) -> Lease | None:  # noqa: ARG002 - it never expires by itself
         """The secret as it is now."""
         reference = occasion.spec.settings.get("secret")
         value = referenced(reference, occasion.tool.name)
         digest = hashlib.sha256(f"{reference}\0{occasion.agent.name}\0{occasion.tool.name}".encode()).hexdigest()
-        made = rendered(occasion.spec, value)
-        return Lease(f"static-{digest[:16]}", self.name, occasion.spec.header, made, secrets=(Secret(value),))
+        return leased(occasion.spec, f"static-{digest[:16]}", value)
 
     async def issue(self, occasion: Occasion, now: float) -> Lease:
         """Never asked: `cached` always answers."""

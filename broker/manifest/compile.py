@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from broker.manifest import models
 from broker.manifest.admission import Source
@@ -92,10 +92,17 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
 
 
 def _credential(spec: models.Credential, base: Path) -> CredentialSpec:
-    settings = spec.settings
-    if spec.secret and "file" in spec.secret:
-        settings["secret"] = {"file": str((base / spec.secret["file"]).absolute())}
-    return CredentialSpec(spec.issuer, MappingProxyType(settings), spec.placement.header, spec.placement.template)
+    settings, where = {name: _anchored(value, base) for name, value in spec.settings.items()}, spec.placement
+    sigv4 = (where.sigv4.service, where.sigv4.region) if where.sigv4 else None
+    return CredentialSpec(spec.issuer, MappingProxyType(settings), where.header, where.template, where.basic, sigv4)
+
+
+def _anchored(value: Any, base: Path) -> Any:
+    """The value with each `{file: PATH}` in it made absolute: it is relative to the manifests folder."""
+    if isinstance(value, dict):
+        alone = value.keys() == {"file"} and isinstance(value["file"], str)
+        return {name: str((base / part).absolute()) if alone else _anchored(part, base) for name, part in value.items()}
+    return [_anchored(part, base) for part in value] if isinstance(value, list) else value
 
 
 def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
@@ -119,9 +126,8 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], cei
             own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
             every |= dict.fromkeys((*own, *shared))
             declared = catalog[tool].operations[operation]
-            grants[operation] = _grant(
-                source.rule(*place), grant, bearing((*own, *shared), declared.effect, catalog[tool].protocol)
-            )
+            bounds = bearing((*own, *shared), declared.effect, catalog[tool].protocol)
+            grants[operation] = _grant(source.rule(*place), grant, declared, bounds)
         tools[tool] = MappingProxyType(grants)
     return Agent(
         name=name,
@@ -137,5 +143,19 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], cei
     )
 
 
-def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...]) -> Grant:
-    return Grant(rule, _placed(spec.params, f"{rule}/params"), approval=spec.approval is not None, limits=bounds)
+def _grant(rule: str, spec: models.GrantSpec, declared: Operation, bounds: tuple[Limit, ...]) -> Grant:
+    schemas = _placed(spec.params, f"{rule}/params")
+    return Grant(rule, schemas, approval=spec.approval is not None, limits=bounds, pins=_pins(declared, schemas))
+
+
+def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[str, tuple[str, ...]]:
+    """The parameters that may have only certain texts; the manifest's schemas come after the catalog's."""
+    pins: dict[str, tuple[str, ...]] = {}
+    # What the path names is pinned by the path alone, not by a field of the body that has the same name.
+    variables = {name for name, _ in declared.template.parts} if declared.template else set()
+    for location, schema in (*declared.schemas.items(), *own.items()):
+        for name, part in schema.source.get("properties", {}).items():
+            texts: list[Any] = part.get("enum", [part.get("const")]) if isinstance(part, dict) else [None]
+            if all(isinstance(text, str) for text in texts) and (location == "path" or name not in variables):
+                pins[name] = tuple(texts)
+    return MappingProxyType(pins)
