@@ -6,8 +6,21 @@ that a catalog entry may write in `credential.issuer`; each is one file, an `Iss
 
 from collections.abc import Mapping
 
-from broker.credentials.base import Declared
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from broker.credentials.base import Declared, Issuer
+from broker.credentials.exec import ExecSource
 from broker.credentials.jwt import JwtIssuer
+from broker.credentials.leases import Leases
+from broker.credentials.oauth import OAuthSource
+from broker.credentials.outbox import Put
 from broker.credentials.static import StaticIssuer
 
-ISSUERS: Mapping[str, type[Declared]] = {issuer.name: issuer for issuer in (JwtIssuer, StaticIssuer)}
+ISSUERS: Mapping[str, type[Declared]] = {issuer.name: issuer for issuer in (ExecSource, JwtIssuer, OAuthSource, StaticIssuer)}
+
+
+def issuers(key: Ed25519PrivateKey, put: Put) -> Mapping[str, Issuer]:
+    """All of them, by name. `key` signs the broker's own tokens; `put` takes what is to be taken back."""
+    ours = JwtIssuer(key)
+    leases = {source.name: Leases(source, put) for source in (ExecSource(), OAuthSource(ours.sign))}
+    return {"static": StaticIssuer(), "jwt": ours, **leases}

@@ -116,10 +116,6 @@ class Declared(Protocol):
     name: ClassVar[str]
     Settings: ClassVar[type[Model]]
 
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """What is wrong with a catalog entry's settings, each as a sentence with its remedy; empty when nothing is."""
-
 
 class Source(Declared, Protocol):
     """Makes credentials by asking someone else. `Leases` makes an issuer of one: it caches, renews, drops and takes back."""

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
 from broker.credentials.base import Lease, Occasion, leased
-from broker.credentials.settings import Lifetime, Scope, problems
+from broker.credentials.settings import Lifetime, Scope
 from broker.manifest.models import Model, Word
 
 DEFAULT_TTL_S = 300
@@ -40,11 +40,6 @@ class JwtIssuer:
         self._key = key
         self.key_id = key_id(key)
         self._leases: dict[tuple[object, ...], Lease] = {}
-
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """What is wrong, field by field."""
-        return problems(JwtSettings, settings, JwtIssuer.name)
 
     def cached(self, occasion: Occasion, now: float) -> Lease:
         """The lease for this occasion, minted here when there is none: signing takes about 50 us and waits for nobody."""

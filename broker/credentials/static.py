@@ -1,13 +1,11 @@
 """`static`: a long-lived secret, by reference, for tools that know nothing better."""
 
 import hashlib
-from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, leased, referenced
-from broker.credentials.settings import problems
 from broker.manifest.models import Model
 from broker.manifest.models import Secret as SecretReference
 
@@ -23,11 +21,6 @@ class StaticIssuer:
 
     name: ClassVar[str] = "static"
     Settings: ClassVar[type[Model]] = StaticSettings
-
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """What is wrong, field by field."""
-        return problems(StaticSettings, settings, StaticIssuer.name)
 
     def cached(self, occasion: Occasion, now: float) -> Lease | None:  # noqa: ARG002 - it never expires by itself
         """The secret as it is now."""
