@@ -38,7 +38,7 @@ def _whole(command: tuple[str, ...]) -> tuple[str, ...]:
 class ExecSettings(Issued):
     """A command that makes a credential."""
 
-    command: Annotated[tuple[Annotated[str, Field(pattern="^[^\\0]{1,4096}$")], ...], AfterValidator(_whole)] = Field(
+    command: Annotated[tuple[Annotated[str, Field(pattern=r"^[^\x00]{1,4096}$")], ...], AfterValidator(_whole)] = Field(
         description="The command and its arguments; its file by the whole path. No shell reads it."
     )
     timeout: Seconds = Field(5, description="How long it may take, 5s unless given.")

@@ -7,7 +7,7 @@ not repeated but for its error's code, for it could hold what it was sent.
 import asyncio
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -48,7 +48,7 @@ class Answer:
     """What an issuer answered. `document` is empty where the body is no JSON object; `date` is its clock, in seconds."""
 
     status: int
-    document: Mapping[str, Any]
+    document: Mapping[str, Any] = field(repr=False)
     date: float | None = None
 
     @property

@@ -58,18 +58,21 @@ def _sentence(error: Mapping[str, Any], issuer: str) -> str:
 
 
 def scopes_of(scopes: Any, occasion: Occasion) -> tuple[str, ...]:
-    """The scopes of this operation: by its name, or else by its effect. A protocol's housekeeping is a read.
+    """The scopes of this operation, of a list or a map of lists. Raises `CredentialUnavailable`, as `chosen`."""
+    return tuple(chosen(scopes, occasion) if isinstance(scopes, Mapping) else scopes or ())
 
-    Raises `CredentialUnavailable` where the entry has a map and neither is in it.
+
+def chosen(scopes: Mapping[str, Any], occasion: Occasion) -> Any:
+    """What a map has for this operation: by its name, or else by its effect. A protocol's housekeeping is a read.
+
+    Raises `CredentialUnavailable` where neither is in it.
     """
-    if not isinstance(scopes, Mapping):
-        return tuple(scopes or ())
     name, effect = (occasion.operation.name, occasion.operation.effect.value) if occasion.operation else ("", "read")
     for word in (name, effect):
         if word in scopes:
-            return tuple(scopes[word])
+            return scopes[word]
     what = f"the scopes of {occasion.tool.name!r} name neither the operation {name!r} nor the effect {effect}"
-    raise CredentialUnavailable(what, "add one of them, if only with an empty list")
+    raise CredentialUnavailable(what, "add one of them, if only an empty one")
 
 
 def granted(value: object, asked: tuple[str, ...], issuer: str) -> tuple[str, ...]:
