@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import quote_plus
+from urllib.parse import quote
 
 import jwt
 import orjson
@@ -159,8 +159,8 @@ class _Client:
         settings, proof, headers = self.settings, {"client_id": self.settings.client_id}, {}
         signs_assertion = settings.grant == "jwt-bearer" and not settings.subject and "assertion" in form
         if settings.secret and settings.client_auth == "basic":
-            # RFC 6749 section 2.3.1: both are form-encoded first.
-            pair = ":".join(quote_plus(part) for part in (settings.client_id or "", referenced(settings.secret, self.tool)))
+            # RFC 6749 section 2.3.1: both are form-encoded first; a space as %20, which every server decodes.
+            pair = ":".join(quote(part, safe="") for part in (settings.client_id or "", referenced(settings.secret, self.tool)))
             proof, headers = {}, {"authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
         elif settings.secret:
             proof["client_secret"] = referenced(settings.secret, self.tool)

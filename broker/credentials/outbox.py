@@ -17,6 +17,7 @@ from cryptography.fernet import Fernet, InvalidToken
 
 from broker import clock
 from broker.credentials.base import CredentialUnavailable, Secret, Source
+from broker.errors import counted
 from broker.keys import write_private
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Outbox:
             if old is None or new.due < old.due:
                 self._waiting[key] = new
         if (over := len(self._waiting) - _MAX) > 0:
-            log.error("%d credentials will not be taken back at their issuers: too many are waiting", over)
+            log.error("%s will not be taken back at the issuer: too many are waiting", counted(over, "credential"))
             soonest = sorted(self._waiting, key=lambda key: self._waiting[key].expires or 0.0)
             for key in soonest[:over]:
                 del self._waiting[key]
