@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -41,6 +42,16 @@ def p256(path: Path) -> EllipticCurvePrivateKey:
     return key
 
 
+def fernet(path: Path) -> Fernet:
+    """What seals with the key at `path`, made if it is missing. Raises `KeyFileError`."""
+    if not path.exists():
+        write_private(path, Fernet.generate_key())
+    try:
+        return Fernet(_private(path))
+    except ValueError as error:
+        raise KeyFileError(f"{path} holds no Fernet key", "move it away to have a new one made") from error
+
+
 def fresh_p256() -> EllipticCurvePrivateKey:
     """A new P-256 key, in memory alone."""
     return generate_private_key(SECP256R1())
@@ -64,12 +75,17 @@ def _written(path: Path, key: Any) -> Any:
 def _loaded(path: Path, kind: type, name: str) -> Any:
     if not path.exists():
         return None
-    if path.stat().st_mode & _OTHERS:
-        raise KeyFileError(f"{path} can be read by others", "replace the key, or chmod 600 it if you know nobody read it")
+    content = _private(path)
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(content, password=None)
     except ValueError as error:
         raise KeyFileError(f"{path} is no private key ({error})", "move it away to have a new one made") from error
     if not isinstance(key, kind):
         raise KeyFileError(f"{path} holds no {name} key", "move it away to have a new one made")
     return key
+
+
+def _private(path: Path) -> bytes:
+    if path.stat().st_mode & _OTHERS:
+        raise KeyFileError(f"{path} can be read by others", "replace the key, or chmod 600 it if you know nobody read it")
+    return path.read_bytes()

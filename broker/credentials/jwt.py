@@ -9,8 +9,11 @@ from typing import ClassVar
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import Field
 
-from broker.credentials.base import Lease, Occasion, rendered
+from broker.credentials.base import Lease, Occasion, leased
+from broker.credentials.settings import Lifetime, Scope
+from broker.manifest.models import Model, Word
 
 DEFAULT_TTL_S = 300
 # A token is replaced this long before it ends, so that none ends on its way.
@@ -19,38 +22,34 @@ ISSUER = "envoy-tool-broker"
 _CACHED = 65_536
 
 
+class JwtSettings(Model):
+    """A token of the broker's own, signed with EdDSA; `/jwks.json` of the admin API has the key."""
+
+    audience: Word | None = Field(None, description="Whom the token is for; the tool's name unless given.")
+    scopes: tuple[Scope, ...] = Field((), description="What the token says that it may do.")
+    ttl: Lifetime | None = Field(None, description="How long a token lives, 5m unless given.")
+
+
 class JwtIssuer:
     """Mints `aud` = tool, `sub` = the agent's SPIFFE ID, `scope`, `run_id`, cached until it nears its end."""
 
     name: ClassVar[str] = "jwt"
+    Settings: ClassVar[type[Model]] = JwtSettings
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
         self.key_id = key_id(key)
         self._leases: dict[tuple[object, ...], Lease] = {}
 
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """Optional: `audience` (text), `ttl` (seconds), `scopes` (a list of words)."""
-        scopes, ttl = settings.get("scopes", []), settings.get("ttl", DEFAULT_TTL_S)
-        words = isinstance(scopes, list | tuple) and all(isinstance(scope, str) and scope for scope in scopes)
-        rules = {
-            "audience is a word; write audience: NAME": isinstance(settings.get("audience", ""), str),
-            "the jwt issuer's scopes are a list of words; write scopes: [pages.read]": words,
-            "ttl is a number of seconds above 0": isinstance(ttl, int) and ttl > 0,
-            "the jwt issuer signs with the broker's own key; take secret: out": "secret" not in settings,
-        }
-        return [rule for rule, kept in rules.items() if not kept]
-
     def cached(self, occasion: Occasion, now: float) -> Lease:
         """The lease for this occasion, minted here when there is none: signing takes about 50 us and waits for nobody."""
         scopes = tuple(occasion.spec.settings.get("scopes", ()))
-        key = (occasion.agent.name, occasion.tool.name, scopes, occasion.run_id, occasion.spec.header, occasion.spec.template)
+        key = (occasion.agent.name, occasion.agent.spiffe, occasion.tool.name, occasion.run_id, occasion.spec)
         lease = self._leases.get(key)
         if lease is not None and lease.expires is not None and now < lease.expires - min(MARGIN_S, self._ttl(occasion) / 2):
             return lease
         if len(self._leases) >= _CACHED:
-            self._leases.clear()
+            del self._leases[next(iter(self._leases))]
         self._leases[key] = lease = self._mint(occasion, scopes, now)
         return lease
 
@@ -65,7 +64,6 @@ class JwtIssuer:
         lease_id = f"jwt-{secrets.token_hex(8)}"
         expires = int(now) + self._ttl(occasion)
         claims: dict[str, object] = {
-            "iss": ISSUER,
             "aud": occasion.spec.settings.get("audience") or occasion.tool.name,
             "sub": occasion.agent.spiffe or occasion.agent.name,
             "iat": int(now),
@@ -74,8 +72,11 @@ class JwtIssuer:
             "scope": " ".join(scopes),
             **({"run_id": occasion.run_id} if occasion.run_id else {}),
         }
-        token = jwt.encode(claims, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
-        return Lease(lease_id, self.name, occasion.spec.header, rendered(occasion.spec, token), scopes, float(expires))
+        return leased(occasion.spec, lease_id, self.sign(claims), scopes=scopes, expires=float(expires))
+
+    def sign(self, claims: Mapping[str, object]) -> str:
+        """The claims as a token of the broker's, beside `iss`."""
+        return jwt.encode({"iss": ISSUER, **claims}, self._key, algorithm="EdDSA", headers={"kid": self.key_id})
 
 
 def key_id(key: Ed25519PrivateKey) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from broker.manifest import models
 from broker.manifest.admission import Source, named_models
@@ -93,10 +93,17 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
 
 
 def _credential(spec: models.Credential, base: Path) -> CredentialSpec:
-    settings = spec.settings
-    if spec.secret and "file" in spec.secret:
-        settings["secret"] = {"file": str((base / spec.secret["file"]).absolute())}
-    return CredentialSpec(spec.issuer, MappingProxyType(settings), spec.placement.header, spec.placement.template)
+    settings, where = {name: _anchored(value, base) for name, value in spec.settings.items()}, spec.placement
+    sigv4 = (where.sigv4.service, where.sigv4.region) if where.sigv4 else None
+    return CredentialSpec(spec.issuer, MappingProxyType(settings), where.header, where.template, where.basic, sigv4)
+
+
+def _anchored(value: Any, base: Path) -> Any:
+    """The value with each `{file: PATH}` in it made absolute: it is relative to the manifests folder."""
+    if isinstance(value, dict):
+        alone = value.keys() == {"file"} and isinstance(value["file"], str)
+        return {name: str((base / part).absolute()) if alone else _anchored(part, base) for name, part in value.items()}
+    return [_anchored(part, base) for part in value] if isinstance(value, list) else value
 
 
 def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
@@ -147,6 +154,7 @@ def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protoco
         models=named_models(spec.params),
         server_tools=frozenset(spec.server_tools),
         max_output=min(_maxima(protocol, declared, schemas), default=MAX_OUTPUT),
+        pins=_pins(declared, schemas),
     )
 
 
@@ -158,3 +166,16 @@ def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterS
             of_field = schema.get("properties", {}).get(field)
             if isinstance(of_field, dict) and "maximum" in of_field:
                 yield int(of_field["maximum"])
+
+
+def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[str, tuple[str, ...]]:
+    """The parameters that may have only certain texts; the manifest's schemas come after the catalog's."""
+    pins: dict[str, tuple[str, ...]] = {}
+    # What the path names is pinned by the path alone, not by a field of the body that has the same name.
+    variables = {name for name, _ in declared.template.parts} if declared.template else set()
+    for location, schema in (*declared.schemas.items(), *own.items()):
+        for name, part in schema.source.get("properties", {}).items():
+            texts: list[Any] = part.get("enum", [part.get("const")]) if isinstance(part, dict) else [None]
+            if all(isinstance(text, str) for text in texts) and (location == "path" or name not in variables):
+                pins[name] = tuple(texts)
+    return MappingProxyType(pins)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ class Loaded:
 def vocabulary() -> Vocabulary:
     """The protocols and issuers that this broker has."""
     from broker.credentials import ISSUERS  # noqa: PLC0415 - what needs no registry (schemas, `findings`) must not import all
+    from broker.credentials.settings import problems  # noqa: PLC0415 - the same
     from broker.protocols.registry import ADAPTERS  # noqa: PLC0415 - the same
 
     locations = {name: adapter.locations for name, adapter in ADAPTERS.items()}
-    return Vocabulary(locations, {name: issuer.check for name, issuer in ISSUERS.items()})
+    return Vocabulary(locations, {name: partial(problems, issuer.Settings, name) for name, issuer in ISSUERS.items()})
 
 
 def load(directory: Path, words: Vocabulary | None = None) -> Loaded:

@@ -7,7 +7,7 @@ judged here. A secret is named by reference: a literal one is refused with `secr
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -132,6 +132,28 @@ def _template(value: str) -> str:
     return value
 
 
+def _known_form(value: str) -> str:
+    if redacted(value) != value:
+        raise refusal(f"this field holds a literal secret; {REMEDY}", "secret_literal")
+    return value
+
+
+_SECRET_BY_NAME = re.compile(r"(^|.*_)(secret|password|passphrase|token|key|assertion|jwt|pem)", re.IGNORECASE)
+
+
+def _literals(value: object, pointer: str) -> Iterator[str]:
+    """Where in an issuer's fields a secret stands, by its form or by its field's name."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            here = f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}"
+            yield from (here,) if isinstance(part, str) and _SECRET_BY_NAME.fullmatch(name) else _literals(part, here)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _literals(part, f"{pointer}/{index}")
+    elif isinstance(value, str) and redacted(value) != value:
+        yield pointer
+
+
 _RESERVED = frozenset(
     {"connection", "content-length", "content-type", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
 )
@@ -200,15 +222,35 @@ class Kind(Model):
     metadata: Metadata = Field(description="What this is called, and who answers for it.")
 
 
+class SigV4(Model):
+    """What an AWS Signature Version 4 is for."""
+
+    service: Name = Field(description="The service's name in signatures, such as s3.")
+    region: Name = Field(description="The region, such as eu-west-1.")
+
+
 class Placement(Model):
-    """Where the credential goes in the request."""
+    """Where the credential goes in the request: into a header by a template, or by one of the other ways alone."""
 
     header: Header = Field("authorization", description="The header, in lower case.")
     template: Annotated[str, AfterValidator(_template)] = Field("Bearer {}", description="Its value; the credential goes to {}.")
+    basic: Annotated[str, Field(pattern=r"^[!-9;-~]{0,128}$"), AfterValidator(_known_form)] | None = Field(
+        None, description="The user of Basic authentication (RFC 7617), perhaps empty; the credential is the password."
+    )
+    sigv4: SigV4 | None = Field(None, description="Signs the request for AWS.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if len(self.model_fields_set) > 1 and self.model_fields_set != {"header", "template"}:
+            raise refusal("a credential goes to one place; write header and template, or basic, or sigv4")
+        return self
 
 
 class Credential(Model):
-    """Which credential the broker adds to each call."""
+    """Which credential the broker adds to each call. The issuer may have fields of its own: docs/reference/issuers.md."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
 
     issuer: Word = Field(description="Who makes it: static, jwt, or another issuer that this broker has.")
     secret: Secret | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
@@ -217,10 +259,17 @@ class Credential(Model):
     ttl: Seconds | None = Field(None, description="How long a minted credential lives; the platform's max_ttl is the bound.")
     placement: Placement = Field(Placement.model_construct(), alias="as", description="Where it goes in the request.")
 
+    @model_validator(mode="after")
+    def _by_reference(self) -> Self:
+        if pointer := next(_literals(self.__pydantic_extra__, ""), None):
+            raise refusal(f"this field holds a literal secret; {REMEDY}", "secret_literal", pointer)
+        return self
+
     @property
     def settings(self) -> dict[str, Any]:
         """What is written for the issuer."""
-        return self.model_dump(exclude={"issuer", "placement"}, exclude_unset=True)
+        own = self.model_dump(include={"secret", "scopes", "audience", "ttl"}, exclude_unset=True)
+        return own | self.__pydantic_extra__
 
 
 class UpstreamSpec(Model):

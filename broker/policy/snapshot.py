@@ -49,13 +49,24 @@ class CredentialSpec:
     """Which credential a tool's calls get: the issuer's word, its settings, and where the credential goes.
 
     `settings` is the issuer's part of the catalog entry, checked by the issuer when the snapshot was compiled. It holds
-    references to secrets, never a secret. `header` is lower-case; `template` has one `{}`.
+    references to secrets, never a secret. `header` is lower-case; `template` has one `{}`. In place of both, `basic` is the user
+    of Basic authentication (RFC 7617), or `sigv4` the (service, region) that an AWS signature is for.
     """
 
     issuer: str
-    settings: Mapping[str, Any]
+    # Not hashed, for mappings can't be, but compared: a spec may be a key.
+    settings: Mapping[str, Any] = field(hash=False)
     header: str = "authorization"
     template: str = "Bearer {}"
+    basic: str | None = None
+    sigv4: tuple[str, str] | None = None
+
+    @property
+    def placed(self) -> str:
+        """Where the credential goes, in words."""
+        if self.sigv4:
+            return "an AWS signature for {} in {}".format(*self.sigv4)
+        return f"the header {self.header}" if self.basic is None else f"Basic authentication of {self.basic!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,8 @@ class Grant:
     Of a model provider's operation: the `models` that the manifest names, the `server_tools` (what the provider may run or fetch
     by itself), and `max_output`, the tokens that a call may generate which names no maximum.
 
-    `limits` are all that bear on its calls: its own, then the tool's, the agent's, the team's and the environment's.
+    `limits` are all that bear on its calls: its own, then the tool's, the agent's, the team's and the environment's. `pins` maps
+    a parameter to the only values that the schemas let it have.
     """
 
     rule: str
@@ -113,6 +125,7 @@ class Grant:
     models: frozenset[str] = frozenset()
     server_tools: frozenset[str] = frozenset()
     max_output: int = MAX_OUTPUT
+    pins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,107 @@
+"""HTTP to issuers: TLS by the system's roots or a file's, one answer of bounded size, and nothing else.
+
+Laws: no redirect is followed and no proxy is used, so that what goes out goes to the URL that is written. What an issuer says is
+not repeated but for its error's code, for it could hold what it was sent.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import httpx2
+from pydantic import AfterValidator, Field
+
+from broker.credentials.base import CredentialUnavailable
+from broker.credentials.settings import bounded, document
+from broker.manifest.addresses import parse_endpoint
+from broker.manifest.models import Word, refusal
+
+_TIMEOUT_S = 10.0
+_REDIRECTS = range(300, 400)
+
+
+def _url(text: str) -> str:
+    try:
+        endpoint = parse_endpoint(text.rstrip("/"))
+    except ValueError as error:
+        raise refusal(str(error)) from None
+    local = endpoint.host == "localhost" or (endpoint.host[-1:].isdigit() and ip_address(endpoint.host).is_loopback)
+    if endpoint.scheme == "http" and not (local or endpoint.host == "::1"):
+        raise refusal("secrets would travel in plain text; write an https URL")
+    return text
+
+
+Url = Annotated[Word, AfterValidator(_url)]
+Roots = Annotated[dict[str, Word], Field(description="{file: PATH}: a PEM file of trust roots, in place of the system's.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an issuer answered. `document` is empty where the body is no JSON object; `date` is its clock, in seconds."""
+
+    status: int
+    document: Mapping[str, Any] = field(repr=False)
+    date: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the issuer did what it was asked."""
+        return 200 <= self.status < 300  # noqa: PLR2004 - RFC 9110 section 15.3
+
+
+async def ask(  # noqa: PLR0913 - a request has as many parts
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    form: Mapping[str, Any] | None = None,
+    body: Any = None,
+    ca: str | None = None,
+) -> Answer:
+    """The answer to one request with a form, a JSON `body` or neither. Raises `CredentialUnavailable`; may be cancelled."""
+    where = urlsplit(url).netloc
+    try:
+        context = await asyncio.to_thread(_context, ca)
+    except (OSError, ValueError) as error:
+        raise CredentialUnavailable(f"the trust roots for {where} can't be read ({type(error).__name__})", f"see {ca}") from None
+    sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
+    client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
+    try:
+        async with client, client.stream(method, url, headers=sent, data=form, json=body) as response:
+            content = await bounded(response.aiter_raw())  # undecoded: a small answer can't grow
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        # Of these, the text of a failed connection alone can't hold what was to be sent.
+        why = f"{type(error).__name__}{f': {error}' if isinstance(error, httpx2.ConnectError) else ''}"
+        raise CredentialUnavailable(
+            f"{where} can't be reached ({why})", "see whether it is up, and its certificate trusted"
+        ) from None
+    except ValueError:
+        raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right") from None
+    if response.status_code in _REDIRECTS:
+        raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
+    return Answer(response.status_code, document(content), _date(response.headers.get("date", "")))
+
+
+def _context(ca: str | None) -> ssl.SSLContext:
+    return _read(ca, Path(ca).stat().st_mtime_ns if ca else 0)
+
+
+@lru_cache(maxsize=64)
+def _read(ca: str | None, _: int) -> ssl.SSLContext:
+    # Reading the system's roots takes tens of milliseconds; a file's time of change is part of the key.
+    return ssl.create_default_context(cafile=ca)
+
+
+def _date(text: str) -> float | None:
+    try:
+        return parsedate_to_datetime(text).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return None
