@@ -9,6 +9,7 @@ otherwise, or encoded twice in another way than base64 in something, or JSON in 
 """
 
 import base64
+import html
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -34,21 +35,13 @@ _URL_SAFE = (
 )
 # What encoders of JSON write as \uXXXX although they need not.
 _JSON_ESCAPED = ("", "<>&", "<>&'", "\"<>&'+`")  # most; Go; PHP and Rails; .NET
-_AMP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_HTML = tuple(
-    str.maketrans(_AMP | more)
-    for more in (
-        {},
-        {'"': "&quot;"},
-        {'"': "&quot;", "'": "&#x27;"},  # Python
-        {'"': "&#34;", "'": "&#39;"},  # Go, Jinja
-        {'"': "&quot;", "'": "&#39;"},  # Ruby, JavaScript
-        {'"': "&quot;", "'": "&#039;"},  # PHP
-        {'"': "&quot;", "'": "&apos;"},  # XML
-        {'"': "&quot;", "'": "&#39;", "/": "&#x2F;", "`": "&#x60;", "=": "&#x3D;"},  # Mustache
-    )
-)
+# Quotes in HTML and XML: no attribute; attributes only; Python; Go and Jinja; Ruby and JavaScript; PHP; XML.
+_QUOTES = (
+    ('"', "'"), ("&quot;", "'"), ("&quot;", "&#x27;"), ("&#34;", "&#39;"), ("&quot;", "&#39;"), ("&quot;", "&#039;"),
+    ("&quot;", "&apos;"),
+)  # fmt: skip
 _TO_BASE64URL = str.maketrans("+/", "-_")
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)  # what no encoder escapes, unless it escapes everything
 _PERCENT, _UNICODE = re.compile(r"%[0-9A-F]{2}"), re.compile(r"\\u([0-9a-f]{4})")
 
 
@@ -56,11 +49,12 @@ def spellings(value: str) -> set[bytes]:
     """Every way to write `value` that is looked for; it has at least `SHORTEST` characters."""
     octets = {value.encode("utf-8", "replace"), value.encode("latin-1", "replace")}  # headers leave as Latin-1
     texts = {value, *(text for each in octets for text in _base64(each))}
-    escaped = {form for text in texts for form in (*_url(text), *_html(text))}
+    special = {text for text in texts if not _PLAIN.fullmatch(text)}
+    escaped = {form for text in special for form in (*_url(text), *_html(text))}
     for _ in range(2):  # an MCP result is JSON, and its text often is JSON too
-        texts |= {form for text in texts for form in _json(text)}
+        special |= {form for text in special for form in _json(text)}
     whole = {form for each in octets for form in _every_octet(each)}
-    return octets | {text.encode("utf-8", "replace") for text in texts | escaped | whole}
+    return octets | {text.encode("utf-8", "replace") for text in texts | special | escaped | whole}
 
 
 def _base64(octets: bytes) -> Iterator[str]:
@@ -73,37 +67,40 @@ def _base64(octets: bytes) -> Iterator[str]:
 
 
 def _url(text: str) -> Iterator[str]:
-    for encoding in ("utf-8", "latin-1"):
-        for safe in _URL_SAFE:
+    for safe in {"".join(each for each in safe if each in text) for safe in _URL_SAFE}:
+        for encoding in ("utf-8",) if text.isascii() else ("utf-8", "latin-1"):
             quoted = quote(text, safe, encoding, "replace")
-            for tilde in (quoted, quoted.replace("~", "%7E")):
-                for form in (tilde, tilde.replace("%20", "+")):
+            for tilde in {quoted, quoted.replace("~", "%7E")}:
+                for form in {tilde, tilde.replace("%20", "+")}:
                     yield form
                     yield _PERCENT.sub(lambda found: found[0].lower(), form)
 
 
 def _html(text: str) -> Iterator[str]:
-    for table in _HTML:
-        form = text.translate(table)
-        yield form
-        yield form.encode("ascii", "xmlcharrefreplace").decode()
+    for double, single in _QUOTES:
+        form = html.escape(text, quote=False).replace('"', double).replace("'", single)
+        mustache = form.replace("/", "&#x2F;").replace("`", "&#x60;").replace("=", "&#x3D;")
+        for each in {form, mustache}:
+            yield each
+            yield each.encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _json(text: str) -> Iterator[str]:
     for ascii_only in (True, False):
         dumped = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
-        for slash in (dumped, dumped.replace("/", r"\/")):
+        for slash in {dumped, dumped.replace("/", r"\/")}:
             for escaped in _JSON_ESCAPED:
                 form = slash.replace(r"\"", '"') if '"' in escaped else slash
-                form = form.translate({ord(each): f"\\u{ord(each):04x}" for each in escaped})
+                for each in escaped:
+                    form = form.replace(each, f"\\u{ord(each):04x}")
                 yield form
                 yield _UNICODE.sub(lambda found: rf"\u{found[1].upper()}", form)
 
 
 def _every_octet(octets: bytes) -> Iterator[str]:
-    for form in (octets.hex(), octets.hex().upper()):
+    for form in (octets.hex(), "%" + octets.hex("%")):
         yield form
-        yield re.sub("..", r"%\g<0>", form)
+        yield form.upper()
 
 
 class Scrubber:
