@@ -24,6 +24,7 @@ from benchmarks import world
 from broker import clock
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, decision_record
+from broker.credentials.scrub import Scrubber
 from broker.credentials.static import StaticIssuer
 from broker.dataplane import site
 from broker.events import Command, Pass, Send, Services, WantBody
@@ -41,6 +42,7 @@ from broker.protocols.registry import ADAPTERS
 from tests import stack
 
 TARGET_US = 60
+SCRUB_TARGET_US = 15
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
 
@@ -80,7 +82,25 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
         for name, call in CALLS.items():
             row(f"whole {name} exchange, without protobuf", _exchange(services, call))
             row(f"whole {name} exchange", _messages(services, call))
+    for name, (chunk, target) in _chunks().items():
+        row(f"scrub of a 16 KB chunk{name}", _scrub(chunk), target)
+    row("scrubber of a new lease", lambda: Scrubber([world.SECRET]))
     return rows
+
+
+def _chunks() -> dict[str, tuple[bytes, int | None]]:
+    text = (world.SEARCH.decode() * 16)[:16_384]
+    half = text[:8_000]
+    return {
+        "": (text.encode(), SCRUB_TARGET_US),
+        " of Cyrillic text": (("Клиент заплатил дважды. " * 1_000).encode()[:16_384], SCRUB_TARGET_US),
+        ", with the credential in it": ((half + world.SECRET + half).encode(), None),
+    }
+
+
+def _scrub(chunk: bytes) -> Callable[[], object]:
+    stream = Scrubber([world.SECRET]).stream()
+    return lambda: stream.feed(chunk, last=False)
 
 
 def _request(call: Call) -> Request:
