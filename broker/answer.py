@@ -10,7 +10,9 @@ from dataclasses import replace
 
 from broker.audit.record import Ending
 from broker.case import Case
-from broker.events import Cut, Event, Mark, Observe, Pass, Replace, ResponseChunk, ResponseHead, Steps
+from broker.credentials.base import Lease, Secret
+from broker.credentials.scrub import ScrubbedStream, Scrubber, scrubber_of
+from broker.events import Cut, Event, Mark, Observe, Pass, Replace, ResponseChunk, ResponseHead, ResponseTrailers, Steps
 from broker.policy.limits import NANO, Measure, used
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.types import Code, ToolCall, Usage, deny
@@ -27,6 +29,9 @@ _UNTRUSTED = {
 # And when no connection to it came about, so that it can't have acted.
 _UNREACHED = (*_UNTRUSTED, "connection_failure", "connection_timeout", "no_healthy_upstream", "dns_resolution_failure")
 # And when there was one, and no answer came of it.
+_REDIRECT = 300
+_SCRUBBED_BYTES = 1_048_576
+_OPAQUE = ("image/", "audio/", "video/", "font/")
 _BROKEN_OFF = ("reset", "timeout")
 _BLAMED: Mapping[str, str] = {Code.UPSTREAM_UNTRUSTED: "untrusted", Code.RESPONSE_BLOCKED: "blocked"}
 
@@ -34,8 +39,13 @@ _BLAMED: Mapping[str, str] = {Code.UPSTREAM_UNTRUSTED: "untrusted", Code.RESPONS
 class Answer:
     """What became of a call that was let go. `observe` follows the answer; `end` is called once, when all is over."""
 
-    def __init__(self, case: Case, adapter: Adapter, tool: Tool, agent: Agent, call: ToolCall) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what was decided of the call
+        self, case: Case, adapter: Adapter, tool: Tool, agent: Agent, call: ToolCall, scrubber: Scrubber | None
+    ) -> None:
         self._case, self._adapter, self._tool, self._agent, self._call = case, adapter, tool, agent, call
+        self._scrubber = scrubber
+        self._masked: dict[str, int] = {}
+        self._stream: ScrubbedStream | None = None
         self._started = case.services.mono_ns()
         self._ending = Ending(detail="the call ended before an answer came")
         self._unreached = False
@@ -49,37 +59,68 @@ class Answer:
         if event.details != "via_upstream":
             yield from self._own_answer(event.details)
             return
-        headers = dict(event.headers)
+        headers, clean = dict(event.headers), self._scrubbed(event.headers)
         length = headers.get("content-length", "")
         self._ending = Ending(status=event.status, size=int(length) if length.isdigit() else 0)
-        rewriter = self._filter(headers.get("content-type", "")) if event.has_body else None
-        if rewriter is None:
-            yield from _pass_on()
-        elif headers.get("content-encoding", "identity") != "identity":
+        filters = self._filters(headers.get("content-type", "")) if event.has_body else []
+        if filters and headers.get("content-encoding", "identity") != "identity":
             yield self._withheld(Code.RESPONSE_BLOCKED, "the answer is compressed, although it was asked for plain")
+        elif filters:
+            chunk = yield Observe(clean)
+            yield from self._rewrite(filters, chunk)
         else:
-            chunk = yield Observe()
-            yield from self._rewrite(rewriter, chunk)
+            following = yield Pass(clean)
+            yield from self._pass_on(following)
 
-    def _filter(self, content_type: str) -> ResponseFilter | None:
-        if self._call.model and self._ending.status >= _ERROR:
-            return None
-        found = self._adapter.response_filter(self._tool, self._agent.tools[self._tool.name], self._call, content_type)
-        self._meter = found if isinstance(found, Meter) else None
-        return found
+    def _filters(self, content_type: str) -> list[ResponseFilter]:
+        """What the body goes through, in order. Last comes what takes the credential out, of whatever the others made."""
+        found: ResponseFilter | None = None
+        if not (self._call.model and self._ending.status >= _ERROR):
+            found = self._adapter.response_filter(self._tool, self._agent.tools[self._tool.name], self._call, content_type)
+            self._meter = found if isinstance(found, Meter) else None
+        self._stream = self._scrubber.stream() if self._scrubber and self._is_scrubbed(content_type.strip().lower()) else None
+        return [each for each in (found, self._stream) if each]
 
-    def _rewrite(self, rewriter: ResponseFilter, event: Event) -> Steps:
+    def _is_scrubbed(self, media: str) -> bool:
+        """Whether the body is read for the credential (ADR 13): errors, events, what is short and no media; or as declared."""
+        operation = self._tool.operations.get(self._call.operation or "")
+        if operation and operation.scrub != "auto":
+            return operation.scrub == "always"
+        if self._ending.status >= _REDIRECT or media.startswith("text/event-stream"):
+            return True
+        return self._ending.size <= _SCRUBBED_BYTES and not media.startswith(_OPAQUE)
+
+    def _rewrite(self, filters: list[ResponseFilter], event: Event) -> Steps:
         size = 0
         while isinstance(event, ResponseChunk):
             size += len(event.data)
             self._ending = replace(self._ending, size=size)
+            data = event.data
             try:
-                data = rewriter.feed(event.data, last=event.last)
+                for each in filters:
+                    data = each.feed(data, last=event.last)
             except ResponseBlocked as error:
                 self._ending = replace(self._ending, code=Code.RESPONSE_BLOCKED, detail=str(error))
                 yield Cut()
                 return
             event = yield Pass() if data is event.data else Replace(data)
+        if isinstance(event, ResponseTrailers):
+            yield from self._pass_on(event)
+
+    def _scrubbed(self, headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        """The headers that showed the credential, without it, together with all others of their names."""
+        if self._scrubber is None:
+            return ()
+        clean = [(name, *self._scrubber.header(value)) for name, value in headers]
+        shown = {name: found for name, _, found in clean if found}
+        for name, found in shown.items():
+            self._masked[name] = self._masked.get(name, 0) + found
+        return tuple((name, value) for name, value, _ in clean if name in shown)
+
+    def _pass_on(self, event: Event) -> Steps:
+        # Only what was let go on purpose goes on: any other script that has run out is cut.
+        while True:
+            event = yield Pass(self._scrubbed(event.headers) if isinstance(event, ResponseTrailers) else ())
 
     def _own_answer(self, details: str) -> Steps:
         """Envoy answered in the upstream's place: the connection failed, was not trusted, or led to a forbidden address."""
@@ -90,8 +131,8 @@ class Answer:
             yield self._withheld(Code.UPSTREAM_UNTRUSTED, untrusted)
             return
         self._ending = replace(self._ending, detail=details)
-        yield Mark(self._case.attempt.decision_id)
-        yield from _pass_on()
+        following = yield Mark(self._case.attempt.decision_id)
+        yield from self._pass_on(following)
 
     def _withheld(self, code: Code, why: str) -> Reply:
         self._ending = replace(self._ending, code=code, detail=why)
@@ -111,6 +152,13 @@ class Answer:
             spent = used(usage, price)
             usd = spent[Measure.USD] / NANO if price else None
             ending = replace(ending, usage=usage, usd=usd, completion_hash=self._meter.completion_hash if self._meter else "")
+        if self._stream and self._stream.found:
+            self._masked["body"] = self._stream.found
+        if self._masked:
+            ending = replace(ending, masked=tuple(sorted(self._masked)))
+            self._case.alert(
+                f"{self._tool.name} showed a credential in its answer ({', '.join(ending.masked)}); it was taken out"
+            )
         self._case.record_outcome(ending)
         model = self._call.model.name if self._call.model else ""
         self._case.services.metrics.ended(self._agent.name, self._tool.name, model, ending, self._error_type())
@@ -129,7 +177,8 @@ class Answer:
         return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
 
 
-def _pass_on() -> Steps:
-    # Only what was let go on purpose goes on: any other script that has run out is cut.
-    while True:
-        yield Pass()
+def hidden(lease: Lease | None, injected: tuple[tuple[str, Secret], ...]) -> Scrubber | None:
+    """What takes a lease's credential out of an answer: its bare values, and the headers as they were sent."""
+    if lease is None:
+        return None
+    return scrubber_of(tuple(value.reveal() for value in (*lease.secrets, *(value for _, value in injected))))

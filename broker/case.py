@@ -1,11 +1,12 @@
 """One decision in the making: what is known of the attempt so far, its record, and its words for the agent."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, Ending, args_hash, decision_record, outcome_record
+from broker.audit.record import Attempt, Ending, alert_record, args_hash, decision_record, outcome_record
 from broker.credentials.base import Lease
 from broker.events import Services
 from broker.identity import Evidence, Principal, identify
@@ -72,6 +73,13 @@ class Case:
     def record_outcome(self, ending: Ending) -> None:
         """Write down how an allowed call ended."""
         self._append(outcome_record, ending)
+
+    def alert(self, what: str) -> None:
+        """Record something that people should look at."""
+        log.warning("decision %s: %s", self.attempt.decision_id, what)
+        with contextlib.suppress(AuditUnavailable):
+            alert = alert_record(self.services.now(), self.services.mono_ns(), what)
+            self.services.audit.append({**alert, "decision_id": self.attempt.decision_id})
 
     def _append(self, build: Any, *what: object) -> bool:
         services = self.services

@@ -93,7 +93,14 @@ class ResponseChunk:
     last: bool
 
 
-Event = RequestHead | RequestBody | Reserved | Issued | ResponseHead | ResponseChunk
+@dataclass(frozen=True, slots=True)
+class ResponseTrailers:
+    """Header fields behind the answer's body."""
+
+    headers: tuple[tuple[str, str], ...]
+
+
+Event = RequestHead | RequestBody | Reserved | Issued | ResponseHead | ResponseChunk | ResponseTrailers
 
 
 # Commands.
@@ -132,7 +139,9 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Leave the answer as it is and do not look at its body."""
+    """Let this part of the answer go on as it is, but for headers that get another value; of its head, the body goes unread."""
+
+    set_headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +153,9 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """Stream the answer's body by, chunk for chunk."""
+    """Stream the answer's body by, chunk for chunk; some headers get another value."""
+
+    set_headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

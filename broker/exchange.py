@@ -21,9 +21,9 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
-from broker.answer import Answer
+from broker.answer import Answer, hidden
 from broker.case import UNRECORDED, Case
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing
 from broker.events import (
     Command,
     Cut,
@@ -48,7 +48,7 @@ from broker.policy.agreement import destination
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import Agent, Tool
-from broker.policy.strip import strip
+from broker.policy.strip import Stripped, strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter
 from broker.protocols.models import with_max_output
@@ -137,7 +137,7 @@ class Exchange:
         adapter = services.adapters[tool.protocol]
         case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
-        call, body = yield from self._recognise(adapter, tool, clean.request, has_body=head.has_body)
+        call, body = yield from self._recognise(adapter, tool, clean, has_body=head.has_body)
         self._note_call(tool, call)
         if isinstance(call, Refusal):
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
@@ -162,18 +162,22 @@ class Exchange:
         # record
         if not case.record(decision, lease):
             return _Denied(UNRECORDED, adapter, call, record=False)
-        injected = ((lease.header, lease.value.reveal()),) if lease else ()
+        injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
         send = Send(
-            set_headers=(("accept-encoding", "identity"), *injected),
+            set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
             remove_headers=clean.removed,
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
-        return send, Answer(case, adapter, tool, agent, call)
+        return send, Answer(case, adapter, tool, agent, call, hidden(lease, injected))
 
     def _recognise(
-        self, adapter: Adapter, tool: Tool, request: Request, *, has_body: bool
+        self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
     ) -> Generator[Command, Event, tuple[ToolCall | Refusal, bytes]]:
+        request = clean.request
+        if self._case.snapshot.refuse_own and clean.credential:
+            why = f"the call brings a credential of the agent's own ({clean.credential}), and this platform refuses them"
+            return Refusal(Code.PROTOCOL_VIOLATION, why), b""
         limit = adapter.body_limit(tool, request) if has_body else None
         if isinstance(limit, Refusal):
             return limit, b""
@@ -235,7 +239,12 @@ class Exchange:
             return None
         services, operation = self._case.services, tool.operations.get(call.operation or "")
         issuer, now = services.issuers[tool.credential.issuer], services.now()
-        occasion = Occasion(agent, tool, operation, tool.credential, self._case.attempt.run_id, self._case.snapshot.max_ttl)
+        grant, run, most = (
+            agent.tools[tool.name].get(call.operation or ""),
+            self._case.attempt.run_id,
+            self._case.snapshot.max_ttl,
+        )
+        occasion = Occasion(agent, tool, operation, tool.credential, run, most, grant.pins if grant else {})
         try:
             lease: Lease | CredentialUnavailable | None = issuer.cached(occasion, now)
         except CredentialUnavailable as error:
@@ -297,6 +306,12 @@ def _bounded(agent: Agent, call: ToolCall, body: bytes) -> tuple[ToolCall, bytes
         return call, body
     most = agent.tools[call.tool][call.operation or ""].max_output
     return replace(call, model=replace(call.model, max_output=most)), with_max_output(body, call.model.output_field, most)
+
+
+def _outgoing(tool: Tool, request: Request, body: bytes) -> Outgoing:
+    endpoint, query = tool.endpoint, f"?{request.query}" if request.query else ""
+    url = f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}"
+    return Outgoing(request.method, url, request.headers, body)
 
 
 def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:

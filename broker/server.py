@@ -21,14 +21,16 @@ from broker.admin import agents, api
 from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
 from broker.audit.record import alert_record, config_record, revocation_record
-from broker.credentials.jwt import JwtIssuer, jwks, key_id
-from broker.credentials.static import StaticIssuer
+from broker.credentials import issuers
+from broker.credentials.jwt import jwks, key_id
+from broker.credentials.leases import Leases
+from broker.credentials.outbox import Outbox
 from broker.dataplane.compile import resources
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, counted
 from broker.events import Services
 from broker.identity import TokenAuthority
-from broker.keys import ed25519, public_pem, write_private
+from broker.keys import ed25519, fernet, public_pem, write_private
 from broker.ledger import checkpoint
 from broker.ledger.base import RENEW_S, Balance, Ledger
 from broker.ledger.checkpoint import rebuild
@@ -84,6 +86,7 @@ class Server:
         self._own = MemoryLedger()
         self._shared = RedisLedger(redis, key_id(audit_key), self._own, on_change=self._ledger_changed) if redis else None
         self._ledger: Ledger = self._shared or self._own
+        self._outbox = Outbox(state.outbox, fernet(state.keys / "outbox.key"))
         self._revocations = Revocations()
         self._revocations.replay(_revocation_records(state.audit))
         self._metrics = Metrics()
@@ -91,7 +94,7 @@ class Server:
         self._services = Services(
             snapshot=lambda: self._snapshot,
             adapters=ADAPTERS,
-            issuers={"static": StaticIssuer(), "jwt": JwtIssuer(jwt_key)},
+            issuers=issuers(jwt_key, self._outbox.put),
             audit=self._audit,
             ledger=self._ledger,
             tokens=TokenAuthority(ed25519(state.keys / "tokens.key")),
@@ -122,7 +125,7 @@ class Server:
         public = api.public(self._readiness, self._exposition, self._jwks)
         control = api.control(self._agents, self._agent, self._revoke_tokens)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            background = [asyncio.create_task(each) for each in (self._watch(), self._sync(), self._keep())]
+            background = [asyncio.create_task(each) for each in (self._watch(), self._sync(), self._keep(), self._take_back())]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
             for task in background:
@@ -279,6 +282,10 @@ class Server:
         log.log(logging.INFO if healthy else logging.ERROR, "%s", what)
         with contextlib.suppress(AuditUnavailable):
             self._audit.append(alert_record(clock.now(), clock.mono_ns(), what))
+
+    async def _take_back(self) -> None:
+        leases = [each for each in self._services.issuers.values() if isinstance(each, Leases)]
+        await self._outbox.run({each.name: each.source for each in leases})
 
     async def _keep(self) -> None:
         while True:

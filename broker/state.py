@@ -4,6 +4,7 @@
     STATE/keys/               private keys, each 0600
     STATE/audit/              the record
     STATE/ledger.json         what was spent, as of a moment ago; made again from the record where it is missing
+    STATE/outbox              credentials that are to be taken back at their issuers, sealed
     STATE/run/                sockets and Envoy's bootstrap, gone with the broker
 
 Law: the folders are 0700. A Unix socket's path must fit 107 bytes (unix(7)); where STATE is too deep, `run` lies in the system's
@@ -30,6 +31,7 @@ class State:
     keys: Path
     audit: Path
     ledger: Path
+    outbox: Path
     run: Path
     processor_socket: Path  # ext_proc, ext_authz, ADS and access logs
     control_socket: Path  # the admin API's changing half
@@ -44,7 +46,7 @@ class State:
             digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
             run = Path(tempfile.gettempdir()) / f"broker-{os.getuid()}-{digest}"
         sockets = (run / "processor.sock", run / "control.sock", run / "envoy-admin.sock")
-        state = cls(root, root / "ca.pem", root / "keys", root / "audit", root / "ledger.json", run, *sockets)
+        state = cls(root, root / "ca.pem", root / "keys", root / "audit", root / "ledger.json", root / "outbox", run, *sockets)
         try:
             root.mkdir(parents=True, exist_ok=True)
             for path in (state.keys, state.audit, run):

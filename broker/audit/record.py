@@ -107,6 +107,7 @@ class Ending:
     usage: Usage | None = None
     usd: float | None = None
     completion_hash: str = ""
+    masked: tuple[str, ...] = ()
 
 
 def decision_record(
@@ -148,6 +149,7 @@ def outcome_record(now: float, mono_ns: int, attempt: Attempt, ending: Ending) -
         "detail": _text(ending.detail, _MAX_NAME) or None,
         "upstream": {"status": ending.status, "bytes": ending.size, "duration_ms": ending.duration_ms},
         "response_hash": ending.response_hash or None,
+        "masked": list(ending.masked),
         **(_used(ending.usage, ending) if ending.usage else {}),
     }
 

@@ -47,7 +47,7 @@ class Source:
 Problem = tuple[Pointer, str, str]
 """Where, which code, and what is wrong; what to do."""
 
-_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis"})
+_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis", "unsafe_never"})
 # These are about a value; all others are about the key that names the place.
 _AT_VALUE = frozenset(
     {

@@ -41,7 +41,8 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         hosts=MappingProxyType(hosts),
         by_spiffe=MappingProxyType({agent.spiffe: agent for agent in agents.values() if agent.spiffe}),
         trust_bundles=MappingProxyType(bundles),
-        max_ttl=platform.credentials.get("max_ttl", 3600),
+        max_ttl=platform.credentials.max_ttl,
+        refuse_own=platform.credentials.own == "refuse",
         environment=platform.environment,
         prices=prices(platform),
         unsafe_reads=platform.ledger.get("unsafe_reads_without_redis", False),
@@ -76,6 +77,7 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
             alias=(written.match.tool or name) if spec.protocol == "mcp" else "",
             schemas=_placed(written.params, source.rule("spec", "operations", name, "params")),
             max_body=written.max_body,
+            scrub=written.scrub,
         )
         for name, written in spec.operations.items()
     }

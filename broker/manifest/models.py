@@ -305,6 +305,11 @@ class OperationSpec(Model):
     data: tuple[Word, ...] = Field((), description="The classes of data that it touches, such as pii or source-code.")
     params: Params = Field({}, description="A JSON Schema for each location: path, query and body, or arguments (mcp).")
     max_body: Bytes = Field(1 << 20, description="The largest request body, in bytes or such as 1MiB.")
+    scrub: Literal["auto", "always", "unsafe_never"] = Field(
+        "auto",
+        description="Whether answers' bodies are read for the injected credential, to take it out: errors, events and what is "
+        "up to 1MiB and no media (auto), every body (always), or none (unsafe_never). Headers always are.",
+    )
     description: str = Field("", description="What it does, to people.")
 
 
@@ -463,6 +468,15 @@ class ModelPrice(Model):
     cache_write: Money | None = Field(None, description="Of input that is written to it (Anthropic); twice the input if absent.")
 
 
+class PlatformCredentials(Model):
+    """Bounds on credentials."""
+
+    max_ttl: Seconds = Field(3600, description="The longest life of an issued credential, such as 15m.")
+    own: Literal["strip", "refuse"] = Field(
+        "strip", description="What becomes of a credential that an agent sends itself: it is taken off, or the call is refused."
+    )
+
+
 class PlatformSpec(Model):
     """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
 
@@ -475,7 +489,7 @@ class PlatformSpec(Model):
     identity: dict[Literal["trust_bundles"], dict[TrustDomain, PemFile]] = Field(
         {}, description="What proves an agent's identity: X.509 authorities by SPIFFE trust domain, each as a PEM file."
     )
-    credentials: dict[Literal["max_ttl"], Seconds] = Field({}, description="The longest life of an issued credential (1h).")
+    credentials: PlatformCredentials = Field(PlatformCredentials.model_construct(), description="Bounds on credentials.")
     prices: dict[Word, dict[Word, ModelPrice]] = Field(
         {}, description="What models cost, by provider (the tool's name, or else its protocol) and model."
     )

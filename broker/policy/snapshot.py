@@ -74,7 +74,8 @@ class Operation:
     """One thing a tool can do, from the catalog.
 
     `method` and `template` are how REST recognises it, `alias` the MCP tool name. `schemas` maps a location to the catalog's
-    schema. `max_body` is in bytes. `rule` is where it stands, `file#pointer`.
+    schema. `max_body` is in bytes. `rule` is where it stands, `file#pointer`. `scrub` is whether answers are read for the
+    credential: `auto`, `always` or `unsafe_never`.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Operation:
     alias: str = ""
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     max_body: int = 1_048_576
+    scrub: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class PolicySnapshot:
     `hosts` maps (scheme, host, port) to the tools there (several only when their base paths don't nest). `trust_bundles` maps a
     SPIFFE trust domain to its X.509 authorities (PEM). `max_ttl` bounds every issued credential, in seconds. `prices` is by
     provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger is away.
+    `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off.
     """
 
     revision: str
@@ -171,6 +174,7 @@ class PolicySnapshot:
     environment: str = ""
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
     unsafe_reads: bool = False
+    refuse_own: bool = False
 
     def price(self, tool: Tool, model: str) -> tuple[str, Price | None]:
         """The provider that a tool's models are priced under, and the model's price if it has one."""

@@ -9,13 +9,17 @@ from urllib.parse import unquote_plus
 from broker.policy.snapshot import Tool
 from broker.policy.types import Request
 
-# Credentials of the agent's own; identity claims; and headers by which a server takes another method or path than the one judged.
-_HEADERS = frozenset(
+_CREDENTIALS = frozenset(
     {
-        "authorization", "proxy-authorization", "cookie", "api-key", "apikey", "x-api-key", "x-goog-api-key", "x-auth-token",
-        "x-access-token", "x-amz-security-token", "private-token", "job-token", "x-vault-token", "x-agent-id", "x-run-id",
-        "x-real-ip", "x-client-ip", "true-client-ip", "forwarded", "via", "x-http-method", "x-http-method-override",
-        "x-method-override",
+        "authorization", "cookie", "api-key", "apikey", "x-api-key", "x-goog-api-key", "x-auth-token", "x-access-token",
+        "x-amz-security-token", "private-token", "job-token", "x-vault-token",
+    }
+)  # fmt: skip
+# Identity claims, and headers by which a server takes another method or path than the one judged.
+_HEADERS = _CREDENTIALS | frozenset(
+    {
+        "proxy-authorization", "x-agent-id", "x-run-id", "x-real-ip", "x-client-ip", "true-client-ip", "forwarded", "via",
+        "x-http-method", "x-http-method-override", "x-method-override", "x-amz-date", "x-amz-content-sha256",
         "x-original-url", "x-original-host", "x-rewrite-url", "proxy-connection",
     }
 )  # fmt: skip
@@ -36,6 +40,12 @@ class Stripped:
     request: Request
     removed: tuple[str, ...]
     query_changed: bool
+
+    @property
+    def credential(self) -> str:
+        """The header, or `the query`, in which the agent sent a credential of its own; empty where there was none."""
+        found = next((name for name in self.removed if name.replace("_", "-") in _CREDENTIALS), "")
+        return found or ("the query" if self.query_changed else "")
 
 
 def strip(tool: Tool, request: Request, path: str) -> Stripped:

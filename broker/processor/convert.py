@@ -10,7 +10,20 @@ from google.protobuf.struct_pb2 import Struct
 
 from broker.dataplane import site
 from broker.dataplane.filters import EXT_PROC, OBSERVED
-from broker.events import Command, Event, Mark, Observe, Replace, RequestBody, RequestHead, ResponseChunk, ResponseHead, Send
+from broker.events import (
+    Command,
+    Event,
+    Mark,
+    Observe,
+    Pass,
+    Replace,
+    RequestBody,
+    RequestHead,
+    ResponseChunk,
+    ResponseHead,
+    ResponseTrailers,
+    Send,
+)
 from broker.identity import Evidence
 from broker.policy.agreement import Wire
 from broker.policy.types import Door, Request
@@ -26,7 +39,7 @@ _DOORS = {site.PROXY: Door.PROXY, site.INNER: Door.PROXY, site.BASE_URL: Door.BA
 
 
 def event_of(message: Any) -> Event | None:
-    """The event in a `ProcessingRequest`; None for one that needs no decision (trailers)."""
+    """The event in a `ProcessingRequest`; None for one that needs no decision (a request's trailers)."""
     kind = message.WhichOneof("request")
     if kind == "request_headers":
         return _request_head(message)
@@ -37,6 +50,10 @@ def event_of(message: Any) -> Event | None:
         return _response_head(message)
     if kind == "response_body":
         return ResponseChunk(message.response_body.body, message.response_body.end_of_stream)
+    if kind == "response_trailers":
+        return ResponseTrailers(
+            tuple((each.key, each.raw_value.decode("latin-1")) for each in message.response_trailers.trailers.headers)
+        )
     return None
 
 
@@ -108,7 +125,12 @@ def response_of(command: Command, message: Any) -> Any:
         case Replace():
             return _answer(message, {"body_mutation": {"body": command.data}})
         case Observe():
-            return _answer(message, {"header_mutation": {"remove_headers": ["content-length"]}}, mode_override=_OBSERVED)
+            mutation = {"remove_headers": ["content-length"], "set_headers": _set(command.set_headers)}
+            return _answer(message, {"header_mutation": mutation}, mode_override=_OBSERVED)
+        case Pass() if command.set_headers and message.HasField("response_trailers"):
+            return ProcessingResponse(response_trailers={"header_mutation": {"set_headers": _set(command.set_headers)}})
+        case Pass() if command.set_headers:
+            return _answer(message, {"header_mutation": {"set_headers": _set(command.set_headers)}})
         case _:
             return unchanged(message)
 
@@ -129,7 +151,11 @@ def _immediate(reply: Reply) -> Mapping[str, Any]:
 
 
 def _set(pairs: Iterable[tuple[str, str]]) -> list[Mapping[str, Any]]:
-    how = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
-    return [
-        {"header": {"key": name, "raw_value": value.encode("latin-1", "replace")}, "append_action": how} for name, value in pairs
-    ]
+    """The first of a name replaces all that are there; what follows of it is added."""
+    told: set[str] = set()
+    options: list[Mapping[str, Any]] = []
+    for name, value in pairs:
+        how = HeaderValueOption.APPEND_IF_EXISTS_OR_ADD if name in told else HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+        told.add(name)
+        options.append({"header": {"key": name, "raw_value": value.encode("latin-1", "replace")}, "append_action": how})
+    return options
