@@ -13,7 +13,7 @@ from broker.ledger.base import Spend
 from broker.policy.evaluate import View, admit
 from broker.policy.limits import Limit, Measure
 from broker.policy.snapshot import Agent
-from broker.policy.types import Code, Decision, Door, Json, Refusal, ToolCall, deny
+from broker.policy.types import Code, Decision, Door, Effect, Json, Refusal, ToolCall, deny
 from broker.protocols.base import Adapter, Reply
 from broker.protocols.problem import problem, reply, status_at
 
@@ -88,7 +88,8 @@ class Case:
         about.args_hash = args_hash(about.params)
         fingerprint = f"{about.tool}/{about.operation}/{about.args_hash}"
         run = None if call.housekeeping else about.run_id
-        return Spend(about.decision_id, about.agent["name"], limits, amounts, run, fingerprint)
+        read = about.effect == Effect.READ
+        return Spend(about.decision_id, about.agent["name"], limits, amounts, run, fingerprint, read)
 
     def end_reservation(self, spent: Mapping[Measure, int] | None) -> None:
         """Settle what was reserved, or (None) give it back."""

@@ -206,9 +206,7 @@ class Exchange:
             amounts |= bound(call.model, price)
             case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
         answer = yield from self._granted(case.spend(limits, amounts, call))
-        case.services.metrics.answered(answer)
         if isinstance(answer, LedgerUnavailable):
-            log.warning("limits can't be checked: %s", answer)
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
         if isinstance(answer, Refused):
             self._reserved = False

@@ -14,7 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from broker.audit.record import Ending
-from broker.ledger.base import Balance, Granted, LedgerUnavailable, Refused
+from broker.ledger.base import Balance
 from broker.policy.limits import NANO, Kind, Limit, Measure
 from broker.policy.snapshot import PolicySnapshot
 
@@ -49,7 +49,7 @@ _ACCEPTED = "1 if Envoy has accepted the configuration; 0 if it refused it or ha
 _WRITABLE = (
     "1 if the audit log could be written and put on the disk the last time; calls whose decision can't be written are denied."
 )
-_UP = "1 if the ledger answered the last call that asked it; always 1 for the embedded one."
+_UP = "1 if limits can be checked; 0 while a shared ledger is away and calls are denied; always 1 for the embedded one."
 _OPEN = f"Calls that have reserved and not settled. {_SHARE}"
 
 
@@ -69,11 +69,11 @@ class Standing:
 
 
 class Metrics(Collector):
-    """What was counted since this broker started."""
+    """What was counted since this broker started. `ledger_up` is for whoever watches over a shared ledger to set."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._ledger_up = True
+        self.ledger_up = True
         self._standing: Standing | None = None
         self._decisions = cache(self._counter("broker_decisions", _DECISIONS, "verdict", "code").labels)
         self._decision_time = cache(self._histogram("broker_decision_duration_seconds", _TAKEN, _DECISION_S, "verdict").labels)
@@ -96,10 +96,6 @@ class Metrics(Collector):
         self._decisions(verdict, code).inc()
         if took_ns is not None:
             self._decision_time(verdict).observe(took_ns / 1e9)
-
-    def answered(self, answer: Granted | Refused | LedgerUnavailable) -> None:
-        """The ledger answered, or did not."""
-        self._ledger_up = not (isinstance(answer, LedgerUnavailable) or (isinstance(answer, Granted) and answer.degraded))
 
     def waited_for_ledger(self, took_ns: int) -> None:
         """A shared ledger was asked, and waited for."""
@@ -138,7 +134,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily("broker_configuration_current", _CURRENT, now.current)
         yield GaugeMetricFamily("broker_envoy_accepted", _ACCEPTED, now.accepted)
         yield GaugeMetricFamily("broker_audit_writable", _WRITABLE, now.audit_writable)
-        yield GaugeMetricFamily("broker_ledger_up", _UP, self._ledger_up)
+        yield GaugeMetricFamily("broker_ledger_up", _UP, self.ledger_up)
         yield GaugeMetricFamily("broker_ledger_open_calls", _OPEN, now.open_calls)
 
 

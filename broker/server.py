@@ -20,8 +20,8 @@ from broker import clock
 from broker.admin import agents, api
 from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
-from broker.audit.record import config_record, revocation_record
-from broker.credentials.jwt import JwtIssuer, jwks
+from broker.audit.record import alert_record, config_record, revocation_record
+from broker.credentials.jwt import JwtIssuer, jwks, key_id
 from broker.credentials.static import StaticIssuer
 from broker.dataplane.compile import resources
 from broker.dataplane.site import Site
@@ -33,6 +33,7 @@ from broker.ledger import checkpoint
 from broker.ledger.base import RENEW_S, Balance, Ledger
 from broker.ledger.checkpoint import rebuild
 from broker.ledger.memory import MemoryLedger
+from broker.ledger.redis import RedisLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
@@ -62,11 +63,13 @@ Announce = Callable[[str, str], None]
 class Server:
     """The processor, the configuration service and the admin API.
 
-    `admin` is `(host, port)`. `announce` hears `listening` once, and `accepted` each time Envoy has taken the newest
-    configuration; with the revision.
+    `admin` is `(host, port)`; `redis` is the URL of the ledger that several share, empty for an embedded one. `announce` hears
+    `listening` once, and `accepted` each time Envoy has taken the newest configuration; with the revision.
     """
 
-    def __init__(self, manifests: Path, state: State, site: Site, admin: tuple[str, int], announce: Announce) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - one an option of the verb
+        self, manifests: Path, state: State, site: Site, admin: tuple[str, int], announce: Announce, redis: str = ""
+    ) -> None:
         self._manifests, self._state, self._site, self._admin, self._announce = manifests, state, site, admin, announce
         now = clock.now()
         self._snapshot = EMPTY
@@ -79,7 +82,8 @@ class Server:
         self._ca = PlatformCA(state.keys / "ca.key", state.ca, now)
         self._audit = AuditLog(state.audit, audit_key, now, clock.mono_ns())
         self._own = MemoryLedger()
-        self._ledger: Ledger = self._own
+        self._shared = RedisLedger(redis, key_id(audit_key), self._own, on_change=self._ledger_changed) if redis else None
+        self._ledger: Ledger = self._shared or self._own
         self._revocations = Revocations()
         self._revocations.replay(_revocation_records(state.audit))
         self._metrics = Metrics()
@@ -106,7 +110,13 @@ class Server:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await self._reload()
+        async with contextlib.AsyncExitStack() as self._joined:
+            await self._reload()
+            await self._serve(stop)
+        await self._checkpoint()
+        self._audit.close()
+
+    async def _serve(self, stop: asyncio.Event) -> None:
         server = await self._listen()
         host, port = self._admin
         public = api.public(self._readiness, self._exposition, self._jwks)
@@ -120,8 +130,6 @@ class Server:
             await server.stop(_GRACE_S)
         with contextlib.suppress(AuditUnavailable):
             self._audit.sync(clock.now())
-        await self._checkpoint()
-        self._audit.close()
 
     async def _listen(self) -> grpc.aio.Server:
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
@@ -178,6 +186,10 @@ class Server:
         if self._snapshot is EMPTY:
             # Only now is it known which limits there are to count under; nothing was let through before.
             await asyncio.to_thread(rebuild, self._own, self._state.ledger, self._state.audit, loaded.snapshot, clock.now())
+            if self._shared:
+                await self._joined.enter_async_context(self._shared)
+        if self._shared:
+            self._shared.unsafe_reads = loaded.snapshot.unsafe_reads
         if loaded.snapshot.revision != self._snapshot.revision or self._broken:
             self._record("configuration in force", loaded.snapshot.revision)
             self._snapshot = loaded.snapshot
@@ -213,6 +225,8 @@ class Server:
             reasons.append("no configuration is in force")
         if self._refused:
             reasons.append(f"Envoy: {self._refused}")
+        if self._shared and self._shared.away:
+            reasons.append(f"the shared ledger: {self._shared.away}")
         return reasons, self._snapshot.revision
 
     async def _exposition(self) -> bytes:
@@ -228,10 +242,12 @@ class Server:
 
     async def _own_balances(self) -> list[Balance]:
         """Of the windows that something was spent in; calls are served meanwhile."""
+        # The ledger's own last word on the time, at most RENEW_S old: where it is shared, its clock is not ours.
+        now = self._own.now
         found = list[Balance]()
         spent_of = [self._budgets[key] for key in self._own.windows if key in self._budgets]
         for start in range(0, len(spent_of), _BALANCES_AT_ONCE):
-            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), clock.steady())
+            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), now)
             await asyncio.sleep(0)
         return found
 
@@ -255,6 +271,14 @@ class Server:
                 await asyncio.to_thread(self._audit.sync, clock.now())
             except AuditUnavailable as error:
                 log.error("%s", error)  # noqa: TRY400 - it says all there is
+
+    def _ledger_changed(self, healthy: bool, why: str) -> None:  # noqa: FBT001 - the ledger's callback
+        self._metrics.ledger_up = healthy
+        passing = ", and reads pass on this broker's own limits" if self._snapshot.unsafe_reads else ""
+        what = "limits can be checked again" if healthy else f"limits can't be checked{passing}: {why}"
+        log.log(logging.INFO if healthy else logging.ERROR, "%s", what)
+        with contextlib.suppress(AuditUnavailable):
+            self._audit.append(alert_record(clock.now(), clock.mono_ns(), what))
 
     async def _keep(self) -> None:
         while True:

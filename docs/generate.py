@@ -19,16 +19,19 @@ import orjson
 import yaml
 
 from broker.audit.chain import CHECKPOINT
-from broker.audit.record import Attempt, Ending, config_record, decision_record, outcome_record, revocation_record
+from broker.audit.record import Attempt, Ending, alert_record, config_record, decision_record, outcome_record, revocation_record
 from broker.cli import options
 from broker.cli.main import cli
 from broker.cli.render import placeholders, rendered
 from broker.dataplane.site import Site
+from broker.ledger.base import Balance
 from broker.manifest.findings import Finding
 from broker.manifest.load import load, load_texts
 from broker.manifest.models import KINDS
 from broker.manifest.strict_yaml import MAX_BYTES
-from broker.policy.types import ALLOW, Code, deny
+from broker.metrics import Metrics, Standing
+from broker.policy.limits import Limit
+from broker.policy.types import ALLOW, Code, Usage, deny
 from broker.protocols.problem import STATUS, TYPE_PREFIX, WORDS
 
 _MADE = "<!-- Made by `python -m docs.generate`. Change the code, not this file. -->\n"
@@ -41,6 +44,7 @@ def files() -> Mapping[str, str]:
         "docs/reference/codes.md": codes,
         "docs/reference/cli.md": verbs,
         "docs/reference/audit.md": audit,
+        "docs/reference/metrics.md": metrics,
         "envoy/sample-organisation.yaml": lambda: _golden("manifests"),
         "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
     }
@@ -203,6 +207,8 @@ def _finding(example: Finding) -> str:
 
 _PLAINTEXT = b"""{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web},
 spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, operations: {}}}"""
+_PLATFORM = b"""{apiVersion: broker/v1, kind: Platform, metadata: {name: acme, owner: platform},
+spec: {ledger: {unsafe_reads_without_redis: true}, flow: []}}"""
 
 
 def _findings() -> Mapping[str, Finding]:
@@ -210,7 +216,12 @@ def _findings() -> Mapping[str, Finding]:
     examples: dict[str, Finding] = {}
     folder = Path("tests/bad_manifests")
     bad = [{path.name: path.read_bytes()} for path in sorted(folder.glob("*.yaml"))]
-    more: list[dict[str, bytes]] = [{}, {"large.yaml": b"#" * (MAX_BYTES + 1)}, {"shop.yaml": _PLAINTEXT}]
+    more: list[dict[str, bytes]] = [
+        {},
+        {"large.yaml": b"#" * (MAX_BYTES + 1)},
+        {"shop.yaml": _PLAINTEXT},
+        {"acme.yaml": _PLATFORM},
+    ]
     for texts in (*bad, *more):
         for finding in load_texts(texts, folder).findings:
             examples.setdefault(finding.code, finding)
@@ -271,13 +282,13 @@ _MEANING: Mapping[str, str] = {
     "seq": "Number of the record, from 1, without gaps.",
     "time": "When it was written, RFC 3339, UTC, microseconds.",
     "mono_ns": "The monotonic clock in nanoseconds: orders records within one run of the broker when the wall clock jumps.",
-    "event": "`decision`, `outcome`, `config` or `revocation`.",
+    "event": "`decision`, `outcome`, `config`, `revocation` or `alert`.",
     "prev_hash": "`hash` of the record before; 64 zeros for the first.",
     "hash": "SHA-256 of this record in canonical JSON without `hash`, lower-case hex.",
     "decision_id": "Names the decision; also in the header `x-broker-decision-id` of a denial, and in the outcome.",
     "agent": "`name`, `spiffe`, `owner`, `oncall`, from the manifest; empty where none was proven, `name` alone in a revocation.",
     "run_id": "The run that the agent named (`x-run-id`, or W3C baggage `run.id`). It groups; it proves nothing.",
-    "step": "Number of the call in its run. Not counted yet: always 0.",
+    "step": "Number of the call in its run; 0 where nothing was reserved for it.",
     "trace_id": "The trace ID of the request's `traceparent`.",
     "tool": "The tool's name in the catalog.",
     "operation": "The operation's name, or what was tried where none matched.",
@@ -290,6 +301,9 @@ _MEANING: Mapping[str, str] = {
     "path": "The raw path without query; parameters of an operation with the data class `pii` or `secret` are masked.",
     "args": "The parameters by location, redacted, at most 16 KiB.",
     "args_hash": "`sha256:` over the canonical JSON of all parameters, unredacted.",
+    "limits": "`reserved`: the most that the call may spend, by measure. `refused`: the limit that had no room, its `scope`, "
+    "`amount`, and what was `spent` and `needed`. Dollars in dollars; null where neither is the case. `degraded`: the shared "
+    "ledger was away, and this broker counted for itself.",
     "verdict": "`allow` or `deny`.",
     "code": "Why it was denied, or why the broker ended an allowed call. See [codes](codes.md).",
     "rule": "Where the decisive rule stands, `file#pointer`.",
@@ -298,6 +312,12 @@ _MEANING: Mapping[str, str] = {
     "credential": "`issuer`, `scopes`, `lease_id`, `expires` of what was injected; never the credential. Null where none was.",
     "upstream": "`status` (0 where no answer came; `detail` says why), `bytes` as far as known, `duration_ms` of the call.",
     "response_hash": "Reserved: null.",
+    "model": "The model that was asked for; in the decision too.",
+    "provider": "Whose prices count: the tool's name, or else its protocol; in the decision too.",
+    "prompt_hash": "`sha256:` over the canonical JSON of what was said to the model, which is not recorded; in the decision too.",
+    "tokens": "`input`, of which `cached` and `cache_write`, and `output`; `estimated` where the provider did not tell all.",
+    "usd": "What that cost, by the platform's prices; null without a price.",
+    "completion_hash": "`sha256:` over the text that was generated, which is not recorded; the same whole or as a stream.",
     "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
 }
 _NOW = 1_767_225_600.0
@@ -311,6 +331,11 @@ def audit() -> str:
     for event, record in samples.items():
         rest = [name for name in _MEANING if name in record and name not in every]
         sections.append(_record_fields(f"`{event}`", rest))
+    asked = Attempt("", "", {}, model="gpt-5-mini", provider="openai", prompt_hash="sha256:…")
+    model = outcome_record(_NOW, 812_345_678, asked, Ending(usage=Usage(), usd=0.0, completion_hash="sha256:…"))
+    more = {name: model for name in model if name not in samples["outcome"]}
+    sections.append(_record_fields("Of a call of a model, beside these", [name for name in _MEANING if name in more]))
+    samples = {**samples, "of models": more}
     unknown = {name for record in samples.values() for name in record} ^ set(_MEANING)
     if unknown:
         raise SystemExit(f"docs/generate.py and broker/audit/record.py disagree on: {', '.join(sorted(unknown))}")
@@ -363,7 +388,45 @@ def _samples() -> Mapping[str, Mapping[str, Any]]:
         "outcome": outcome_record(_NOW, 812_345_678, attempt, Ending(status=200)) | link,
         "config": config_record(_NOW, 812_345_678, "configuration in force") | link,
         "revocation": revocation | {"revoked": {"tokens_until": _NOW}} | link,
+        "alert": alert_record(_NOW, 812_345_678, "limits can't be checked") | link,
     }
+
+
+# ------------------------------------------------------------------------------------------------------------------ metrics
+
+
+def metrics() -> str:
+    """Every metric with its type and labels, from what a broker shows once everything has happened in it."""
+    families = [family for family in _shown_metrics().registry.collect() if family.name.startswith("broker_")]
+    rows = "\n".join(_metric(family) for family in sorted(families, key=lambda family: family.name))
+    return (
+        f"{_MADE}# Metrics\n\n"
+        "`GET /metrics` on the admin port, in Prometheus' text format. A label's value is a name from the manifests, "
+        "[a code](codes.md) or a word that stands here, never what an agent says. Counters begin at 0 with each start of a "
+        "broker. Beside these there are the Python client's `process_…`. [A dashboard](../../compose/grafana/README.md) shows "
+        f"them.\n\n| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n{rows}\n\n"
+        "`scope` is `agent/NAME`, `agent/NAME/TOOL`, `agent/NAME/TOOL/OPERATION`, `team/NAME` or `environment/NAME`, and `limit` "
+        "the word in the manifest: `tokens`, `usd`, `calls`, … Only limits by the window are shown; "
+        "`broker agents show NAME` tells all of them.\n"
+    )
+
+
+def _metric(family: Any) -> str:
+    if not family.samples:
+        raise SystemExit(f"docs/generate.py lets nothing happen that {family.name} would count")
+    labels = dict.fromkeys(label for sample in family.samples for label in sample.labels if label != "le")
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    return f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} | {_cell(family.documentation)} |"
+
+
+def _shown_metrics() -> Metrics:
+    shown = Metrics()
+    shown.decided("allow", "", 120_000)
+    shown.waited_for_ledger(900_000)
+    shown.ended("refund-bot", "openai", "gpt-5-mini", Ending(status=500, usage=Usage(9, 6, 3), usd=0.01), "5xx")
+    balance = Balance(Limit("tokens", "agent/refund-bot", 2_000_000, "", per=86_400), 15, _NOW)
+    shown.exposition(Standing("sha256:53b9…", current=True, accepted=True, audit_writable=True, open_calls=0, balances=[balance]))
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Law: a ledger that can't be asked takes nothing away of the rest; its numbers are null then, and `unavailable` says why.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from broker.audit.record import timestamp
@@ -12,6 +12,8 @@ from broker.policy.limits import NANO, TOKENS, Kind, Limit, Measure
 from broker.policy.snapshot import Agent, PolicySnapshot
 
 _DAY_S = 86_400
+_COUNTED = ("tokens", "usd")
+_UNITS = {**dict.fromkeys(TOKENS, "tokens"), Measure.USD: "usd", Measure.BYTES_OUT: "bytes", Measure.RUNS: "runs"}
 _PER_RUN = (Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL)
 
 
@@ -34,28 +36,23 @@ async def shown(agent: Agent, ledger: Ledger, now: float) -> dict[str, Any]:
 
 async def listed(snapshot: PolicySnapshot, ledger: Ledger, now: float) -> dict[str, Any]:
     """All agents: `name`, `owner`, `tools`, and what they used today of `tokens` and `usd` where a limit counts it."""
-    counted = {agent.name: _daily(agent) for agent in snapshot.agents.values()}
-    balances, unavailable = await _balances((limit for each in counted.values() for limit in each.values()), ledger, now)
+    every = snapshot.agents.values()
+    daily = {agent.name: _daily(agent) for agent in every}
+    balances, unavailable = await _balances((limit for limits in daily.values() for limit in limits.values()), ledger, now)
+    used = {
+        name: {word: _amount(limit, balances[limit.key].spent) for word, limit in limits.items() if limit.key in balances}
+        for name, limits in daily.items()
+    }
+    unknown = dict.fromkeys(_COUNTED)
     agents = [
-        {
-            "name": agent.name,
-            "owner": agent.owner,
-            "tools": list(agent.tools),
-            **{word: _spent(counted[agent.name].get(word), balances) for word in ("tokens", "usd")},
-        }
-        for agent in snapshot.agents.values()
+        {"name": agent.name, "owner": agent.owner, "tools": [*agent.tools], **unknown, **used[agent.name]} for agent in every
     ]
     return {"agents": agents, "unavailable": unavailable}
 
 
 def _daily(agent: Agent) -> dict[str, Limit]:
     own = (limit for limit in agent.limits if limit.scope == f"agent/{agent.name}" and limit.per == _DAY_S)
-    return {limit.word: limit for limit in own if limit.word in ("tokens", "usd")}
-
-
-def _spent(limit: Limit | None, balances: Mapping[str, Balance]) -> float | None:
-    balance = balances.get(limit.key) if limit else None
-    return _amount(balance.limit, balance.spent) if balance else None
+    return {limit.word: limit for limit in own if limit.word in _COUNTED}
 
 
 async def _balances(limits: Iterable[Limit], ledger: Ledger, now: float) -> tuple[dict[str, Balance], str]:
@@ -73,7 +70,7 @@ def _limit(limit: Limit, balance: Balance | None, now: float) -> dict[str, Any]:
         "written": limit.written,
         "scope": limit.scope,
         "rule": limit.rule,
-        "unit": _unit(limit),
+        "unit": "seconds" if limit.kind is Kind.RUN_TIME else _UNITS.get(limit.measure, "calls"),
         "amount": _amount(limit, most),
         "spent": _amount(limit, balance.spent) if balance else None,
         "left": _amount(limit, max(0, most - balance.spent)) if balance else None,
@@ -81,14 +78,6 @@ def _limit(limit: Limit, balance: Balance | None, now: float) -> dict[str, Any]:
         "renews_in": round(max(0.0, renews - now), 3) if renews else None,
         "per_run": limit.kind in _PER_RUN,
     }
-
-
-def _unit(limit: Limit) -> str:
-    if limit.kind is Kind.RUN_TIME:
-        return "seconds"
-    if limit.measure in TOKENS:
-        return "tokens"
-    return {Measure.USD: "usd", Measure.BYTES_OUT: "bytes", Measure.RUNS: "runs"}.get(limit.measure, "calls")
 
 
 def _amount(limit: Limit, amount: int) -> float:

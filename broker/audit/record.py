@@ -183,6 +183,11 @@ def revocation_record(now: float, mono_ns: int, agent: Mapping[str, str], detail
     return {**_event("revocation", now, mono_ns), "agent": dict(agent), "detail": _text(detail, _MAX_NAME)}
 
 
+def alert_record(now: float, mono_ns: int, detail: str) -> dict[str, Any]:
+    """The record of something that people should look at."""
+    return {**_event("alert", now, mono_ns), "detail": _text(detail, _MAX_NAME)}
+
+
 def timestamp(now: float) -> str:
     """Seconds since the epoch as RFC 3339, UTC, in microseconds."""
     return datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

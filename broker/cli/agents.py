@@ -1,7 +1,8 @@
 """`broker agents`: who the agents are, and what each has left to spend; asked of the running broker."""
 
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from broker.admin.client import ask
 from broker.cli import options
 from broker.errors import BrokerError, UsageError
 
-_NONE = "-"
 _AGENTS = ("NAME", "OWNER", "TOKENS TODAY", "USD TODAY", "TOOLS")
 _LIMITS = ("LIMIT", "SCOPE", "SPENT", "LEFT", "RENEWS")
 
@@ -31,8 +31,7 @@ def list_(*, state: Path, as_json: bool) -> None:
     TOKENS and USD are what was used today (UTC), where the agent's manifest limits them by the day.
     """
     found = _asked(state, "/agents")
-    click.echo(orjson.dumps(found) if as_json else table(_AGENTS, [_agent(each) for each in found["agents"]]))
-    _complain(found)
+    _tell(found, table(_AGENTS, [_agent(each) for each in found["agents"]]), as_json=as_json)
 
 
 @agents.command()
@@ -45,11 +44,9 @@ def show(*, name: str, state: Path, as_json: bool) -> None:
     Of limits per run the broker keeps no sum. With --json: agent {name, spiffe, owner, oncall}, token, namespace, tools
     {tool: [operation]}, and limits [{limit, written, scope, rule, unit, amount, spent, left, renews, renews_in, per_run}].
     """
-    found = _asked(state, f"/agents/{name}")
-    if not found:
+    if not (found := _asked(state, f"/agents/{name}")):
         raise UsageError(f"no manifest names an agent {name!r}", "see `broker agents list`")
-    click.echo(orjson.dumps(found) if as_json else "\n".join(_described(found)))
-    _complain(found)
+    _tell(found, described(found), as_json=as_json)
 
 
 def _asked(state: Path, target: str) -> dict[str, Any]:
@@ -59,78 +56,60 @@ def _asked(state: Path, target: str) -> dict[str, Any]:
     return answer
 
 
-def _complain(found: dict[str, Any]) -> None:
+def _tell(found: dict[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
+    click.echo(orjson.dumps(found) if as_json else "\n".join(lines))
     if found["unavailable"]:
         raise BrokerError(f"what is spent can't be told: {found['unavailable']}")
 
 
 def _agent(each: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        each["name"],
-        each["owner"],
-        _amount(each["tokens"], ""),
-        _amount(each["usd"], "usd"),
-        ", ".join(each["tools"]) or _NONE,
-    )
+    return each["name"], each["owner"], amount(each["tokens"], ""), amount(each["usd"], "usd"), ", ".join(each["tools"]) or "-"
 
 
-def _described(found: dict[str, Any]) -> Iterator[str]:
+def described(found: dict[str, Any]) -> Iterator[str]:
+    """One agent, line for line."""
     agent = found["agent"]
-    proofs = {"spiffe": agent["spiffe"], "token": "token" if found["token"] else "", "namespace": found["namespace"]}
-    identity = ", ".join(proof if proof == name else f"{name} {proof}" for name, proof in proofs.items() if proof)
+    proofs = (f"spiffe {agent['spiffe']}", "token", f"namespace {found['namespace']}")
+    held = (agent["spiffe"], found["token"], found["namespace"])
     yield f"agent     {agent['name']}"
     yield f"owner     {agent['owner']}, on call {agent['oncall']}"
-    yield f"identity  {identity}"
+    yield f"identity  {', '.join(proof for proof, has in zip(proofs, held, strict=True) if has)}"
     tools = [f"{tool}: {', '.join(operations) or 'no operations'}" for tool, operations in found["tools"].items()]
-    for index, line in enumerate(tools or ["none"]):
-        yield f"{'' if index else 'tools':<10}{line}"
+    yield "tools     " + ("\n" + " " * 10).join(tools or ["none"])
     if found["limits"]:
         yield ""
-        yield table(_LIMITS, [_row(limit) for limit in found["limits"]])
+        yield from table(_LIMITS, [_limit(limit) for limit in found["limits"]])
     else:
         yield "limits    none"
 
 
-def _row(limit: dict[str, Any]) -> tuple[str, ...]:
-    numbers = tuple(_amount(limit[name], limit["unit"]) for name in ("spent", "left"))
-    if limit["per_run"]:
-        numbers = "per run", ""
+def _limit(limit: dict[str, Any]) -> tuple[str, ...]:
+    numbers = ("per run", "") if limit["per_run"] else (amount(limit[name], limit["unit"]) for name in ("spent", "left"))
     return limit["written"], limit["scope"], *numbers, _renewal(limit)
 
 
 def _renewal(limit: dict[str, Any]) -> str:
-    if limit["renews"] is None:
-        return ""
     if not limit["renews_in"]:
-        return "now"
+        return "" if limit["renews"] is None else "now"
     local = datetime.fromisoformat(limit["renews"]).astimezone()
-    return f"{local:%Y-%m-%d %H:%M}, in {span(limit['renews_in'])}"
+    return f"{local:%Y-%m-%d %H:%M}, in {timedelta(seconds=math.ceil(limit['renews_in']))}"
 
 
-def span(seconds: float) -> str:
-    """A time in its two largest units: `5 h 12 min`."""
-    parts, rest = [], max(1, round(seconds))
-    for word, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        number, rest = divmod(rest, size)
-        parts.append(f"{number} {word}" if number else "")
-    first = next(index for index, part in enumerate(parts) if part)
-    return " ".join(part for part in parts[first : first + 2] if part)
-
-
-def _amount(amount: float | None, unit: str) -> str:
-    """An amount for people: dollars to a ten-thousandth, bytes in the largest binary unit that they fill."""
-    if amount is None:
-        return _NONE
+def amount(number: float | None, unit: str) -> str:
+    """An amount for people: dollars to the cent, below one to a hundredth of it; bytes in the largest unit that they fill."""
+    if number is None:
+        return "-"
     if unit == "usd":
-        return f"{amount:,.2f} USD" if amount >= 1 or not amount else f"{amount:.4f} USD"
+        return f"{number:,.{4 if 0 < number < 1 else 2}f} USD"
     if unit == "bytes":
-        power = min(max(int(amount).bit_length() - 1, 0) // 10, 4)
-        return f"{amount / 1024**power:,.1f} {'KMGT'[power - 1]}iB" if power else f"{amount:,} B"
-    return f"{amount:,} s" if unit == "seconds" else f"{amount:,}"
+        power = min(max(int(number).bit_length() - 1, 0) // 10, 4)
+        return f"{number / 1024**power:,.1f} {'KMGT'[power - 1]}iB" if power else f"{number:,} B"
+    return f"{number:,}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows under their head in aligned columns; the head is bold on a terminal."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
-    return "\n".join((click.style(lines[0], bold=True), *lines[1:]))
+    for row in (head, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield click.style(line, bold=True) if row is head else line

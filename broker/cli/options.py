@@ -1,9 +1,11 @@
 """What several verbs share: their options, and what they make of them."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 import click
 
@@ -15,6 +17,7 @@ from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
 _PORTS = 65_535
+REDIS = "BROKER_REDIS_URL"
 ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -56,10 +59,16 @@ def door(name: str, default: str, what: str) -> Decorator:
     return click.option(name, type=_address, metavar="HOST:PORT", default=default, show_default=True, help=what)
 
 
-def _not_built(_: click.Context, __: click.Parameter, value: str | None) -> None:
-    # So that nobody believes in shared limits that are not there.
-    if value is not None:
-        raise UsageError("--redis is not built yet", "leave it out: one broker keeps its own state")
+def _redis(_context: click.Context, _option: click.Parameter, url: str | None) -> str:
+    """The URL with the password that stands in the environment, since arguments can be read by every user of the machine."""
+    if not url:
+        return ""
+    password = os.environ.get("BROKER_REDIS_PASSWORD", "")
+    parts = urlsplit(url)
+    if password and parts.password is None:
+        user, _, host = parts.netloc.rpartition("@")
+        parts = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")
+    return parts.geturl()
 
 
 directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=click.Path(path_type=Path, file_okay=False))
@@ -75,7 +84,13 @@ broker = _together(
     state,
     doors,
     door("--admin", "127.0.0.1:15003", "Health, metrics and keys."),
-    click.option("--redis", metavar="URL", callback=_not_built, expose_value=False, help="Shared state (not built yet)."),
+    click.option(
+        "--redis",
+        metavar="URL",
+        envvar=REDIS,
+        callback=_redis,
+        help="Count in this Redis, with all brokers that do: redis[s]://[USER@]HOST:PORT; password in BROKER_REDIS_PASSWORD.",
+    ),
     as_json,
 )
 

@@ -18,7 +18,14 @@ from broker.state import State
 @click.command()
 @options.broker
 def serve(
-    *, manifests: Path, state: Path, proxy: options.Address, base_url: options.Address, admin: options.Address, as_json: bool
+    *,
+    manifests: Path,
+    state: Path,
+    proxy: options.Address,
+    base_url: options.Address,
+    admin: options.Address,
+    redis: str,
+    as_json: bool,
 ) -> None:
     """Run the processor without Envoy. What `broker render envoy` prints under `bootstrap:` leads an Envoy to it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -32,5 +39,5 @@ def serve(
         elif event == "listening":
             click.echo(f"serving revision {revision}")
 
-    server = Server(manifests, folder, options.site(folder, proxy, base_url), admin, announce)
+    server = Server(manifests, folder, options.site(folder, proxy, base_url), admin, announce, redis)
     asyncio.run(server.run())

@@ -1,6 +1,7 @@
 """`broker up`: Envoy, the processor and the admin API on this machine, with embedded state."""
 
 import asyncio
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,14 @@ from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_versio
 @click.command()
 @options.broker
 def up(
-    *, manifests: Path, state: Path, proxy: options.Address, base_url: options.Address, admin: options.Address, as_json: bool
+    *,
+    manifests: Path,
+    state: Path,
+    proxy: options.Address,
+    base_url: options.Address,
+    admin: options.Address,
+    redis: str,
+    as_json: bool,
 ) -> int:
     """Run the broker: one command, no root, no other server.
 
@@ -29,6 +37,8 @@ def up(
     folder = State.at(state)
     who, what = counted(len(snapshot.agents), "agent"), counted(len(snapshot.tools), "tool")
     click.echo(f"starting Envoy {envoy_version(envoy_binary())} for {who} and {what} …", err=True)
+    # Not as an argument: it may hold a password.
+    os.environ[options.REDIS] = redis
     serve = options.command("serve", manifests=manifests, state=state, proxy=proxy, base_url=base_url, admin=admin)
     supervisor = Supervisor(serve, options.site(folder, proxy, base_url), folder.run)
     places = {"proxy": str(proxy), "base_url": str(base_url), "admin": str(admin), "ca": str(folder.ca)}

@@ -115,6 +115,11 @@ class RedisLedger:
             with suppress(asyncio.CancelledError):
                 await self._task
 
+    @property
+    def away(self) -> str:
+        """Why limits can't be checked; empty when they can."""
+        return "" if self._healthy else self._why
+
     # What callers ask.
 
     def reserve(self, spend: Spend, now: float) -> Granted | Refused | Awaitable[Granted | Refused]:
@@ -297,7 +302,9 @@ class RedisLedger:
         doubts, everything, wait = self._doubts, self._everything, 0.0
         self._doubts, self._everything = {}, False
         try:
-            for items in _chunks(chain([(_MEMBERS, "hold")], self._mine(doubts.values(), everything))):
+            # Only who has something to say holds the others up: else each would, in turn, for ever.
+            hold = [(_MEMBERS, "hold")] if doubts or everything else []
+            for items in _chunks(chain(hold, self._mine(doubts.values(), everything))):
                 wait = self._beaten((await _round(connection, [self._said(items)]))[0])
         except BaseException:
             self._doubts, self._everything = {**doubts, **self._doubts}, everything or self._everything

@@ -168,7 +168,13 @@ def test_the_readme_shows_the_tour_as_it_is():
     assert re.fullmatch(pattern(re.sub(r"localhost:\d+", "localhost:PORT", shown)), printed), printed
 
 
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "envoy" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "envoy" / "README.md",
+    ROOT / "compose" / "grafana" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])

@@ -27,6 +27,7 @@ GENERATED = (
     "docs/reference/cli.md",
     "docs/reference/codes.md",
     "docs/reference/kinds.md",
+    "docs/reference/metrics.md",
     "envoy/minimal.yaml",
     "envoy/sample-organisation.yaml",
 )

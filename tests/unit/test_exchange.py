@@ -502,7 +502,7 @@ def test_a_record_that_fails_in_a_way_nobody_thought_of_denies_as_well():
 
 
 def test_metrics_that_fail_deny_and_send_nothing():
-    [refused] = play(services(metrics=SimpleNamespace(decided=_raises, answered=lambda _: None)), head())
+    [refused] = play(services(metrics=SimpleNamespace(decided=_raises)), head())
     assert problem_of(refused)["code"] == "internal_fault"
 
 

@@ -111,6 +111,7 @@ def test_a_record_that_cannot_be_written_leaves_the_log_usable(folder, record, r
     with opened(folder) as log:
         with pytest.raises(AuditUnavailable, match=reason):
             log.append(record)
+        assert log.writable  # the record was at fault, not the log
         log.append({"a": 1})
     assert_whole(folder, 1)
 
@@ -140,11 +141,23 @@ def test_a_write_that_does_not_fit_is_taken_back_and_the_next_one_passes_once_it
             for _ in range(3):
                 with pytest.raises(AuditUnavailable, match=r"can't be written: .*; free space"):
                     log.append({"b": 2})
+            assert not log.writable
             assert next(folder.glob("*.jsonl")).stat().st_size == size
             assert verify(folder, PUBLIC).problems == []
         assert log.append({"c": 3})["seq"] == 2
+        assert log.writable
         log.sync(NOW)
     assert_whole(folder, 2)
+
+
+def test_a_checkpoint_that_can_not_be_written_makes_the_log_unwritable_until_one_can(folder):
+    with opened(folder) as log:
+        log.append({"a": 1})
+        with file_size_limit(10), pytest.raises(AuditUnavailable, match="can't be put on the disk"):
+            log.sync(NOW)
+        assert not log.writable
+        log.sync(NOW)
+        assert log.writable
 
 
 def test_a_rollback_that_fails_too_is_made_up_for_before_the_next_record(folder, monkeypatch):
@@ -210,6 +223,7 @@ def test_a_log_that_is_deleted_or_edited_under_the_broker_denies(folder):
             file.write(b"x")
         with pytest.raises(AuditUnavailable, match="deleted or changed by something else"):
             log.append({})
+        assert not log.writable
         path.unlink()
         with pytest.raises(AuditUnavailable, match="deleted or changed by something else"):
             log.append({})
