@@ -47,7 +47,7 @@ def rebuild(ledger: MemoryLedger, path: Path, audit: Path, snapshot: PolicySnaps
 def _memory(snapshot: PolicySnapshot) -> float:
     """How long ago a call may have been that still counts, in seconds. No window is longer than a day."""
     limits = [limit for agent in snapshot.agents.values() for limit in agent.limits]
-    buckets = [limit.burst * limit.per / max(limit.amount, 1) for limit in limits if limit.kind is Kind.RATE]
+    buckets = [limit.burst * limit.per / limit.amount for limit in limits if limit.kind is Kind.RATE and limit.amount]
     return max([NAMED_IDLE_S, *buckets, *(limit.amount for limit in limits if limit.kind is Kind.RUN_TIME)])
 
 
