@@ -41,7 +41,7 @@ def rebuild(ledger: MemoryLedger, path: Path, audit: Path, snapshot: PolicySnaps
     seq = _restore(ledger, path, audit)
     records = _records_after(audit, seq) if seq else _records_since(audit, now - _memory(snapshot))
     replay(ledger, records, snapshot)
-    log.info("the ledger is rebuilt from the record, %s", f"after its number {seq}" if seq else "as far as it can matter")
+    log.debug("the ledger is rebuilt from the record, %s", f"after its number {seq}" if seq else "as far as it can matter")
 
 
 def _memory(snapshot: PolicySnapshot) -> float:
