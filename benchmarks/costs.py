@@ -9,6 +9,7 @@ import os
 import pstats
 import shutil
 import timeit
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from broker.dataplane import site
 from broker.events import Command, Pass, Send, Services, WantBody
 from broker.exchange import Exchange
 from broker.identity import TokenAuthority
+from broker.ledger.base import Granted, Spend
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
 from broker.metrics import Metrics
 from broker.policy.evaluate import evaluate
+from broker.policy.limits import WORDS, Kind, Limit, called
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import ALLOW, Request, ToolCall
 from broker.processor.convert import event_of, response_of
@@ -43,6 +46,8 @@ from tests import stack
 
 TARGET_US = 60
 SCRUB_TARGET_US = 15
+RESERVE_US = 15
+MANY = 10_000  # agents
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
 
@@ -72,6 +77,12 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
         best = min(timeit.repeat(once, number=loops, repeat=repeats)) / loops * 1e6
         rows.append({"name": name, "us": round(best, 2), "target_us": target})
 
+    for agents in (10, MANY // 10 if quick else MANY):
+        row(f"reserve and settle, 20 limits, {agents:,} agents in turn", _reservation(_limits(agents, 20)))
+    row("reserve and settle, 8 limits", _reservation(_limits(1, 8)), RESERVE_US)
+    with _services(limits=True) as services:
+        for name, call in CALLS.items():
+            row(f"whole {name} exchange with limits, without protobuf", _exchange(services, call))
     with _services() as services:
         for name, call in CALLS.items():
             row(f"decision of a 1 KB {name} call (recognise, evaluate)", _decision(services.snapshot(), call), TARGET_US)
@@ -101,6 +112,74 @@ def _chunks() -> dict[str, tuple[bytes, int | None]]:
 def _scrub(chunk: bytes) -> Callable[[], object]:
     stream = Scrubber([world.SECRET]).stream()
     return lambda: stream.feed(chunk, last=False)
+
+
+def kept(*, quick: bool) -> list[dict[str, Any]]:
+    """What one agent takes of the processor's memory, on average: `[{name, bytes}]`."""
+    agents = MANY // 10 if quick else MANY
+    tracemalloc.start()
+    try:
+        limits = _limits(agents, 20)
+        written = tracemalloc.get_traced_memory()[0]
+        ledger = MemoryLedger()
+        before = tracemalloc.get_traced_memory()[0]
+        for number, each in enumerate(limits):
+            ledger.settle(_call(ledger, each, number, number), {}, _T)
+        spent = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    of = f"of one of {agents:,} agents"
+    return [
+        {"name": f"20 limits {of}", "bytes": written // agents},
+        {"name": f"what they have counted {of}, each in one run", "bytes": (spent - before) // agents},
+    ]
+
+
+# The ledger by itself.
+
+_AMOUNTS = called(1000)
+_WORDS = ("rate", "calls", "writes", "bytes_out", "concurrency", "steps_per_run", "identical_per_run", "destructive")
+
+
+def _limits(agents: int, count: int) -> list[tuple[Limit, ...]]:
+    """For each agent as many limits: its tools' and its own, each of another word, none of them ever reached."""
+    scopes = [f"agent/a{number}" for number in range(agents)]
+    return [tuple(_limit(scope, at) for at in range(count)) for scope in scopes]
+
+
+def _limit(scope: str, at: int) -> Limit:
+    word, level = _WORDS[at % len(_WORDS)], at // len(_WORDS)
+    windowed = WORDS[word][0] in (Kind.RATE, Kind.WINDOW)
+    amount = 10**9
+    rule = f"agents/{scope}.yaml#/spec/limits/{word}"
+    return Limit(word, f"{scope}/{level}" if level else scope, amount, rule, 86_400 if windowed else 0, amount)
+
+
+def _reservation(limits: list[tuple[Limit, ...]]) -> Callable[[], object]:
+    """The next agent's call: reserved, and settled as it was."""
+    ledger, numbers = MemoryLedger(), count()
+
+    def once() -> None:
+        number = next(numbers)
+        decision_id = _call(ledger, limits[number % len(limits)], number % len(limits), number)
+        ledger.settle(decision_id, {}, _T + number * 1e-4)
+
+    for _ in limits:  # so that all have counters
+        once()
+    return once
+
+
+_T = 1.8e9
+
+
+def _call(ledger: MemoryLedger, limits: tuple[Limit, ...], agent: int, number: int) -> str:
+    decision_id = f"{number:020x}"
+    wanted = Spend(
+        decision_id, f"a{agent}", limits, _AMOUNTS, "nightly-2026-11-20", "plain/issues.create/sha256:0123456789abcdef"
+    )
+    if not isinstance(ledger.reserve(wanted, _T + number * 1e-4), Granted):
+        raise SystemExit("the benchmark's call is refused")
+    return decision_id
 
 
 def _request(call: Call) -> Request:
@@ -143,10 +222,10 @@ def _attempt(snapshot: PolicySnapshot, call: Call) -> Attempt:
 
 
 @contextmanager
-def _services() -> Iterator[Services]:
+def _services(*, limits: bool = False) -> Iterator[Services]:
     folder = stack.short_folder()
     os.environ["BENCH_SECRET"] = world.SECRET
-    texts = {f"{number}.yaml": orjson.dumps(each) for number, each in enumerate(world.documents(1, 2, ""))}
+    texts = {f"{number}.yaml": orjson.dumps(each) for number, each in enumerate(world.documents(1, 2, "", limits=limits))}
     loaded = load_texts(texts, Path())
     if loaded.snapshot is None:
         raise SystemExit(f"the benchmark's manifests have errors: {loaded.findings}")
@@ -239,3 +318,5 @@ if __name__ == "__main__":
     else:
         for cost in measure(quick=False):
             print(f"{cost['us']:8.2f} us  {cost['name']}")
+        for cost in kept(quick=False):
+            print(f"{cost['bytes']:8,} bytes  {cost['name']}")

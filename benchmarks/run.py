@@ -23,7 +23,10 @@ from benchmarks.load import Load
 from broker.supervisor import envoy_binary, envoy_version
 from tests import stack
 
-WAYS = ("direct", "bare Envoy", "broker")
+BROKERS = {"broker": {"limits": False}, "broker, 8 limits": {"limits": True}}
+"""The brokers that are measured, the first without limits: what their manifests hold (see `world.write`)."""
+
+WAYS = ("direct", "bare Envoy", *BROKERS)
 CONNECTIONS = (1, 16)
 _WARM_S = 0.2
 _GRACE_S = 60.0
@@ -51,11 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     machine = _machine()
     with _cells(seconds) as cells:
         rows = measure(cells, rounds)
-    found = {"machine": machine, "calls": rows, "costs": costs.measure(quick=given.quick)}
+    inside = {"costs": costs.measure(quick=given.quick), "kept": costs.kept(quick=given.quick)}
+    found = {"machine": machine, "calls": rows, **inside}
     print(json.dumps(found) if given.json else table(found))
 
 
-# The three ways.
+# The ways.
 
 
 @contextmanager
@@ -72,17 +76,23 @@ def _cells(seconds: float) -> Iterator[list[Cell]]:
         running.callback(shutil.rmtree, folder)
         running.enter_context(envoys.running(folder, "upstream", answering, [http, https], "--concurrency", "1"))
         pid = running.enter_context(envoys.running(folder, "bare", bare, [proxy]))
-        broker = stack.Broker(manifests, folder / "state")
-        running.callback(broker.stop)
         blank = Load(("127.0.0.1", http), "", world.ANSWER, 1, seconds, _WARM_S)
-        pids = {"envoy": broker.child("envoy"), "processor": broker.child("processor")}
-        authorization = stack.basic(world.AGENT, broker.token(world.AGENT))
-        ways = {
-            "direct": (blank, replace(blank, address=("127.0.0.1", https), tls_ca=str(folder / "upstream-ca.pem"))),
-            "bare Envoy": _proxied(replace(blank, address=("127.0.0.1", proxy), pids={"envoy": pid}), str(bare_ca), https),
-            "broker": _proxied(replace(blank, address=broker.proxy, pids=pids), broker.ca, https, authorization),
+        ways: dict[str, tuple[tuple[Load, Load], str]] = {
+            "direct": ((blank, replace(blank, address=("127.0.0.1", https), tls_ca=str(folder / "upstream-ca.pem"))), ""),
+            "bare Envoy": (_proxied(replace(blank, address=("127.0.0.1", proxy), pids={"envoy": pid}), str(bare_ca), https), ""),
         }
-        yield [_cell(call, way, ways[way], (http, https), authorization) for call in _CALLS for way in WAYS]
+        for number, (way, options) in enumerate(BROKERS.items()):
+            held = world.write(folder / f"manifests-{number}", http, https, ca.pem, **options)
+            broker = stack.Broker(held, folder / f"state-{number}")
+            running.callback(broker.stop)
+            ways[way] = _through(broker, blank, https)
+        yield [_cell(call, way, *ways[way], (http, https)) for call in _CALLS for way in WAYS]
+
+
+def _through(broker: stack.Broker, blank: Load, https: int) -> tuple[tuple[Load, Load], str]:
+    pids = {"envoy": broker.child("envoy"), "processor": broker.child("processor")}
+    authorization = stack.basic(world.AGENT, broker.token(world.AGENT))
+    return _proxied(replace(blank, address=broker.proxy, pids=pids), broker.ca, https, authorization), authorization
 
 
 def _proxied(plain: Load, ca: str, https: int, authorization: str = "") -> tuple[Load, Load]:
@@ -98,11 +108,11 @@ _CALLS = {
 }
 
 
-def _cell(call: str, way: str, loads: tuple[Load, Load], ports: tuple[int, int], authorization: str) -> Cell:
+def _cell(call: str, way: str, loads: tuple[Load, Load], authorization: str, ports: tuple[int, int]) -> Cell:
     method, path, body, secure = _CALLS[call]
     host = f"localhost:{ports[1]}" if secure else f"127.0.0.1:{ports[0]}"
     absolute = way != "direct" and not secure
-    proof = [("proxy-authorization", authorization)] if absolute and way == "broker" else []
+    proof = [("proxy-authorization", authorization)] if absolute and authorization else []
     request = world.request(method, f"http://{host}{path}" if absolute else path, host, body, *proof)
     return Cell(call, way, replace(loads[secure], request=request, tls_name="localhost" if secure else ""))
 
@@ -142,13 +152,14 @@ def _run(load: Load) -> dict[str, Any]:
 
 def _row(cell: Cell, seen: dict[tuple[str, str, int], list[dict[str, Any]]]) -> dict[str, Any]:
     one, many = (seen[cell.call, cell.way, connections] for connections in CONNECTIONS)
-    bare = seen[cell.call, "bare Envoy", CONNECTIONS[-1]]
+    bare, broker = (seen[cell.call, way, CONNECTIONS[-1]] for way in ("bare Envoy", "broker"))
     requests = sum(each["requests"] for each in many)
     return {
         "call": cell.call,
         "way": cell.way,
         "requests_per_s": round(median(map(_rate, many))),
-        "to_bare": round(median(_rate(each) / _rate(other) for each, other in zip(many, bare, strict=True)), 3),
+        "to_bare": _ratio(many, bare),
+        "to_broker": _ratio(many, broker),
         **{
             f"p{share}_ms_at_{count}": round(median(_percentile(each["latencies"], share) for each in runs) * 1000, 3)
             for count, runs in zip(CONNECTIONS, (one, many), strict=True)
@@ -156,6 +167,10 @@ def _row(cell: Cell, seen: dict[tuple[str, str, int], list[dict[str, Any]]]) -> 
         },
         "cpu_us": {name: round(sum(each["cpu"][name] for each in many) / requests * 1e6) for name in many[0]["cpu"]},
     }
+
+
+def _ratio(these: list[dict[str, Any]], those: list[dict[str, Any]]) -> float:
+    return round(median(_rate(each) / _rate(other) for each, other in zip(these, those, strict=True)), 3)
 
 
 def _rate(found: dict[str, Any]) -> float:
@@ -175,11 +190,16 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "{cpus} cores ({cpu}), load {load} before, Linux {linux}, Python {python}, Envoy {envoy}.".format(**machine),
         "",
-        *_heading("call", "way", "requests/s", "to bare", "p50/p99 at 1", "p50/p99 at 16", "CPU Envoy", "CPU processor"),
+        *_heading(
+            "call", "way", "requests/s", "to bare", "to no limits", "p50/p99 at 1", "p50/p99 at 16", "CPU Envoy", "CPU processor"
+        ),
         *map(_line, found["calls"]),
         "",
         *_heading("inside the processor", "us", "target"),
         *(f"| {each['name']} | {each['us']:.1f} | {each['target_us'] or '-'} |" for each in found["costs"]),
+        "",
+        *_heading("kept in the processor", "bytes"),
+        *(f"| {each['name']} | {each['bytes']:,} |" for each in found["kept"]),
     ]
     return "\n".join(lines)
 
@@ -193,7 +213,8 @@ def _line(row: dict[str, Any]) -> str:
         return f"{row[f'p50_ms_at_{count}']:.2f} / {row[f'p99_ms_at_{count}']:.2f} ms"
 
     cpu: Callable[[str], str] = lambda name: f"{row['cpu_us'][name]} us" if name in row["cpu_us"] else "-"  # noqa: E731 - beside the one above
-    cells = (row["call"], row["way"], f"{row['requests_per_s']:,}", f"{row['to_bare']:.2f}", latency(1), latency(16))
+    limited = f"{row['to_broker']:.2f}" if row["way"] in list(BROKERS)[1:] else "-"
+    cells = (row["call"], row["way"], f"{row['requests_per_s']:,}", f"{row['to_bare']:.2f}", limited, latency(1), latency(16))
     return "| " + " | ".join((*cells, cpu("envoy"), cpu("processor"))) + " |"
 
 

@@ -73,20 +73,37 @@ _message = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name"
 SEARCH = _padded(_message, _arguments, "query")
 
 
-def documents(http: int, https: int, ca: str) -> list[dict[str, Any]]:
-    """The manifests, for upstreams at these ports; `ca` is a file beside them, empty for none. Nobody listens for the wiki."""
+# Eight that bear on each write, and that no run reaches: a bucket, windows, open calls and a run; of the operation's team, too.
+_MUCH = "999M/day"
+_LIMITS = {
+    "rate": "999M/s", "concurrency": 100_000, "writes": _MUCH, "bytes_out": "999999GiB/day", "steps_per_run": 10**9,
+    "identical_per_run": 10**9,
+}  # fmt: skip
+_TEAM = {"teams": {"team-test": {"ceilings": {"calls": _MUCH}}}}
+
+
+def documents(http: int, https: int, ca: str, *, limits: bool = False) -> list[dict[str, Any]]:
+    """The manifests, for upstreams at these ports; `ca` is a file beside them, empty for none. Nobody listens for the wiki.
+
+    With `limits`, eight bear on each call that writes.
+    """
     trusted = {"ca": ca, **_LOOPBACK} if ca else _LOOPBACK
+    bounds = {"limits": _LIMITS} if limits else {}
+    shared = {"limits": {"calls": _MUCH}} if limits else {}
     return [
-        stack.platform(),
+        stack.platform(**(_TEAM if limits else {})),
         stack.tool("plain", f"http://127.0.0.1:{http}", _REST, upstream=_LOOPBACK, credential=_STATIC),
         stack.tool("secure", f"https://localhost:{https}", _REST, upstream=trusted, credential=_STATIC),
         stack.tool("wiki", "http://127.0.0.1:9/mcp", _MCP, protocol="mcp", upstream=_LOOPBACK),
         stack.agent(
             AGENT,
             {
-                **{name: {"operations": {"issues.create": _OURS, "issues.list": _OURS}} for name in ("plain", "secure")},
-                "wiki": {"operations": {"search_pages": {}}},
+                **{
+                    name: {"operations": {"issues.create": _OURS, "issues.list": _OURS}, **shared} for name in ("plain", "secure")
+                },
+                "wiki": {"operations": {"search_pages": {}}, **shared},
             },
+            **bounds,
         ),
     ]
 
@@ -110,8 +127,8 @@ def request(method: str, target: str, host: str, body: bytes, *extra: tuple[str,
     return "\r\n".join(lines) + "\r\n\r\n" + body.decode("latin-1")
 
 
-def write(folder: Path, http: int, https: int, ca_pem: str) -> Path:
+def write(folder: Path, http: int, https: int, ca_pem: str, *, limits: bool = False) -> Path:
     """The manifests as files."""
-    found = stack.write_manifests(folder, *documents(http, https, "ca.pem"))
+    found = stack.write_manifests(folder, *documents(http, https, "ca.pem", limits=limits))
     (found / "ca.pem").write_text(ca_pem)
     return found

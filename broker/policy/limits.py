@@ -7,7 +7,7 @@ reserved before it leaves, at its upper bound.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from broker.policy.types import Code, Decision, Effect, ModelCall, Usage, deny
@@ -165,7 +165,9 @@ class Price:
 def bound(model: ModelCall, price: Price | None) -> dict[Measure, int]:
     """The most that a model call may spend, by measure; no dollars where the model has no price."""
     most = Usage(model.input_tokens, (model.max_output or 0) * model.choices)
-    return {**used(most, price), Measure.CACHED_TOKENS: most.input}
+    # Whether input will be written to a cache, which may cost more, only the provider knows.
+    dearest = replace(price, input=max(price.input, price.cached, price.cache_write)) if price else None
+    return {**used(most, dearest), Measure.CACHED_TOKENS: most.input}
 
 
 def used(usage: Usage, price: Price | None) -> dict[Measure, int]:

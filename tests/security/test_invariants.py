@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ def place() -> Iterator[SimpleNamespace]:
         stack.tool("plain", f"http://127.0.0.1:{plain.port}", ITEMS, upstream=LOOPBACK),
         stack.tool("secure", f"https://localhost:{secure.port}", ITEMS, upstream={"ca": "ca.pem", **LOOPBACK}),
         stack.agent("caller", {"plain": GRANTED, "secure": GRANTED}),
+        stack.agent("limited", {"plain": GRANTED, "secure": GRANTED}, limits={"calls": "20/day"}),
     )
     broker = stack.Broker(manifests, folder / "state")
     yield SimpleNamespace(manifests=manifests, plain=plain, secure=secure, broker=broker)
@@ -164,7 +166,7 @@ def test_invariant_04_every_fault_denies(place):
     """Every fault denies: crash, hang, timeout, clean end of stream, missing cluster, ledger down, audit disk full, no
     configuration.
     """
-    # The hang and the crash; `test_faults.py` has each of them under load. There is no ledger yet that could be down.
+    # The hang and the crash; `test_faults.py` has each of them under load. `test_shared_ledger.py` has the ledger.
     pid = place.broker.child("processor")
     with place.broker.direct("caller") as client, place.broker.client("caller") as tunnelled:
         os.kill(pid, signal.SIGSTOP)
@@ -267,17 +269,23 @@ def test_invariant_07_what_an_agent_says_of_itself_is_stripped_and_never_believe
     assert httpx.get(f"{world.broker.base_url}/plain/items", headers=claims).status_code == 401
 
 
-def test_invariant_08_a_limit_is_never_exceeded():
+def test_invariant_08_a_limit_is_never_exceeded(place):
     """A limit of N admits at most N, whatever the concurrency and however many replicas."""
-    # Limits are not built yet: what must hold until then is that nobody can believe that they are.
-    limited = stack.agent(
-        "caller", {"plain": {"operations": {"items.get": {"limits": {"calls": "1/hour"}}}}}, limits={"rate": "1/s"}
-    )
-    tool = stack.tool("plain", "https://tool.example", ITEMS)
-    loaded = load_texts({f"{i}.yaml": json.dumps(each).encode() for i, each in enumerate((limited, tool))}, Path())
-    assert loaded.snapshot is not None
-    assert [(f.severity, f.code) for f in loaded.findings] == [("warning", "not_enforced")] * 2
-    assert all("limits are not enforced yet" in finding.message for finding in loaded.findings)
+    # By every door at once, and across a crash; `test_shared_ledger.py` has the replicas.
+    broker = place.broker
+    urls = ["/plain/items/n", f"http://127.0.0.1:{place.plain.port}/items/n", f"https://localhost:{place.secure.port}/items/n"]
+    with broker.direct("limited") as direct, broker.client("limited") as proxied, ThreadPoolExecutor(15) as pool:
+
+        def statuses(calls: int) -> list[int]:
+            sent = (urls[number % len(urls)] for number in range(calls))
+            return list(pool.map(lambda url: (direct if url.startswith("/") else proxied).get(url).status_code, sent))
+
+        assert sorted(statuses(60)) == [200] * 20 + [429] * 40
+        os.kill(broker.child("processor"), signal.SIGKILL)
+        stack.until(lambda: direct.get("/plain/items/n").status_code == 429, 20, "it is back by itself")
+        assert statuses(6) == [429] * 6
+    arrived = [seen for upstream in (place.plain, place.secure) for seen in upstream.seen if seen.path == "/items/n"]
+    assert len(arrived) == 20
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from broker.events import (
     Pass,
     RequestBody,
     RequestHead,
+    Reserve,
+    Reserved,
     ResponseChunk,
     ResponseHead,
     Send,
@@ -39,6 +41,7 @@ from broker.events import (
 )
 from broker.exchange import Exchange, run_id
 from broker.identity import Evidence, TokenAuthority
+from broker.ledger.base import Granted, LedgerUnavailable
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
@@ -63,7 +66,7 @@ def _document(kind: str, name: str, **spec: Any) -> bytes:
     return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": metadata, "spec": spec}).encode()
 
 
-def _snapshot(*, create: bool = True, credential: bool = True) -> Any:
+def _snapshot(*, create: bool = True, credential: bool = True, **agent: Any) -> Any:
     title = {"type": "object", "properties": {"title": {"type": "string", "maxLength": 5}}, "additionalProperties": False}
     rest = {
         "items.list": {"match": {"method": "GET", "path": "/items"}, "effect": "read"},
@@ -84,7 +87,7 @@ def _snapshot(*, create: bool = True, credential: bool = True) -> Any:
             ),
             "a1.yaml": _document(
                 "Agent", "caller", identity={"token": True}, mode="enforce",
-                tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}},
+                tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent,
             ),
             "a2.yaml": _document("Agent", "nobody", identity={"token": True}, mode="enforce", tools={}),
         },
@@ -270,6 +273,7 @@ def test_an_exchange_sees_one_snapshot_whatever_comes_into_force_meanwhile():
         pytest.param((("x-run-id", "r-1"), ("baggage", "run.id=r-2")), "r-1", id="the header goes before baggage"),
         pytest.param((("x-run-id", "a b"),), "", id="not a name"),
         pytest.param((("x-run-id", "x" * 129),), "", id="too long"),
+        pytest.param((("x-run-id", "ghp_0123456789abcdef"),), "", id="a credential, which the record would not tell from others"),
         pytest.param((), "", id="none"),
     ],
 )
@@ -551,6 +555,224 @@ def test_a_body_that_envoy_gave_up_on_is_too_large():
     assert (denied.status, json.loads(denied.body)["code"]) == (413, "body_too_large")
 
 
+# What is spent.
+
+LIMITED = _snapshot(limits={"calls": "2/day", "concurrency": 1, "bytes_out": "1KiB/day", "steps_per_run": 9})
+REFUSING = _snapshot(limits={"calls": "0/day"})
+
+
+class Desk(MemoryLedger):
+    """The embedded ledger, and all that it was asked, in order with what the issuer and the sink were.
+
+    `waits` makes its answers such as must be fetched; `gone` makes it fail, at once or when it is waited for.
+    """
+
+    def __init__(self, *, waits: bool = False, gone: Exception | None = None) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        self.ended: list[Any] = []
+        self.waits, self.gone = waits, gone
+
+    def reserve(self, *asked: Any) -> Any:
+        self.order.append("reserve")
+        if self.gone and not self.waits:
+            raise self.gone
+        return At("reserve", self.gone or super().reserve(*asked)) if self.waits else super().reserve(*asked)
+
+    def settle(self, decision_id: str, spent: Any, now: float) -> None:
+        self.order.append("settle")
+        super().settle(decision_id, spent, now)
+
+    def refund(self, decision_id: str, now: float) -> None:
+        self.order.append("refund")
+        super().refund(decision_id, now)
+
+    def close(self, *asked: Any) -> Any:
+        if closed := super().close(*asked):
+            self.ended.append(asked)
+        return closed
+
+    def standing(self) -> tuple[int, int]:
+        """Calls spent, and calls open."""
+        spent = [spent for key, (_, spent) in self.windows.items() if ":calls:" in key]
+        return sum(spent), sum(len(calls) for calls in self.open.values())
+
+
+def limited(desk: Desk, **changed: Any) -> Services:
+    """Services whose every part notes in the desk's order that it was asked."""
+    outside = services(**{"snapshot": lambda: LIMITED, "ledger": desk, **changed})
+
+    class Sink(Records):
+        def append(self, record: Any) -> Any:
+            desk.order.append(record["event"])
+            return super().append(record)
+
+    class Asked(Issues):
+        def cached(self, *asked: object) -> Lease | None:
+            desk.order.append("issue")
+            return super().cached(*asked)
+
+    found = outside.issuers.get("static")
+    issuers = {"static": Asked(found.at_hand, found.later)} if isinstance(found, Issues) else outside.issuers
+    sink = Sink() if type(outside.audit) is Records else outside.audit
+    sink.full = getattr(outside.audit, "full", frozenset())
+    return replace(outside, issuers=issuers, audit=sink)
+
+
+def test_a_call_is_reserved_then_gets_its_credential_then_is_recorded_then_sent_and_then_settled():
+    desk = Desk()
+    outside = limited(desk)
+    exchange = Exchange(outside)
+    exchange.handle(POST)
+    assert desk.order == []
+    assert isinstance(exchange.handle(BODY), Send)
+    assert desk.order == ["reserve", "issue", "decision"]
+    exchange.handle(OK)
+    exchange.close()
+    assert desk.order == ["reserve", "issue", "decision", "outcome", "settle"]
+    assert desk.standing() == (1, 0)
+    assert (outside.audit[0]["step"], outside.audit[0]["limits"]) == (
+        1,
+        {"reserved": {"bytes_out": len("/items") + len(BODY.body)}},
+    )
+
+
+def test_a_call_for_which_there_is_no_room_gets_no_credential_and_is_not_sent():
+    desk = Desk()
+    outside = limited(desk, snapshot=lambda: REFUSING)
+    [refused] = play(outside, head())
+    assert (refused.status, problem_of(refused)["code"]) == (429, "rate_limited")
+    assert "retry-after" not in dict(refused.headers)  # of none there will never be one
+    assert desk.order == ["reserve", "decision"]
+    [record] = outside.audit
+    assert (record["verdict"], record["rule"]) == ("deny", "a1.yaml#/spec/limits/calls")
+    assert record["limits"]["refused"]["limit"] == "calls"
+
+
+def test_a_refused_mcp_call_is_a_result_that_the_model_can_read_and_housekeeping_is_no_step():
+    outside = limited(Desk(), snapshot=lambda: _snapshot(limits={"steps_per_run": 1}))
+    for _ in range(3):
+        assert isinstance(play(outside, CALL, rpc("ping"), ANSWER)[1], Send)
+    search = rpc("tools/call", name="search", arguments={})
+    assert isinstance(play(outside, CALL, search, ANSWER)[1], Send)
+    refused = play(outside, CALL, search)[1]
+    result = json.loads(refused.body)["result"]
+    assert (refused.status, result["isError"]) == (200, True)
+    assert "steps_exhausted" in result["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        pytest.param({"issuers": {"static": Issues(CredentialUnavailable("no"))}}, "credential_unavailable", id="no credential"),
+        pytest.param({"issuers": {"static": Issues(None)}}, "credential_unavailable", id="a credential that does not come"),
+        pytest.param({"issuers": {"static": Issues(ZeroDivisionError())}}, "internal_fault", id="a fault of the issuer"),
+        pytest.param({"issuers": {}}, "internal_fault", id="no such issuer"),
+        pytest.param({"audit": FaultySink()}, "internal_fault", id="a fault of the record"),
+        pytest.param({"mono_ns": _raises}, "internal_fault", id="a fault of the clock"),
+    ],
+)
+def test_what_is_denied_after_it_was_reserved_is_given_back_once(changed, code):
+    desk = Desk()
+    commands = play(limited(desk, **changed), head(), Issued(CredentialUnavailable("no")))
+    refused = next(command for command in commands if isinstance(command, Reply))
+    assert problem_of(refused)["code"] == code
+    assert not any(isinstance(command, Send) for command in commands)
+    assert len(desk.ended) == ("reserve" in desk.order)
+    assert [spent for _, spent, _ in desk.ended] == [None] * len(desk.ended)
+    assert desk.standing() == (0, 0)
+
+
+def test_what_can_not_be_recorded_is_given_back_once():
+    desk, full = Desk(), Records()
+    full.full = frozenset({"decision"})
+    [refused] = play(limited(desk, audit=full), head())
+    assert problem_of(refused)["code"] == "audit_unavailable"
+    assert desk.order == ["reserve", "issue", "decision", "refund"]
+    assert desk.standing() == (0, 0)
+
+
+_CHUNK = ResponseChunk(b"x", last=False)
+_LIFE = [POST, BODY, Reserved(Granted(1)), Issued(LEASE), OK, _CHUNK]
+
+
+@pytest.mark.parametrize(
+    ("events", "ended", "standing"),
+    [
+        pytest.param(0, [], (0, 0), id="before it began"),
+        pytest.param(1, [], (0, 0), id="while the body is on its way"),
+        pytest.param(2, [None], (0, 0), id="while the ledger is asked"),
+        pytest.param(3, [None], (0, 0), id="while the credential is on its way"),
+        pytest.param(4, [{}], (1, 0), id="after it was sent"),
+        pytest.param(5, [{}], (1, 0), id="in the middle of the answer"),
+        pytest.param(6, [{}], (1, 0), id="after a part of it"),
+    ],
+)
+def test_a_call_that_is_aborted_ends_its_reservation_once(events, ended, standing):
+    desk = Desk(waits=True)
+    outside = limited(desk, issuers={"static": Issues(None)}, adapters={"rest": Watched(ResponseBlocked("no"))})
+    exchange = Exchange(outside)
+    commands = [exchange.handle(event) for event in _LIFE[:events]]
+    assert [type(command) for command in commands] == [WantBody, Reserve, Issue, Send, Observe, Cut][:events]
+    assert desk.standing() == ((0, 0) if events < 2 else (1, 1))
+    exchange.close()
+    exchange.close()
+    assert [spent for _, spent, _ in desk.ended] == ended
+    assert desk.standing() == standing
+    assert events_of(outside) == (
+        [] if events < 4 else [("decision", "allow"), ("outcome", None if events < 6 else "response_blocked")]
+    )
+
+
+def test_the_next_call_has_the_place_of_the_one_that_ended():
+    outside = limited(Desk())
+    first, second = Exchange(outside), Exchange(outside)
+    assert isinstance(first.handle(head()), Send)
+    assert problem_of(second.handle(head()))["code"] == "concurrency_limited"
+    second.close()
+    first.close()
+    assert isinstance(Exchange(outside).handle(head()), Send)
+
+
+def test_what_the_ledger_refuses_when_it_answers_is_refused():
+    desk = Desk(waits=True)
+    outside = limited(desk, snapshot=lambda: REFUSING)
+    exchange = Exchange(outside)
+    asked = exchange.handle(head())
+    assert problem_of(exchange.handle(Reserved(asked.answer.result)))["code"] == "rate_limited"
+    exchange.close()
+    assert "refund" not in desk.order
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(None, id="it fails at once"),
+        pytest.param(Reserved(LedgerUnavailable("gone")), id="it fails when it is waited for"),
+        pytest.param(Issued(LEASE), id="something else comes where its answer was wanted"),
+    ],
+)
+def test_without_the_ledger_nothing_is_sent(answer):
+    desk = Desk(gone=LedgerUnavailable("gone"), waits=answer is not None)
+    outside = limited(desk)
+    commands = play(outside, head(), *([answer] if answer else []))
+    assert (commands[-1].status, problem_of(commands[-1])["code"]) == (503, "ledger_unavailable")
+    assert not any(isinstance(command, Send | Issue) for command in commands)
+    assert events_of(outside) == [("decision", "deny")]
+
+
+def test_an_end_that_can_not_be_worked_out_leaves_spent_what_was_reserved_and_gives_back_the_place():
+    desk = Desk()
+    outside = limited(desk)
+    exchange = Exchange(outside)
+    assert isinstance(exchange.handle(head()), Send)
+    exchange._answer.end = _raises
+    exchange.close()
+    exchange.close()
+    assert [spent for _, spent, _ in desk.ended] == [{}]
+    assert desk.standing() == (1, 0)
+
+
 # Any order.
 
 _EVENTS = st.sampled_from(
@@ -567,7 +789,7 @@ _EVENTS = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(_EVENTS, max_size=8), st.booleans(), st.sampled_from([frozenset(), frozenset({"allow"}), frozenset({"outcome"})]))
 def test_whatever_comes_in_whatever_order_nothing_is_sent_without_its_allow_and_nothing_raises(events, cached, full):
-    outside = services(issuers={"static": Issues(LEASE if cached else None)}, audit=Records())
+    outside = services(issuers={"static": Issues(LEASE if cached else None)}, audit=Records(), snapshot=lambda: LIMITED)
     outside.audit.full = full
     exchange = Exchange(outside)
     over, sends = False, 0
@@ -582,6 +804,7 @@ def test_whatever_comes_in_whatever_order_nothing_is_sent_without_its_allow_and_
             assert not wanted_body or any(isinstance(e, RequestBody) for e in events[: position + 1])
         over = over or isinstance(command, Cut) or (isinstance(command, Reply) and not sends)
     exchange.close()
+    assert (outside.ledger.grants, outside.ledger.open.get("agent/caller:calls:concurrency:0", {})) == ({}, {})
     allows = [r for r in outside.audit if r.get("verdict") == "allow"]
     assert sends == len(allows) <= 1
     assert len([r for r in outside.audit if r["event"] == "outcome"]) == (sends if not full else 0)
@@ -630,13 +853,15 @@ def test_an_allowed_mcp_call_costs_one_parse():
 
 
 class At(Awaitable[Any]):
-    """Suspends once, and says where."""
+    """Suspends once, and says where. Of a `result` that is an exception, it is raised."""
 
     def __init__(self, where: str, result: Any = None) -> None:
         self.where, self.result = where, result
 
     def __await__(self) -> Any:
         yield self.where
+        if isinstance(self.result, Exception):
+            raise self.result
         return self.result
 
 
@@ -730,6 +955,35 @@ def test_an_issuer_that_fails_gets_the_call_a_recorded_503(error):
     answer = stream.written[1].immediate_response
     assert (answer.status.code, json.loads(answer.body)["code"]) == (503, "credential_unavailable")
     assert events_of(outside) == [("decision", "deny")]
+
+
+def test_the_driver_waits_once_more_for_a_ledger_whose_answer_must_be_fetched():
+    outside, stream = limited(Desk(waits=True)), _conversation()
+    assert suspensions(outside, stream) == ["read", "write", "read", "reserve", "write", "read", "write", "read"]
+    assert stream.written[1].dynamic_metadata
+
+
+@pytest.mark.parametrize(
+    "error", [pytest.param(LedgerUnavailable("no"), id="it is away"), pytest.param(ZeroDivisionError("inside"), id="a fault")]
+)
+def test_a_ledger_that_fails_gets_the_call_a_recorded_503(error):
+    outside, stream = limited(Desk(waits=True, gone=error)), _conversation()
+    stream.messages.pop()
+    suspensions(outside, stream)
+    answer = stream.written[1].immediate_response
+    assert (answer.status.code, json.loads(answer.body)["code"]) == (503, "ledger_unavailable")
+    assert events_of(outside) == [("decision", "deny")]
+
+
+def test_a_stream_that_is_gone_while_the_ledger_is_asked_gives_back_what_it_took():
+    desk, stream = Desk(waits=True), _conversation()
+    coroutine = ExtProc(limited(desk)).Process(stream, stream)
+    while coroutine.send(None) != "reserve":
+        pass
+    assert desk.standing() == (1, 1)
+    coroutine.close()
+    assert desk.order == ["reserve", "refund"]
+    assert desk.standing() == (0, 0)
 
 
 def test_a_stream_that_ends_early_still_has_its_outcome():
