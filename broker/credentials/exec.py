@@ -111,6 +111,7 @@ async def _run(settings: ExecSettings, told: bytes, what: str) -> tuple[int, byt
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 async def _talked(process: asyncio.subprocess.Process, told: bytes) -> tuple[int, bytes, bytes]:
