@@ -20,7 +20,7 @@ import httpx2
 from pydantic import AfterValidator, Field
 
 from broker.credentials.base import CredentialUnavailable
-from broker.credentials.settings import bounded, document
+from broker.credentials.settings import MAX_ANSWER, document
 from broker.manifest.addresses import parse_endpoint
 from broker.manifest.models import Word, refusal
 
@@ -76,15 +76,17 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:
         async with client, client.stream(method, url, headers=sent, data=form, json=body) as response:
-            content = await bounded(response.aiter_raw())  # undecoded: a small answer can't grow
+            content = b""
+            async for part in response.aiter_raw():  # undecoded: a small answer can't grow
+                content += part
+                if len(content) > MAX_ANSWER:
+                    raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         # Of these, the text of a failed connection alone can't hold what was to be sent.
         why = f"{type(error).__name__}{f': {error}' if isinstance(error, httpx2.ConnectError) else ''}"
         raise CredentialUnavailable(
             f"{where} can't be reached ({why})", "see whether it is up, and its certificate trusted"
         ) from None
-    except ValueError:
-        raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right") from None
     if response.status_code in _REDIRECTS:
         raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
     return Answer(response.status_code, document(content), _date(response.headers.get("date", "")))
