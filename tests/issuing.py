@@ -3,13 +3,14 @@
 import asyncio
 import traceback
 
-import httpx
 import pytest
 
 from broker.credentials.base import CredentialUnavailable, Occasion
+from broker.credentials.settings import problems
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Operation, Tool
 from broker.policy.types import Effect
 
+PATIENCE_S = 1
 NOW = 1_800_000_000.0
 BOT = Agent("bot", "team payments & co", "primary", "a#", {}, spiffe="spiffe://acme.example/bot")
 
@@ -22,13 +23,20 @@ def occasion(settings, operation="items.list", effect=Effect.READ, *, pins=None,
 
 
 def done(kind, work):
-    """What `work` gives, of a source of that kind with a client of its own."""
+    """What `work` gives, of a source of that kind, within the time that its leases would give it."""
 
     async def run():
-        async with httpx.AsyncClient(trust_env=False, timeout=0.5) as client:
-            return await work(kind(client))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await work(kind())
+        except TimeoutError:
+            raise CredentialUnavailable("no answer in time", "wait") from None
 
     return asyncio.run(run())
+
+
+def problems_of(kind, settings):
+    return problems(kind.Settings, kind.name, settings)
 
 
 def fetched(kind, asked, now=NOW):

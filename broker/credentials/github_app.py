@@ -11,19 +11,19 @@ from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 
-import httpx
 import jwt
 import orjson
 from pydantic import Field
 
-from broker.credentials.ask import Answer, Url, ask
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
-from broker.credentials.settings import Issued, chosen, parsed, problems
+from broker.credentials.http import Answer, Roots, Url, ask
+from broker.credentials.settings import Issued, bare, chosen, parsed
 from broker.manifest.models import Model, Word
 from broker.manifest.models import Secret as Reference
 
 # The most that GitHub takes is ten minutes; it asks to begin a minute back, for clocks that differ.
 _JWT_S, _BACK_S = 540, 60
+_CREATED, _UNAUTHORIZED = 201, 401
 _LEVELS = ("read", "write", "admin")
 
 
@@ -35,7 +35,7 @@ class Permissions(Model):
     )
 
 
-class Settings(Issued):
+class GithubAppSettings(Issued):
     """A GitHub App, and where it is installed."""
 
     secret: Reference = Field(description="The App's private key (PEM).")
@@ -45,9 +45,10 @@ class Settings(Issued):
         None, description="The organisation or user that installed the App; if absent, the only `owner` that the manifest allows."
     )
     api: Url = Field("https://api.github.com", description="The API's URL; https://HOST/api/v3 for GitHub Enterprise Server.")
+    ca: Roots | None = None
     scopes: Permissions | Annotated[dict[Word, Permissions], Field(min_length=1)] = Field(  # type: ignore[assignment]  # its own
-        description="The permissions, of which operations that read get only read; or, by an operation's name or an effect, exactly "
-        "its permissions."
+        description="The permissions, of which operations that read get only read; or, by an operation's name or an effect, "
+        "exactly its permissions."
     )
 
 
@@ -55,15 +56,7 @@ class GithubAppSource:
     """Asks GitHub for tokens, and deletes them."""
 
     name: ClassVar[str] = "github-app"
-    Settings = Settings
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
-
-    @staticmethod
-    def check(settings: Mapping[str, object]) -> list[str]:
-        """As `Settings` says."""
-        return problems(Settings, settings, GithubAppSource.name)
+    Settings: ClassVar[type[Model]] = GithubAppSettings
 
     def narrowed(self, occasion: Occasion) -> tuple[str, ...]:
         """`issues:write` for each permission, `owner=acme` and `repo=web` for each pin."""
@@ -72,53 +65,45 @@ class GithubAppSource:
 
     async def fetch(self, occasion: Occasion, now: float) -> Lease:
         """A token; GitHub gives each an hour."""
-        answer = await self._token(occasion, now)
-        if answer.status == httpx.codes.UNAUTHORIZED and answer.date and abs(answer.date - now) > _BACK_S:
+        settings = parsed(GithubAppSettings, occasion.spec.settings)
+        answer = await _token(settings, occasion, now)
+        if answer.status == _UNAUTHORIZED and answer.date and abs(answer.date - now) > _BACK_S:
             # Our clock differs from GitHub's, which refuses a JWT of another time.
-            answer = await self._token(occasion, answer.date)
-        if answer.status != httpx.codes.CREATED:
+            answer = await _token(settings, occasion, answer.date)
+        if answer.status != _CREATED:
             raise _refused(answer, occasion)
         token, life = _checked(answer, occasion)
-        handle = Secret(orjson.dumps([self._api(occasion), token]).decode())
+        handle = Secret(orjson.dumps([settings.api, settings.ca, token]).decode())
         lease_id = f"{self.name}-{secrets.token_hex(8)}"
         return leased(occasion.spec, lease_id, token, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
 
     async def revoke(self, handle: Secret) -> None:
         """Delete the token. One that GitHub no longer knows has ended."""
-        api, token = orjson.loads(handle.reveal())
-        answer = await self._ask("DELETE", f"{api}/installation/token", token)
-        if answer.status not in (httpx.codes.NO_CONTENT, httpx.codes.UNAUTHORIZED):
+        api, ca, token = orjson.loads(handle.reveal())
+        answer = await _ask("DELETE", f"{api}/installation/token", token, ca)
+        if not (answer.ok or answer.status == _UNAUTHORIZED):
             raise CredentialUnavailable(f"GitHub did not delete a token (status {answer.status})", "see GitHub's status page")
 
-    async def _token(self, occasion: Occasion, at: float) -> Answer:
-        settings = parsed(Settings, occasion.spec.settings)
-        statement, installation = _statement(settings, occasion.tool.name, at), settings.installation
-        if installation is None:
-            owner = quote(settings.owner or _pinned_owner(occasion), safe="")
-            # What GitHub describes for users it answers for organisations too.
-            answer = await self._ask("GET", f"{settings.api}/users/{owner}/installation", statement)
-            if answer.status != httpx.codes.OK:
-                return answer
-            installation = answer.fields().get("id")
-            if type(installation) is not int:
-                raise answer.unusable("names no installation")
-        wanted: dict[str, Any] = {"permissions": _permissions(occasion)}
-        if repositories := occasion.pins.get("repo"):
-            wanted["repositories"] = list(repositories)
-        url = f"{settings.api}/app/installations/{installation}/access_tokens"
-        return await self._ask("POST", url, statement, orjson.dumps(wanted))
 
-    async def _ask(self, method: str, url: str, token: str, content: bytes | None = None) -> Answer:
-        headers = {
-            "authorization": f"Bearer {token}",
-            "accept": "application/vnd.github+json",
-            "x-github-api-version": "2022-11-28",
-        }
-        return await ask(self._client, "GitHub", method, url, headers=headers, content=content)
+async def _token(settings: GithubAppSettings, occasion: Occasion, at: float) -> Answer:
+    statement, installation = _statement(settings, occasion.tool.name, at), settings.installation
+    if installation is None:
+        owner = quote(settings.owner or _pinned_owner(occasion), safe="")
+        # What GitHub describes for users it answers for organisations too.
+        answer = await _ask("GET", f"{settings.api}/users/{owner}/installation", statement, settings.ca)
+        installation = answer.document.get("id")
+        if not answer.ok or type(installation) is not int:
+            return answer
+    wanted: dict[str, Any] = {"permissions": _permissions(occasion)}
+    if repositories := occasion.pins.get("repo"):
+        wanted["repositories"] = list(repositories)
+    url = f"{settings.api}/app/installations/{installation}/access_tokens"
+    return await _ask("POST", url, statement, settings.ca, wanted)
 
-    @staticmethod
-    def _api(occasion: Occasion) -> str:
-        return parsed(Settings, occasion.spec.settings).api
+
+async def _ask(method: str, url: str, token: str, ca: Mapping[str, str] | None, body: object = None) -> Answer:
+    headers = {"authorization": f"Bearer {token}", "accept": "application/vnd.github+json", "x-github-api-version": "2022-11-28"}
+    return await ask(method, url, headers=headers, body=body, ca=ca["file"] if ca else None)
 
 
 def _permissions(occasion: Occasion) -> dict[str, str]:
@@ -137,7 +122,7 @@ def _pinned_owner(occasion: Occasion) -> str:
     return owners[0]
 
 
-def _statement(settings: Settings, tool: str, at: float) -> str:
+def _statement(settings: GithubAppSettings, tool: str, at: float) -> str:
     claims = {"iss": settings.app, "iat": int(at) - _BACK_S, "exp": int(at) + _JWT_S}
     try:
         return jwt.encode(claims, referenced(settings.secret, tool), algorithm="RS256")
@@ -148,25 +133,29 @@ def _statement(settings: Settings, tool: str, at: float) -> str:
 
 def _checked(answer: Answer, occasion: Occasion) -> tuple[str, float]:
     """The token and the seconds that it has left, if it is no wider than asked for."""
-    told = answer.fields()
+    told = answer.document
     try:
-        token, permissions = str(told["token"]), {str(name): _LEVELS.index(level) for name, level in told["permissions"].items()}
+        token, permissions = told["token"], {str(name): _LEVELS.index(level) for name, level in told["permissions"].items()}
         ends = datetime.fromisoformat(told["expires_at"])
-        names = {str(repository["full_name"]).lower() for repository in told.get("repositories", ())}
+        names = {repository["full_name"].lower().rpartition("/")[2] for repository in told.get("repositories", ())}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise answer.unusable("is no installation token") from None
+        raise _unusable("is no installation token") from None
     # Every token may read what is public of a repository.
     asked = {"metadata": 0} | {name: _LEVELS.index(level) for name, level in _permissions(occasion).items()}
     if any(level > asked.get(name, -1) for name, level in permissions.items()):
-        raise answer.unusable("is a token with more permissions than were asked for, and it is not used")
+        raise _unusable("is a token with more permissions than were asked for, and it is not used")
     pinned = {name.lower() for name in occasion.pins.get("repo", ())}
-    if pinned and (told.get("repository_selection") != "selected" or not {name.rpartition("/")[2] for name in names} <= pinned):
-        raise answer.unusable("is a token for more repositories than were asked for, and it is not used")
+    if pinned and (told.get("repository_selection") != "selected" or not names <= pinned):
+        raise _unusable("is a token for more repositories than were asked for, and it is not used")
     if answer.date is None or ends.tzinfo is None:
-        raise answer.unusable("does not say what time it is")
+        raise _unusable("does not say what time it is")
     if (life := ends.timestamp() - answer.date) <= 0:
-        raise answer.unusable("is a token that has ended already")
-    return token, life
+        raise _unusable("is a token that has ended already")
+    return bare(token, GithubAppSource.name), life
+
+
+def _unusable(why: str) -> CredentialUnavailable:
+    return CredentialUnavailable(f"GitHub's answer {why}", "see that `api` is GitHub's")
 
 
 _REMEDIES = {

@@ -50,6 +50,7 @@ class Answer:
     status: int
     document: Mapping[str, Any] = field(repr=False)
     date: float | None = None
+    content: bytes = field(default=b"", repr=False)
 
     @property
     def ok(self) -> bool:
@@ -64,9 +65,10 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     headers: Mapping[str, str] | None = None,
     form: Mapping[str, Any] | None = None,
     body: Any = None,
+    content: bytes | None = None,
     ca: str | None = None,
 ) -> Answer:
-    """The answer to one request with a form, a JSON `body` or neither. Raises `CredentialUnavailable`; may be cancelled."""
+    """The answer to one request with a form, a JSON `body` or other `content`. Raises `CredentialUnavailable`."""
     where = urlsplit(url).netloc
     try:
         context = await asyncio.to_thread(_context, ca)
@@ -75,11 +77,11 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:
-        async with client, client.stream(method, url, headers=sent, data=form, json=body) as response:
-            content = b""
+        async with client, client.stream(method, url, headers=sent, data=form, json=body, content=content) as response:
+            received = b""
             async for part in response.aiter_raw():  # undecoded: a small answer can't grow
-                content += part
-                if len(content) > MAX_ANSWER:
+                received += part
+                if len(received) > MAX_ANSWER:
                     raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         # Of these, the text of a failed connection alone can't hold what was to be sent.
@@ -89,7 +91,7 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
         ) from None
     if response.status_code in _REDIRECTS:
         raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
-    return Answer(response.status_code, document(content), _date(response.headers.get("date", "")))
+    return Answer(response.status_code, document(received), _date(response.headers.get("date", "")), received)
 
 
 def _context(ca: str | None) -> ssl.SSLContext:
