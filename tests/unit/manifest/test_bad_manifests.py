@@ -16,6 +16,7 @@ WORDS = Vocabulary(
     {
         "static": lambda settings: [] if "secret" in settings else ["it needs a reference; write secret: {env: NAME}"],
         "jwt": lambda settings: ["it needs no secret; take it out"] if "secret" in settings else [],
+        "aws-sts": lambda _: [],
     },
 )
 
@@ -66,6 +67,7 @@ EXPECTED = {
     "secret_literal_nested.yaml": ["10:34 secret_literal"],
     "secret_literal_template.yaml": ["10:43 secret_literal"],
     "secret_two_sources.yaml": ["7:40 field_invalid"],
+    "signed_without_keys.yaml": ["7:3 credential_invalid", "16:3 credential_invalid"],
     "spiffe_duplicate.yaml": ["12:22 spiffe_duplicate"],
     "string_as_boolean.yaml": ["5:21 field_invalid"],
     "template_without_place.yaml": ["7:65 field_invalid"],
