@@ -11,7 +11,6 @@ import hashlib
 import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from typing import Annotated, ClassVar, Self
 from urllib.parse import urlencode
 from xml.etree import ElementTree as ET
@@ -23,7 +22,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, referenced
 from broker.credentials.http import Answer, Url, ask
-from broker.credentials.settings import Issued, Lifetime, bare, chosen, parsed
+from broker.credentials.settings import Issued, Lifetime, bare, chosen, lifetime, parsed
 from broker.credentials.sigv4 import Signer
 from broker.manifest.models import Model, Word, refusal
 from broker.manifest.models import Secret as Reference
@@ -186,15 +185,7 @@ def _checked(answer: Answer, told: dict[str, str], settings: AwsStsSettings, wan
         raise _unusable("is a session of another role or name, and it is not used")
     if told.get("SourceIdentity", wanted["SourceIdentity"]) != wanted["SourceIdentity"]:
         raise _unusable("is a session of another source identity, and it is not used")
-    try:
-        ends = datetime.fromisoformat(told["Expiration"])
-    except (KeyError, ValueError):
-        raise _unusable("does not say when the session ends") from None
-    if answer.date is None or ends.tzinfo is None:
-        raise _unusable("does not say what time it is")
-    life = ends.timestamp() - answer.date
-    if life <= 0:
-        raise _unusable("is a session that has ended already")
+    life = lifetime(answer.left(told.get("Expiration")), None, AwsStsSource.name)
     if life > int(wanted["DurationSeconds"]) + _SKEW_S:
         raise _unusable("is a session that is longer than was asked for, and it is not used")
     return life

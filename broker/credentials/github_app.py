@@ -7,7 +7,6 @@ https://docs.github.com/rest/apps/apps#create-an-installation-access-token-for-a
 
 import secrets
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, Url, ask
-from broker.credentials.settings import Issued, bare, chosen, parsed
+from broker.credentials.settings import Issued, bare, chosen, lifetime, parsed
 from broker.manifest.models import Model, Word
 from broker.manifest.models import Secret as Reference
 
@@ -135,8 +134,7 @@ def _checked(answer: Answer, occasion: Occasion) -> tuple[str, float]:
     """The token and the seconds that it has left, if it is no wider than asked for."""
     told = answer.document
     try:
-        token, permissions = told["token"], {str(name): _LEVELS.index(level) for name, level in told["permissions"].items()}
-        ends = datetime.fromisoformat(told["expires_at"])
+        permissions = {str(name): _LEVELS.index(level) for name, level in told["permissions"].items()}
         names = {repository["full_name"].lower().rpartition("/")[2] for repository in told.get("repositories", ())}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _unusable("is no installation token") from None
@@ -147,11 +145,9 @@ def _checked(answer: Answer, occasion: Occasion) -> tuple[str, float]:
     pinned = {name.lower() for name in occasion.pins.get("repo", ())}
     if pinned and (told.get("repository_selection") != "selected" or not names <= pinned):
         raise _unusable("is a token for more repositories than were asked for, and it is not used")
-    if answer.date is None or ends.tzinfo is None:
-        raise _unusable("does not say what time it is")
-    if (life := ends.timestamp() - answer.date) <= 0:
-        raise _unusable("is a token that has ended already")
-    return bare(token, GithubAppSource.name), life
+    return bare(told.get("token"), GithubAppSource.name), lifetime(
+        answer.left(told.get("expires_at")), None, GithubAppSource.name
+    )
 
 
 def _unusable(why: str) -> CredentialUnavailable:

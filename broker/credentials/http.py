@@ -5,10 +5,11 @@ not repeated but for its error's code, for it could hold what it was sent.
 """
 
 import asyncio
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
@@ -56,6 +57,14 @@ class Answer:
     def ok(self) -> bool:
         """Whether the issuer did what it was asked."""
         return 200 <= self.status < 300  # noqa: PLR2004 - RFC 9110 section 15.3
+
+    def left(self, ends: Any) -> float:
+        """The seconds to a time (RFC 3339) by the issuer's own clock. Raises `CredentialUnavailable`."""
+        try:
+            return (datetime.fromisoformat(ends) - datetime.fromtimestamp(self.date or math.inf, UTC)).total_seconds()
+        except (TypeError, ValueError, OverflowError):
+            what = "the answer does not say when the credential ends, or what time it is there"
+            raise CredentialUnavailable(what, "see whether the URL is the issuer's") from None
 
 
 async def ask(  # noqa: PLR0913 - a request has as many parts

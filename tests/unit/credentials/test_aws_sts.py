@@ -175,7 +175,7 @@ def test_keys_that_aws_does_not_know_are_told(gate, settings, tmp_path):
         pytest.param([(b"<Arn>", b"<SourceIdentity>eve</SourceIdentity><Arn>")], "another source", id="another source identity"),
         pytest.param([(b"<Expiration>20", b"<Expiration>19")], "ended already", id="ended"),
         pytest.param([(b"<Expiration>20", b"<Expiration>29")], "longer than was asked", id="longer than asked"),
-        pytest.param([(b"Expiration>", b"Expires>")], "when the session ends", id="without an end"),
+        pytest.param([(b"Expiration>", b"Expires>")], "when the credential ends", id="without an end"),
         pytest.param([(b"SessionToken>", b"Token>")], "can be sent", id="without a token"),
         pytest.param([(b"<SessionToken>", b"<SessionToken>x&#13;&#10;x-evil: ")], "can be sent", id="with a header in it"),
     ],
