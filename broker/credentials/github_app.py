@@ -143,7 +143,7 @@ def _checked(answer: Answer, occasion: Occasion) -> tuple[str, float]:
     if any(level > asked.get(name, -1) for name, level in permissions.items()):
         raise _unusable("is a token with more permissions than were asked for, and it is not used")
     pinned = {name.lower() for name in occasion.pins.get("repo", ())}
-    if pinned and (told.get("repository_selection") != "selected" or not names <= pinned):
+    if pinned and (told.get("repository_selection") != "selected" or not set() < names <= pinned):
         raise _unusable("is a token for more repositories than were asked for, and it is not used")
     return bare(told.get("token"), GithubAppSource.name), lifetime(
         answer.left(told.get("expires_at")), None, GithubAppSource.name

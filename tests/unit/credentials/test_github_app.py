@@ -160,6 +160,7 @@ ALL = [{"name": name, "full_name": f"acme/{name}"} for name in ("web", "payments
         pytest.param({"permissions": {"metadata": "write"}}, "more permissions", id="writes metadata"),
         pytest.param({"permissions": {"issues": "owner"}}, "no installation token", id="a level nobody knows"),
         pytest.param({"repositories": ALL}, "more repositories", id="one repository more"),
+        pytest.param({"repositories": []}, "more repositories", id="nobody knows which repositories"),
         pytest.param({"repository_selection": "all"}, "more repositories", id="all repositories"),
         pytest.param({"expires_at": "2020-01-01T00:00:00Z"}, "ended already", id="ended"),
         pytest.param({"expires_at": "2030-01-01T00:00:00"}, "when the credential ends", id="an end in nobody's time"),

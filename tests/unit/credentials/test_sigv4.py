@@ -110,3 +110,9 @@ def test_no_key_or_token_is_shown_by_a_signer_or_written_to_a_log(caplog):
     made = one(Outgoing("GET", "https://a/", (), b""), NOW)
     shown = f"{one!r} {made!r} {caplog.text}"
     assert not any(secret in shown for secret in KEYS["ASIAEXAMPLE"])
+
+
+def test_botocore_never_writes_what_it_reads_or_signs_to_a_log(caplog):
+    caplog.set_level(logging.DEBUG)
+    for name in ("botocore.parsers", "botocore.auth", "botocore.credentials"):
+        assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
