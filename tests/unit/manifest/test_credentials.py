@@ -49,13 +49,17 @@ def spec(credential):
         (', as: {header: x-api-key, template: "{}"}', ("x-api-key", "{}", None, None)),
         (", as: {basic: bot@acme.example}", ("authorization", "Bearer {}", "bot@acme.example", None)),
         (', as: {basic: ""}', ("authorization", "Bearer {}", "", None)),
-        (", as: {sigv4: {service: s3, region: eu-west-1}}", ("authorization", "Bearer {}", None, ("s3", "eu-west-1"))),
     ],
-    ids=["as a bearer", "by a template", "in a header", "as a password", "as a password of nobody", "as a signature"],
+    ids=["as a bearer", "by a template", "in a header", "as a password", "as a password of nobody"],
 )
 def test_a_credential_goes(written, placed):
     made = spec(STATIC + written)
     assert (made.header, made.template, made.basic, made.sigv4) == placed
+
+
+def test_a_signature_is_for_a_service_in_a_region():
+    role = "issuer: aws-sts, role: 'arn:aws:iam::123456789012:role/r', scopes: {policy: {Version: '2012-10-17'}}"
+    assert spec(f"{role}, as: {{sigv4: {{service: s3, region: eu-west-1}}}}").sigv4 == ("s3", "eu-west-1")
 
 
 @pytest.mark.parametrize(
