@@ -8,13 +8,17 @@ from urllib.parse import urlsplit
 
 import click
 import orjson
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.cli import options
+from broker.credentials import issuers
+from broker.credentials.base import CredentialUnavailable, Occasion
+from broker.credentials.leases import Leases
 from broker.errors import UsageError
 from broker.manifest.findings import printable
 from broker.policy.agreement import Wire, destination
 from broker.policy.evaluate import View, admit, evaluate
-from broker.policy.snapshot import CredentialSpec, PolicySnapshot
+from broker.policy.snapshot import PolicySnapshot
 from broker.policy.strip import strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, deny
 from broker.protocols.problem import problem
@@ -84,13 +88,22 @@ def decided(snapshot: PolicySnapshot, name: str, wire: Wire, request: Request, b
     operation = tool.operations.get(call.operation or "")
     steps["operation"] = f"{operation.name} ({operation.effect}), {operation.rule}" if operation else call.label
     if decision.allowed and tool.credential:
-        steps["credential"] = _credential(tool.credential)
+        pins = agent.tools[tool.name][operation.name].pins if operation else {}
+        steps["credential"] = _credential(Occasion(agent, tool, operation, tool.credential, "", snapshot.max_ttl, pins))
     return decision
 
 
-def _credential(spec: CredentialSpec) -> str:
-    scopes = spec.settings.get("scopes")
-    return f"{spec.issuer} in the header {spec.header}" + (f", scopes {scopes}" if scopes else "")
+def _credential(occasion: Occasion) -> str:
+    """The credential that the call would get, which nobody is asked for."""
+    spec = occasion.spec
+    issuer = issuers(Ed25519PrivateKey.generate(), lambda _: None)[spec.issuer]
+    try:
+        scopes = issuer.source.narrowed(occasion) if isinstance(issuer, Leases) else spec.settings.get("scopes", ())
+    except CredentialUnavailable as error:
+        return f"none can be had from {spec.issuer}: {error}"
+    ttl = min(spec.settings.get("ttl") or occasion.max_ttl, occasion.max_ttl)
+    life = "" if spec.issuer == "static" else f", for at most {ttl} s"
+    return f"{spec.issuer}{', scopes ' if scopes else ''}{' '.join(scopes)}{life}, in {spec.placed}"
 
 
 def _document(decision: Decision, agent: str, steps: Mapping[str, str]) -> dict[str, Any]:

@@ -13,14 +13,13 @@ import logging
 import os
 import secrets
 import signal
-from asyncio.subprocess import PIPE
 from typing import Annotated, Any, ClassVar
 
 import orjson
 from pydantic import AfterValidator, Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased
-from broker.credentials.settings import Issued, bare, bounded, document, granted, lifetime, parsed, scopes_of
+from broker.credentials.settings import MAX_ANSWER, Issued, bare, document, granted, lifetime, parsed, scopes_of
 from broker.manifest.models import Model, Seconds, Word, refusal
 from broker.redaction import redacted
 
@@ -90,33 +89,49 @@ class ExecSource:
         """Nothing: there is no contract for it, and no lease of it has a handle."""
 
 
-async def _run(settings: ExecSettings, told: bytes, what: str) -> tuple[int, bytes, bytes]:
+async def _run(settings: ExecSettings, told: bytes, what: str) -> tuple[int | None, bytes, bytes]:
     """Exit status, stdout and stderr."""
     environment = {name: os.environ[name] for name in ("PATH", *settings.environment) if name in os.environ}
+    start = asyncio.get_running_loop().subprocess_exec
     try:
-        process = await asyncio.create_subprocess_exec(
-            *settings.command, env=environment, cwd="/", start_new_session=True, stdin=PIPE, stdout=PIPE, stderr=PIPE
-        )
+        process, talk = await start(_Talk, *settings.command, env=environment, cwd="/", start_new_session=True)
     except OSError as error:
         raise CredentialUnavailable(
             f"{what} can't be started ({error.strerror})", "name a file that the broker may execute"
         ) from None
     try:
+        process.get_pipe_transport(0).write(told)  # type: ignore[union-attr]  # the pipe of stdin
+        process.get_pipe_transport(0).close()  # type: ignore[union-attr]
         async with asyncio.timeout(settings.timeout):
-            return await _talked(process, told)
+            await talk.ended
+        return process.get_returncode(), talk.said[1], talk.said[2]
     except TimeoutError:
         raise CredentialUnavailable(f"{what} took longer than {settings.timeout} s", "see what it waits for") from None
-    except ValueError:  # of `bounded`, or of the stream for one long line
+    except ValueError:
         raise CredentialUnavailable(f"{what} writes too much", "let it write one JSON object") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.get_pid(), signal.SIGKILL)
+        await talk.exited.wait()
+        process.close()
 
 
-async def _talked(process: asyncio.subprocess.Process, told: bytes) -> tuple[int, bytes, bytes]:
-    assert process.stdin and process.stdout and process.stderr  # noqa: PT018, S101 - they are pipes
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read
-        process.stdin.write(told)
-        process.stdin.close()
-    out, err = await asyncio.gather(bounded(process.stdout), bounded(process.stderr))
-    return await process.wait(), out, err
+class _Talk(asyncio.SubprocessProtocol):
+    """What a command says. It has ended when it exited and nobody holds its pipes."""
+
+    def __init__(self) -> None:
+        self.said = {1: b"", 2: b""}
+        self.exited = asyncio.Event()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.said[fd] += data
+        if len(self.said[fd]) > MAX_ANSWER and not self.ended.done():
+            self.ended.set_exception(ValueError("too long"))
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)

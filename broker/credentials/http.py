@@ -5,10 +5,11 @@ not repeated but for its error's code, for it could hold what it was sent.
 """
 
 import asyncio
+import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
@@ -20,7 +21,7 @@ import httpx2
 from pydantic import AfterValidator, Field
 
 from broker.credentials.base import CredentialUnavailable
-from broker.credentials.settings import bounded, document
+from broker.credentials.settings import MAX_ANSWER, document
 from broker.manifest.addresses import parse_endpoint
 from broker.manifest.models import Word, refusal
 
@@ -50,11 +51,20 @@ class Answer:
     status: int
     document: Mapping[str, Any] = field(repr=False)
     date: float | None = None
+    content: bytes = field(default=b"", repr=False)
 
     @property
     def ok(self) -> bool:
         """Whether the issuer did what it was asked."""
         return 200 <= self.status < 300  # noqa: PLR2004 - RFC 9110 section 15.3
+
+    def left(self, ends: Any) -> float:
+        """The seconds to a time (RFC 3339) by the issuer's own clock. Raises `CredentialUnavailable`."""
+        try:
+            return (datetime.fromisoformat(ends) - datetime.fromtimestamp(self.date or math.inf, UTC)).total_seconds()
+        except (TypeError, ValueError, OverflowError):
+            what = "the answer does not say when the credential ends, or what time it is there"
+            raise CredentialUnavailable(what, "see whether the URL is the issuer's") from None
 
 
 async def ask(  # noqa: PLR0913 - a request has as many parts
@@ -64,9 +74,10 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     headers: Mapping[str, str] | None = None,
     form: Mapping[str, Any] | None = None,
     body: Any = None,
+    content: bytes | None = None,
     ca: str | None = None,
 ) -> Answer:
-    """The answer to one request with a form, a JSON `body` or neither. Raises `CredentialUnavailable`; may be cancelled."""
+    """The answer to one request with a form, a JSON `body` or other `content`. Raises `CredentialUnavailable`."""
     where = urlsplit(url).netloc
     try:
         context = await asyncio.to_thread(_context, ca)
@@ -75,19 +86,21 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:
-        async with client, client.stream(method, url, headers=sent, data=form, json=body) as response:
-            content = await bounded(response.aiter_raw())  # undecoded: a small answer can't grow
+        async with client, client.stream(method, url, headers=sent, data=form, json=body, content=content) as response:
+            received = b""
+            async for part in response.aiter_raw():  # undecoded: a small answer can't grow
+                received += part
+                if len(received) > MAX_ANSWER:
+                    raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         # Of these, the text of a failed connection alone can't hold what was to be sent.
         why = f"{type(error).__name__}{f': {error}' if isinstance(error, httpx2.ConnectError) else ''}"
         raise CredentialUnavailable(
             f"{where} can't be reached ({why})", "see whether it is up, and its certificate trusted"
         ) from None
-    except ValueError:
-        raise CredentialUnavailable(f"{where} answers too much", "see whether the URL is right") from None
     if response.status_code in _REDIRECTS:
         raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
-    return Answer(response.status_code, document(content), _date(response.headers.get("date", "")))
+    return Answer(response.status_code, document(received), _date(response.headers.get("date", "")), received)
 
 
 def _context(ca: str | None) -> ssl.SSLContext:

@@ -4,7 +4,7 @@ Law: a message names the field and the remedy, never the value.
 """
 
 import re
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -12,6 +12,9 @@ from pydantic import Field, ValidationError, WithJsonSchema
 
 from broker.credentials.base import CredentialUnavailable, Occasion
 from broker.manifest.models import Model, Word
+
+MAX_ANSWER = 65_536
+"""The bytes that an issuer's answer may have."""
 
 _Model = TypeVar("_Model", bound=Model)
 
@@ -116,16 +119,6 @@ def bare(value: object, issuer: str) -> str:
     return value
 
 
-async def bounded(parts: AsyncIterable[bytes]) -> bytes:
-    """All of an answer. Raises `ValueError` where it is too long."""
-    content = b""
-    async for part in parts:
-        content += part
-        if len(content) > _MAX:
-            raise ValueError("too long")
-    return content
-
-
 def document(content: bytes) -> Mapping[str, Any]:
     """The JSON object of an answer, empty where it is none."""
     try:
@@ -135,6 +128,5 @@ def document(content: bytes) -> Mapping[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-_MAX = 65_536
 _DIGITS, _FOREVER_S = 12, 1e11
 _VISIBLE = re.compile(r"[!-~]{1,16384}")

@@ -183,6 +183,8 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
         else:
             why = f"this broker has no issuer {spec.credential.issuer!r}; write one of: {', '.join(sorted(words.issuers))}"
             yield (*here, "issuer"), "issuer_unknown", why
+        if bool(spec.credential.placement.sigv4) != (spec.credential.issuer == "aws-sts"):
+            yield here, "credential_invalid", _SIGNED
     loopback = [ipaddress.ip_network(address).is_loopback for address in spec.upstream.addresses]
     if spec.endpoint.scheme == "http" and not (loopback and all(loopback)):
         yield _UNSAFE_PLAINTEXT if spec.unsafe_plaintext else _ENDPOINT_PLAINTEXT
@@ -193,6 +195,7 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
         yield from _params((*place, "params"), operation.params, spec.protocol, match.path, words)
 
 
+_SIGNED = "only keys of the issuer aws-sts sign, and they do nothing else; write as: {sigv4: {service, region}} there alone"
 _UNSAFE_PLAINTEXT: Problem = (
     ("spec", "unsafe_plaintext"),
     "unsafe_plaintext",

@@ -57,7 +57,7 @@ def test_explain_gives_the_decision_and_its_exit_code_without_sending(manifests,
 def test_explain_names_the_credential_without_issuing_it(manifests):
     done = broker("explain", "--agent", "bot", "GET", "https://api.example/a/1", "--manifests", str(manifests))
     assert done.stdout.startswith("allow\n")
-    assert "credential static in the header authorization" in done.stdout
+    assert "credential static, in the header authorization" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from fakes import oauth as fake
 
 from broker.cli.main import main
 
@@ -53,3 +54,79 @@ def test_a_folder_that_is_not_there_ends_with_2(run):
     result = run("none")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "there is no folder 'none'; name the folder" in result.stderr
+
+
+TOOL = """
+---
+apiVersion: broker/v1
+kind: Tool
+metadata: {{name: crm, owner: team}}
+spec:
+  protocol: rest
+  endpoint: https://crm.example
+  credential: {{issuer: oauth, token_url: "{url}/token", revocation_url: "{url}/revoke", client_id: us, ttl: 10m,
+    secret: {{env: CRM_SECRET}}, scopes: {{read: [read], write: [write]}}}}
+  operations:
+    get: {{match: {{method: GET, path: /a}}, effect: read}}
+    list: {{match: {{method: GET, path: /}}, effect: read}}
+    put: {{match: {{method: PUT, path: /a}}, effect: write}}
+"""
+
+
+@pytest.fixture
+def server(tmp_path, run, monkeypatch):  # `run` makes the folder
+    monkeypatch.setenv("CRM_SECRET", "hunter2hunter2")
+    with fake.serving() as server:
+        server.clients["us"] = fake.Client("us", "read write", secret="hunter2hunter2")
+        granted = "tools: {crm: {operations: {get: {}, list: {}, put: {}}}}"
+        text = GOOD.replace("tools: {}", granted) + TOOL.format(url=server.url)
+        (tmp_path / "manifests/bot.yaml").write_text(text)
+        yield server
+
+
+def test_issuers_are_proven_for_each_narrowing_that_an_agent_gets_and_all_is_taken_back(run, server, tmp_path):
+    result = run("--issuers")
+    assert (result.exit_code, result.stdout) == (0, "")
+    said = [line for line in result.stderr.splitlines() if line.startswith("crm")]
+    where = "for 600 s, in the header authorization"
+    assert said == [f"crm for bot: oauth, scopes read, {where}", f"crm for bot: oauth, scopes write, {where}"]
+    assert [(issued.scope, issued.revoked) for issued in server.issued] == [("read", True), ("write", True)]
+    assert not any(issued.token in result.stdout + result.stderr for issued in server.issued)
+    held = [path.read_bytes() for path in (tmp_path / ".broker").rglob("*") if path.is_file()]
+    assert not any(issued.token.encode() in content for issued in server.issued for content in held)
+
+
+def test_an_issuer_that_cannot_issue_is_a_finding_that_says_what_to_do(run, server, monkeypatch):
+    monkeypatch.setenv("CRM_SECRET", "wrong-wrong")
+    result = run("--issuers", "--json")
+    [finding] = json.loads(result.stdout)
+    assert (result.exit_code, finding["code"], finding["file"]) == (1, "issuer_failed", "manifests/bot.yaml")
+    assert finding["message"] == "crm, as for bot: the token endpoint of 'crm' answered 401 invalid_client"
+    assert finding["advice"] == "check client_id, its secret or key, and this machine's clock"
+    assert "wrong-wrong" not in result.stdout + result.stderr
+
+
+def test_a_tool_that_nobody_holds_is_not_asked_for(run, server, tmp_path):
+    (tmp_path / "manifests/bot.yaml").write_text(GOOD + TOOL.format(url=server.url))
+    assert "crm: no agent holds it, so nothing was asked for" in run("--issuers").stderr
+    assert server.heard == []
+
+
+def test_without_the_option_no_issuer_is_asked(run, server):
+    assert run().exit_code == 0
+    assert server.heard == []
+
+
+def test_explain_names_the_credential_with_its_scopes_life_and_place_and_asks_nobody(run, server, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--agent", "bot", "PUT", "https://crm.example/a"])
+    assert "credential oauth, scopes write, for at most 600 s, in the header authorization" in capsys.readouterr().out
+    assert server.heard == []
+
+
+def test_explain_says_that_there_would_be_none_where_the_scopes_name_no_such_operation(run, server, tmp_path, capsys):
+    path = tmp_path / "manifests/bot.yaml"
+    path.write_text(path.read_text().replace("{read: [read], write: [write]}", "{read: [read]}"))
+    with pytest.raises(SystemExit):
+        main(["explain", "--agent", "bot", "PUT", "https://crm.example/a"])
+    assert "none can be had from oauth: the scopes of 'crm' name neither" in capsys.readouterr().out

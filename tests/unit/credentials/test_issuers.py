@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret
 from broker.credentials.jwt import JwtIssuer, jwks
+from broker.credentials.settings import problems
 from broker.credentials.static import StaticIssuer
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Operation, Tool
 from broker.policy.types import Effect
@@ -57,6 +58,14 @@ def test_static_reads_the_environment_at_each_call(monkeypatch):
     assert issuer.cached(occasion(secret={"env": "KEY"}, template="Basic {}"), NOW).value.reveal() == "Basic two"
 
 
+def test_basic_authentication_makes_the_secret_the_password_and_hides_the_pair_too(monkeypatch):
+    monkeypatch.setenv("KEY", "one")
+    spec = CredentialSpec("static", {"secret": {"env": "KEY"}}, basic="")
+    lease = StaticIssuer().cached(Occasion(BOT, TOOL, None, spec, "", 3600), NOW)
+    assert (lease.header, lease.value.reveal()) == ("authorization", "Basic Om9uZQ==")
+    assert [secret.reveal() for secret in lease.secrets] == ["one", "Om9uZQ=="]
+
+
 def test_static_reads_a_rotated_file_at_once_and_without_its_last_line_break(tmp_path):
     path = tmp_path / "key"
     path.write_text("one\n")
@@ -96,11 +105,19 @@ def test_a_static_leases_id_differs_by_agent_and_tells_nothing_of_the_value(monk
 
 @pytest.mark.parametrize("settings", [{}, {"secret": "x"}, {"secret": {"env": "A", "file": "b"}}, {"secret": {"vault": "x"}}])
 def test_static_settings_without_one_reference_are_refused(settings):
-    assert StaticIssuer.check(settings)
+    [problem, *_] = problems(StaticIssuer.Settings, "static", settings)
+    assert "secret" in problem
+    assert "; " in problem
 
 
 def test_static_settings_with_one_reference_are_right():
-    assert StaticIssuer.check({"secret": {"env": "A"}}) == StaticIssuer.check({"secret": {"file": "b"}}) == []
+    assert problems(StaticIssuer.Settings, "static", {"secret": {"env": "A"}}) == []
+    assert problems(StaticIssuer.Settings, "static", {"secret": {"file": "b"}}) == []
+
+
+def test_a_field_that_an_issuer_does_not_have_is_refused():
+    [problem] = problems(StaticIssuer.Settings, "static", {"secret": {"env": "A"}, "ttl": 300})
+    assert problem == "the static issuer has no field ttl; correct its name, or take it out"
 
 
 def claims(issuer, lease):
@@ -139,6 +156,20 @@ def test_a_token_is_never_shared_between_agents_runs_or_scopes():
     assert len({issuer.cached(each, NOW).lease_id for each in occasions}) == 4
 
 
+def test_a_catalog_that_names_another_audience_gets_another_token():
+    issuer = JwtIssuer(KEY)
+    assert issuer.cached(occasion("jwt", audience="a"), NOW) is not issuer.cached(occasion("jwt", audience="b"), NOW)
+
+
+def test_a_full_cache_forgets_its_oldest_and_nobody_else(monkeypatch):
+    monkeypatch.setattr("broker.credentials.jwt._CACHED", 2)
+    issuer = JwtIssuer(KEY)
+    first, second, third = (issuer.cached(occasion("jwt", run=run), NOW) for run in "abc")
+    assert issuer.cached(occasion("jwt", run="c"), NOW) is third
+    assert issuer.cached(occasion("jwt", run="b"), NOW) is second
+    assert issuer.cached(occasion("jwt", run="a"), NOW) is not first
+
+
 def test_the_platforms_bound_is_the_longest_a_token_lasts():
     assert JwtIssuer(KEY).cached(occasion("jwt", ttl=900, max_ttl=60), NOW).expires == NOW + 60
 
@@ -147,4 +178,5 @@ def test_the_platforms_bound_is_the_longest_a_token_lasts():
     "settings", [{"scopes": "pages.read"}, {"scopes": [1]}, {"ttl": 0}, {"ttl": "5m"}, {"audience": 1}, {"secret": {"env": "A"}}]
 )
 def test_jwt_settings_of_the_wrong_kind_are_refused(settings):
-    assert JwtIssuer.check(settings)
+    [problem, *_] = problems(JwtIssuer.Settings, "jwt", settings)
+    assert next(iter(settings)) in problem

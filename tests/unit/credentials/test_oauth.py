@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import socket
-import time
 import traceback
 
 import jwt
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fakes import oauth as fake
 from stack import TestCA
 
+from broker import clock
 from broker.credentials.base import CredentialUnavailable, Occasion, Secret
 from broker.credentials.jwt import JwtIssuer
 from broker.credentials.oauth import OAuthSource
@@ -70,7 +70,7 @@ def source():
 
 
 def fetched(settings, **call):
-    return asyncio.run(source().fetch(occasion(settings, **call), time.time()))
+    return asyncio.run(source().fetch(occasion(settings, **call), clock.now()))
 
 
 def refused(settings, **call):
@@ -80,15 +80,19 @@ def refused(settings, **call):
     return str(caught.value), "".join(traceback.format_exception(caught.value))
 
 
+def unproven(settings):
+    return {name: settings[name] for name in ("token_url", "client_id")}
+
+
 @pytest.mark.parametrize("client_auth", ["basic", "post"])
 def test_client_credentials_by_a_secret_of_any_characters(server, settings, client_auth):
-    before = time.time()
+    before = clock.now()
     lease = fetched(settings | {"client_auth": client_auth, "scopes": ["read"]})
     [issued] = server.issued
     assert lease.value.reveal() == f"Bearer {issued.token}"
     assert [secret.reveal() for secret in lease.secrets] == [issued.token]
     assert (lease.issuer, lease.scopes, issued.scope) == ("oauth", ("read",), "read")
-    assert before + 3600 <= lease.expires <= time.time() + 3600
+    assert before + 3600 <= lease.expires <= clock.now() + 3600
     assert ("client_secret" in server.heard[0][1]) == (client_auth == "post")
 
 
@@ -96,7 +100,7 @@ def test_client_credentials_by_a_secret_of_any_characters(server, settings, clie
 def test_client_credentials_by_an_assertion_that_a_key_signs(server, settings, tmp_path, algorithm):
     (tmp_path / "key").write_text(pem(KEYS[algorithm]))
     server.clients["us & co"] = fake.Client("us & co", "read", key=jwk_of(algorithm))
-    fetched({name: settings[name] for name in ("token_url", "client_id")} | {"key": {"file": str(tmp_path / "key")}})
+    fetched(unproven(settings) | {"key": {"file": str(tmp_path / "key")}})
     [(_, form)] = server.heard
     assert "client_secret" not in form
     assert jwt.get_unverified_header(form["client_assertion"])["alg"] == algorithm
@@ -104,7 +108,7 @@ def test_client_credentials_by_an_assertion_that_a_key_signs(server, settings, t
 
 def test_an_ed25519_key_signs_as_eddsa_which_authlib_does_not_take(server, settings, tmp_path):
     (tmp_path / "key").write_text(pem(KEYS["EdDSA"]))
-    refused({name: settings[name] for name in ("token_url", "client_id")} | {"key": {"file": str(tmp_path / "key")}})
+    refused(unproven(settings) | {"key": {"file": str(tmp_path / "key")}})
     assertion = server.heard[0][1]["client_assertion"]
     said = jwt.decode(assertion, KEYS["EdDSA"].public_key(), ["EdDSA"], audience=f"{server.url}/token")
     assert (said["iss"], said["sub"]) == ("us & co", "us & co")
@@ -114,22 +118,20 @@ def test_a_key_with_its_certificate_names_the_certificate(server, settings, tmp_
     ca = TestCA()
     certificate, _ = ca.issue(tmp_path, "us")
     (tmp_path / "both").write_text(pem(KEYS["RS256"]) + certificate.read_text())
-    refused(
-        {name: settings[name] for name in ("token_url", "client_id")} | {"key": {"file": str(tmp_path / "both")}, "key_id": "7"}
-    )
+    refused(unproven(settings) | {"key": {"file": str(tmp_path / "both")}, "key_id": "7"})
     header = jwt.get_unverified_header(server.heard[0][1]["client_assertion"])
     assert (header["alg"], header["kid"], len(base64.urlsafe_b64decode(header["x5t#S256"] + "="))) == ("PS256", "7", 32)
 
 
 def svid(algorithm="ES256", *, issuer=None, **claims):
     return jwt.encode(
-        {"iss": issuer or "us & co", "sub": "us & co", "exp": time.time() + 300, **claims}, KEYS[algorithm], algorithm
+        {"iss": issuer or "us & co", "sub": "us & co", "exp": clock.now() + 300, **claims}, KEYS[algorithm], algorithm
     )
 
 
 def test_client_credentials_by_a_token_that_someone_keeps_fresh_in_a_file(server, settings, tmp_path):
     server.clients["us & co"] = fake.Client("us & co", "read", key=jwk_of("ES256"))
-    asked = {name: settings[name] for name in ("token_url", "client_id")} | {"subject": {"file": str(tmp_path / "svid")}}
+    asked = unproven(settings) | {"subject": {"file": str(tmp_path / "svid")}}
     for number in "12":
         (tmp_path / "svid").write_text(svid(aud=f"{server.url}/token", jti=number))
         fetched(asked)
@@ -220,7 +222,9 @@ NO_TOKEN = "without a credential that can be sent"
         pytest.param((200, {}, b'["at-SECRET"]'), NO_TOKEN, id="a list"),
         pytest.param((307, {"location": "/elsewhere"}, b""), "redirects", id="a redirect"),
         pytest.param((200, {}, b'{"access_token": "at-SECRET"' + b" " * 70_000 + b"}"), "answers too much", id="a huge body"),
-        pytest.param((200, {"content-length": "99"}, b"{}"), "can't be reached", id="less than it promised"),
+        pytest.param(
+            (200, {"content-length": "99", "connection": "close"}, b"{}"), "can't be reached", id="less than it promised"
+        ),
         pytest.param(GOOD | {"expires_in": 0}, "has ended already", id="a token that has ended"),
         pytest.param(GOOD | {"expires_in": -5}, "has ended already", id="one that ended before"),
         pytest.param(GOOD | {"expires_in": "soon"}, "no number of seconds", id="a life in words"),
@@ -253,12 +257,12 @@ def test_the_same_answer_without_its_fault_is_taken(server, settings):
     server.instead = (200, {}, json.dumps(GOOD | {"expires_in": "600"}).encode())
     lease = fetched(settings | {"scopes": ["read"]})
     assert lease.value.reveal() == "Bearer at-SECRET"
-    assert lease.expires == pytest.approx(time.time() + 600, abs=5)
+    assert lease.expires == pytest.approx(clock.now() + 600, abs=5)
 
 
 def test_a_life_that_the_server_does_not_tell_is_the_entrys_ttl(server, settings):
     server.instead = (200, {}, json.dumps(GOOD | {"expires_in": None}).encode())
-    assert fetched(settings | {"ttl": 60}).expires == pytest.approx(time.time() + 60, abs=5)
+    assert fetched(settings | {"ttl": 60}).expires == pytest.approx(clock.now() + 60, abs=5)
 
 
 def test_another_type_is_taken_where_the_entry_asks_for_it(server, settings):
@@ -329,9 +333,7 @@ def test_without_a_revocation_url_there_is_nothing_to_take_back(settings):
 @pytest.mark.parametrize("content", ["not a key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])
 def test_a_key_that_is_none_is_told_without_it(settings, tmp_path, content):
     (tmp_path / "key").write_text(content)
-    message, whole = refused(
-        {name: settings[name] for name in ("token_url", "client_id")} | {"key": {"file": str(tmp_path / "key")}}
-    )
+    message, whole = refused(unproven(settings) | {"key": {"file": str(tmp_path / "key")}})
     assert "no private key that can sign" in message
     assert "AAAA" not in whole
 

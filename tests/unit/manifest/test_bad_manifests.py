@@ -16,6 +16,7 @@ WORDS = Vocabulary(
     {
         "static": lambda settings: [] if "secret" in settings else ["it needs a reference; write secret: {env: NAME}"],
         "jwt": lambda settings: ["it needs no secret; take it out"] if "secret" in settings else [],
+        "aws-sts": lambda _: [],
     },
 )
 
@@ -28,6 +29,7 @@ EXPECTED = {
     "catalog_mistake_once.yaml": ["8:56 field_invalid"],
     "ceiling_per_run.yaml": ["5:34 field_unknown", "6:14 field_unknown"],
     "credential_invalid.yaml": ["7:3 credential_invalid"],
+    "credential_two_places.yaml": ["7:54 field_invalid"],
     "duration_invalid.yaml": ["5:26 field_invalid"],
     "endpoint_overlap.yaml": ["15:13 endpoint_overlap"],
     "endpoint_plaintext.yaml": ["6:13 endpoint_plaintext"],
@@ -69,10 +71,13 @@ EXPECTED = {
     "schema_pattern_not_linear.yaml": ["12:43 schema_invalid"],
     "schema_remote.yaml": ["12:47 schema_invalid"],
     "secret_literal.yaml": ["7:40 secret_literal"],
+    "secret_literal_field.yaml": ["10:16 secret_literal"],
     "secret_literal_known_form.yaml": ["7:46 secret_literal"],
+    "secret_literal_nested.yaml": ["10:34 secret_literal"],
     "secret_literal_template.yaml": ["10:43 secret_literal"],
     "secret_two_sources.yaml": ["7:40 field_invalid"],
     "server_tool_invalid.yaml": ["6:57 field_invalid"],
+    "signed_without_keys.yaml": ["7:3 credential_invalid", "16:3 credential_invalid"],
     "spiffe_duplicate.yaml": ["12:22 spiffe_duplicate"],
     "string_as_boolean.yaml": ["5:21 field_invalid"],
     "template_without_place.yaml": ["7:65 field_invalid"],
