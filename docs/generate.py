@@ -23,6 +23,7 @@ from broker.audit.record import Attempt, Ending, alert_record, config_record, de
 from broker.cli import options
 from broker.cli.main import cli
 from broker.cli.render import placeholders, rendered
+from broker.credentials import ISSUERS
 from broker.dataplane.site import Site
 from broker.ledger.base import Balance
 from broker.manifest.findings import Finding
@@ -41,6 +42,7 @@ def files() -> Mapping[str, str]:
     """Path, relative to the repository's root → content."""
     made: Mapping[str, Callable[[], str]] = {
         "docs/reference/kinds.md": kinds,
+        "docs/reference/issuers.md": issuers,
         "docs/reference/codes.md": codes,
         "docs/reference/cli.md": verbs,
         "docs/reference/audit.md": audit,
@@ -75,6 +77,17 @@ def kinds() -> str:
         "`manifests/schema/` has the same as JSON Schemas for editors; `broker check` judges.\n"
     )
     return f"{_MADE}# Kinds\n\n{intro}\n" + "\n".join(sections)
+
+
+def issuers() -> str:
+    """The fields that each issuer has beside those of every credential."""
+    sections = [_kind(name, issuer.Settings.model_json_schema(), set()) for name, issuer in sorted(ISSUERS.items())]
+    intro = (
+        "What a tool's `credential` may say beside `issuer` and `as`, by its issuer. `{env: NAME}` names a variable of the "
+        "broker's, `{file: PATH}` a file, relative to the manifests folder; both are read anew each time. How to set each up: "
+        "[credentials](../credentials.md).\n"
+    )
+    return f"{_MADE}# Issuers\n\n{intro}\n" + "\n".join(sections)
 
 
 def _kind(name: str, schema: dict[str, Any], seen: set[str]) -> str:

@@ -25,7 +25,7 @@ from broker.redaction import redacted
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 2000
+_TIMEOUT_S, _SHOWN = 5, 2000
 
 
 def _whole(command: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ class ExecSettings(Issued):
     command: Annotated[tuple[Annotated[str, Field(pattern=r"^[^\x00]{1,4096}$")], ...], AfterValidator(_whole)] = Field(
         description="The command and its arguments; its file by the whole path. No shell reads it."
     )
-    timeout: Seconds = Field(5, description="How long it may take, 5s unless given.")
+    timeout: Seconds | None = Field(None, description="How long it may take, 5s unless given.")
     environment: tuple[Word, ...] = Field((), description="Names of the broker's variables that it gets, beside PATH.")
 
 
@@ -102,11 +102,13 @@ async def _run(settings: ExecSettings, told: bytes, what: str) -> tuple[int | No
     try:
         process.get_pipe_transport(0).write(told)  # type: ignore[union-attr]  # the pipe of stdin
         process.get_pipe_transport(0).close()  # type: ignore[union-attr]
-        async with asyncio.timeout(settings.timeout):
+        async with asyncio.timeout(settings.timeout or _TIMEOUT_S):
             await talk.ended
         return process.get_returncode(), talk.said[1], talk.said[2]
     except TimeoutError:
-        raise CredentialUnavailable(f"{what} took longer than {settings.timeout} s", "see what it waits for") from None
+        raise CredentialUnavailable(
+            f"{what} took longer than {settings.timeout or _TIMEOUT_S} s", "see what it waits for"
+        ) from None
     except ValueError:
         raise CredentialUnavailable(f"{what} writes too much", "let it write one JSON object") from None
     finally:

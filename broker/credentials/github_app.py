@@ -6,7 +6,6 @@ https://docs.github.com/rest/apps/apps#create-an-installation-access-token-for-a
 """
 
 import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 
@@ -100,7 +99,7 @@ async def _token(settings: GithubAppSettings, occasion: Occasion, at: float) -> 
     return await _ask("POST", url, statement, settings.ca, wanted)
 
 
-async def _ask(method: str, url: str, token: str, ca: Mapping[str, str] | None, body: object = None) -> Answer:
+async def _ask(method: str, url: str, token: str, ca: Roots | None, body: object = None) -> Answer:
     headers = {"authorization": f"Bearer {token}", "accept": "application/vnd.github+json", "x-github-api-version": "2022-11-28"}
     return await ask(method, url, headers=headers, body=body, ca=ca["file"] if ca else None)
 

@@ -14,11 +14,11 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
@@ -41,7 +41,8 @@ def _url(text: str) -> str:
 
 
 Url = Annotated[Word, AfterValidator(_url)]
-Roots = Annotated[dict[str, Word], Field(description="{file: PATH}: a PEM file of trust roots, in place of the system's.")]
+Roots = dict[Literal["file"], Word]
+ROOTS = "{file: PATH}, a PEM file of trust roots in place of the system's."
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""An upstream that gives back all that it gets: through a real Envoy, the agent sees nothing of the credential in any encoding."""
+"""An upstream that gives back all that it gets: through a real Envoy, the agent sees nothing of the credential."""
 
 import shutil
 from types import SimpleNamespace
