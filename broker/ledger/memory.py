@@ -2,12 +2,13 @@
 
 Laws: nothing here waits, so a reservation is atomic by being one step of one thread: every limit is asked, then all is taken.
 A counter is kept with the number of the window that it belongs to, a run's with the run: what is settled later than that is
-dropped.
+dropped. A bucket refills by itself, so a call's share of it is given back only while nobody has taken from it since.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Balance, Granted, Refused, Spend
 from broker.policy.limits import Kind, Limit, Measure
@@ -28,13 +29,13 @@ class Run:
 
 @dataclass(slots=True)
 class Grant:
-    """A reservation: `taken` holds each limit, what was reserved of it, and the number of the window that it was taken from."""
+    """A reservation: `taken` holds each limit, what was reserved of it, and from which window, or when the bucket is full."""
 
     spend: Spend
     at: float
     granted: Granted
     run: Run | None
-    taken: list[tuple[Limit, int, int]]
+    taken: list[tuple[Limit, int, float]]
 
 
 class MemoryLedger:
@@ -64,10 +65,16 @@ class MemoryLedger:
                 return refused
         return self._take(spend, charges, run, now)
 
-    def take(self, spend: Spend, now: float) -> Granted:
-        """Reserve without asking: what another ledger has granted, or what the record says was."""
+    def take(self, spend: Spend, now: float, step: int = 0, began: float = 0.0) -> Granted:
+        """Reserve without asking: what another ledger granted, or the record says was, as `step` of the run that began then."""
         now = self._advance(now)
         run = self._run(spend, now)
+        if step and spend.run is not None:
+            # Other brokers kept the run going, so how long it was idle here says nothing.
+            run = self.runs.get((spend.agent, spend.run))
+            if run is None or step == 1 or run.last < began:
+                run = Run(began or now, now)
+            run.steps = step - 1
         return self._take(spend, _charges(spend, run), run, now)
 
     def _advance(self, now: float) -> float:
@@ -79,7 +86,7 @@ class MemoryLedger:
         if spend.run is None:
             return None
         run = self.runs.get((spend.agent, spend.run))
-        return run if run and now - run.last <= idle(spend.run) else Run(now, now)
+        return run if run and now - run.last < idle(spend.run) else Run(now, now)
 
     def _refusal(self, limit: Limit, spend: Spend, need: int, run: Run | None, now: float) -> Refused | None:
         match limit.kind:
@@ -90,11 +97,13 @@ class MemoryLedger:
                 return self._bucket_refusal(limit, need, now)
             case Kind.CONCURRENCY:
                 spent, wait = self._crowd(limit, need, now), 1.0
+            case _ if run is None:
+                return None
             case Kind.RUN_TIME:
-                spent, need, wait = int(now - run.started) if run else 0, 0, idle(spend.run)
+                spent, need, wait = math.ceil(now - run.started), 0, run.last + idle(spend.run) - now
             case Kind.RUN | Kind.IDENTICAL:
-                spent, wait = run.counts.get(_counted(limit, spend), 0) if run else 0, idle(spend.run)
-        return Refused(limit, spent, need, wait) if spent + need > limit.amount else None
+                spent, wait = run.counts.get(_counted(limit, spend), 0), run.last + idle(spend.run) - now
+        return Refused(limit, spent, need, wait if need <= limit.amount else 0) if spent + need > limit.amount else None
 
     def _window(self, limit: Limit, now: float) -> tuple[int, int]:
         window = int(now // limit.per)
@@ -102,12 +111,18 @@ class MemoryLedger:
         return stored if stored and stored[0] >= window else (window, 0)
 
     def _bucket_refusal(self, limit: Limit, need: int, now: float) -> Refused | None:
-        if not limit.amount:
-            return Refused(limit, 0, need, limit.per)
+        if not limit.amount or need > limit.burst:
+            return Refused(limit, 0, need, 0)
         # The generic cell rate algorithm (ITU-T I.371), virtual scheduling: a bucket is one moment, when it will be full again.
-        full_at = max(self.full_at.get(limit.key, now), now)
-        wait = full_at - now + (need - limit.burst) * limit.per / limit.amount
+        wait = self._full(limit, now) - now + (need - limit.burst) * limit.per / limit.amount
         return Refused(limit, limit.burst, need, wait) if wait > _EPSILON_S else None
+
+    def _full(self, limit: Limit, now: float) -> float:
+        full_at, empty = self.full_at.get(limit.key, now), now + limit.burst * limit.per / max(limit.amount, 1)
+        if full_at > empty:
+            # No bucket is emptier than empty: one that was emptied at a slower rate refills at this one.
+            self.full_at[limit.key] = full_at = empty
+        return max(full_at, now)
 
     def _crowd(self, limit: Limit, need: int, now: float) -> int:
         calls = self.open.get(limit.key, {})
@@ -126,16 +141,16 @@ class MemoryLedger:
         self.grants[spend.decision_id] = Grant(spend, now, granted, run, taken)
         return granted
 
-    def _add(self, limit: Limit, spend: Spend, need: int, run: Run | None, now: float) -> int:
-        """Charge one limit; the number of the window that it was charged to."""
+    def _add(self, limit: Limit, spend: Spend, need: int, run: Run | None, now: float) -> float:
+        """Charge one limit; the number of the window that it was charged to, or when the bucket is full."""
         match limit.kind:
             case Kind.WINDOW:
                 window, spent = self._window(limit, now)
                 self.windows[limit.key] = window, spent + need
                 return window
             case Kind.RATE:
-                full_at = max(self.full_at.get(limit.key, now), now)
-                self.full_at[limit.key] = full_at + need * limit.per / max(limit.amount, 1)
+                self.full_at[limit.key] = full_at = self._full(limit, now) + need * limit.per / max(limit.amount, 1)
+                return full_at
             case Kind.CONCURRENCY:
                 self.open.setdefault(limit.key, {})[spend.decision_id] = now + LEASE_S
             case Kind.RUN | Kind.IDENTICAL if run:
@@ -158,22 +173,20 @@ class MemoryLedger:
             return None
         # Most calls spend just what they reserved.
         changes = [0] * len(grant.taken) if spent == {} else [_change(limit, need, spent) for limit, need, _ in grant.taken]
-        for (limit, _, window), change in zip(grant.taken, changes, strict=True):
+        for (limit, _, origin), change in zip(grant.taken, changes, strict=True):
             if limit.kind is Kind.CONCURRENCY:
                 self.open[limit.key].pop(decision_id, None)
             elif change:
-                self._correct(limit, grant, window, change)
-        if spent is None and grant.run:
-            grant.run.steps -= 1
+                self._correct(limit, grant, origin, change)
         return grant, changes
 
-    def _correct(self, limit: Limit, grant: Grant, window: int, change: int) -> None:
+    def _correct(self, limit: Limit, grant: Grant, origin: float, change: int) -> None:
         match limit.kind:
             case Kind.WINDOW:
                 stored, spent = self.windows[limit.key]
-                if stored == window:
-                    self.windows[limit.key] = window, spent + change
-            case Kind.RATE:
+                if stored == origin:
+                    self.windows[limit.key] = stored, spent + change
+            case Kind.RATE if self.full_at[limit.key] == origin:
                 self.full_at[limit.key] += change * limit.per / max(limit.amount, 1)
             case Kind.RUN | Kind.IDENTICAL if grant.run:
                 grant.run.counts[_counted(limit, grant.spend)] += change
@@ -185,17 +198,10 @@ class MemoryLedger:
             del self.grants[decision_id]
         for decision_id, grant in self.grants.items():
             for limit, _, _ in grant.taken:
-                if limit.kind is Kind.CONCURRENCY and decision_id in self.open[limit.key]:
+                if limit.kind is Kind.CONCURRENCY and self.open[limit.key].get(decision_id, 0.0) > now:
                     self.open[limit.key][decision_id] = now + LEASE_S
-        for key in list(self._ended(now)):
+        for key in [key for key, _ in takewhile(lambda each: now - each[1].last >= NAMED_IDLE_S, self.runs.items())]:
             del self.runs[key]
-
-    def _ended(self, now: float) -> Iterator[tuple[str, str]]:
-        for key, run in self.runs.items():
-            if now - run.last > idle(key[1]):
-                yield key
-            elif key[1]:
-                return
 
     async def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
         """See `Ledger.balances`; never raises."""
@@ -208,9 +214,8 @@ class MemoryLedger:
                 window, spent = self._window(limit, now)
                 return Balance(limit, spent, (window + 1) * limit.per)
             case Kind.RATE:
-                full_at = self.full_at.get(limit.key, now)
-                missing = (full_at - now) * limit.amount / limit.per
-                return Balance(limit, max(0, math.ceil(missing)), max(full_at, now))
+                full_at = self._full(limit, now)
+                return Balance(limit, math.ceil((full_at - now) * limit.amount / limit.per), full_at)
             case Kind.CONCURRENCY:
                 return Balance(limit, sum(until > now for until in self.open.get(limit.key, {}).values()), 0)
         return None
