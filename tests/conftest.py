@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import stack
+from redis_server import RedisServer
 
 SECRET = "sk_live_upstream-secret-0123456789"
 
@@ -103,3 +104,10 @@ def _fresh(request: pytest.FixtureRequest) -> None:
         found = request.getfixturevalue("world")
         for upstream in found.upstreams:
             upstream.seen.clear()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.close()

@@ -1,11 +1,13 @@
 """Both ledgers behind one synchronous door, for tests that hold for either. Time is what a test says it is."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
 from broker.ledger.base import Balance, Granted, Refused, Spend
 from broker.ledger.memory import MemoryLedger
+from broker.ledger.redis import RedisLedger
 from broker.policy.limits import Limit, Measure
 
 CALL = {Measure.CALLS: 1}
@@ -48,3 +50,43 @@ class Embedded:
 
     def close(self) -> None:
         pass
+
+
+class Shared(Embedded):
+    """A ledger on a Redis, on its own event loop, that has told Redis all by the time a step is over."""
+
+    def __init__(self, url: str, replica: str = "one", **known: Any) -> None:
+        self._runner = asyncio.Runner()
+        self.ledger = RedisLedger(url, replica, MemoryLedger(), **{"callers_clock": True, "grace": 0, **known})
+        self._runner.run(self.ledger.__aenter__())
+
+    def reserve(self, wanted: Spend, now: float) -> Granted | Refused:
+        return self._runner.run(answered(self.ledger, wanted, now))
+
+    def settle(self, decision_id: str, spent: Mapping[Measure, int], now: float) -> None:
+        self._step(lambda: self.ledger.settle(decision_id, spent, now))
+
+    def refund(self, decision_id: str, now: float) -> None:
+        self._step(lambda: self.ledger.refund(decision_id, now))
+
+    def renew(self, now: float) -> None:
+        self._step(lambda: self.ledger.renew(now))
+
+    def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
+        return self._runner.run(self.ledger.balances(limits, now))
+
+    def close(self) -> None:
+        self._runner.run(self.ledger.__aexit__())
+        self._runner.close()
+
+    def _step(self, what: Callable[[], None]) -> None:
+        async def step() -> None:
+            what()
+            await self.ledger.drained()
+
+        self._runner.run(step())
+
+
+async def answered(ledger: RedisLedger, wanted: Spend, now: float) -> Granted | Refused:
+    answer = ledger.reserve(wanted, now)
+    return answer if isinstance(answer, Granted | Refused) else await answer

@@ -35,7 +35,8 @@ class Spend:
     """What one call may spend. `amounts` is its upper bound by measure; a limit on what is 0 or not in it does not bear on it.
 
     `run` is the run ID that the call names, empty for the agent's implicit run, None where the call is no step of a run.
-    `fingerprint` tells identical calls. Of the limits, the first that refuses is reported.
+    `fingerprint` tells identical calls; `read` is whether the call changes nothing. Of the limits, the first that refuses is
+    reported.
     """
 
     decision_id: str
@@ -44,6 +45,7 @@ class Spend:
     amounts: Mapping[Measure, int]
     run: str | None = None
     fingerprint: str = ""
+    read: bool = False
 
 
 @dataclass(frozen=True, slots=True)

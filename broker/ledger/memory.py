@@ -102,7 +102,7 @@ class MemoryLedger:
             case Kind.RUN_TIME:
                 spent, need, wait = math.ceil(now - run.started), 0, run.last + idle(spend.run) - now
             case Kind.RUN | Kind.IDENTICAL:
-                spent, wait = run.counts.get(_counted(limit, spend), 0), run.last + idle(spend.run) - now
+                spent, wait = run.counts.get(counted(limit, spend), 0), run.last + idle(spend.run) - now
         return Refused(limit, spent, need, wait if need <= limit.amount else 0) if spent + need > limit.amount else None
 
     def _window(self, limit: Limit, now: float) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class MemoryLedger:
             case Kind.CONCURRENCY:
                 self.open.setdefault(limit.key, {})[spend.decision_id] = now + LEASE_S
             case Kind.RUN | Kind.IDENTICAL if run:
-                name = _counted(limit, spend)
+                name = counted(limit, spend)
                 run.counts[name] = run.counts.get(name, 0) + need
         return 0
 
@@ -189,7 +189,7 @@ class MemoryLedger:
             case Kind.RATE if self.full_at[limit.key] == origin:
                 self.full_at[limit.key] += change * limit.per / max(limit.amount, 1)
             case Kind.RUN | Kind.IDENTICAL if grant.run:
-                grant.run.counts[_counted(limit, grant.spend)] += change
+                grant.run.counts[counted(limit, grant.spend)] += change
 
     def renew(self, now: float) -> None:
         """See `Ledger.renew`. Forgets what can't matter any more."""
@@ -232,7 +232,7 @@ def _charges(spend: Spend, run: Run | None) -> list[tuple[Limit, int]]:
     return [(limit, need) for limit in spend.limits if (need := amounts.get(limit.measure))]
 
 
-def _counted(limit: Limit, spend: Spend) -> str:
+def counted(limit: Limit, spend: Spend) -> str:
     return f"{limit.key}:{spend.fingerprint}" if limit.kind is Kind.IDENTICAL else limit.key
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from ledgers import CALL, Embedded, limit, spend
+from ledgers import CALL, Embedded, Shared, limit, spend
 
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Granted, Refused
 from broker.policy.limits import Code, Measure
@@ -13,9 +13,12 @@ HOUR, DAY = 3600, 86400
 RUN = {"run": "r1"}
 
 
-@pytest.fixture(params=["embedded"])
+@pytest.fixture(params=["embedded", "redis"])
 def desk(request: pytest.FixtureRequest) -> Iterator[Embedded]:
-    found = Embedded()
+    if request.param == "redis":
+        server = request.getfixturevalue("redis_server")
+        server.command("FLUSHALL")
+    found = Shared(server.url) if request.param == "redis" else Embedded()
     yield found
     found.close()
 
