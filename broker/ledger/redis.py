@@ -232,14 +232,15 @@ class RedisLedger:
     def _time(self, now: float) -> float:
         if not self._callers_clock and self._ahead is not None:
             now = self._ahead + asyncio.get_running_loop().time()
-        return max(now, self.own.now)
+        self.own.now = now = max(now, self.own.now)
+        return now
 
     def _heard(self, now: float) -> None:
         self._ahead = now - asyncio.get_running_loop().time()
 
     def _command(self, script: str, keys: Iterable[str], words: Iterable[Any], now: float) -> _Words:
         keys = (_MEMBERS, *keys)
-        clock = max(now, self.own.now) if self._callers_clock else ""
+        clock = self._time(now) if self._callers_clock else ""
         return ("EVALSHA", script, len(keys), *keys, self._replica, self._token, clock, *words)
 
     def _said(self, items: Iterable[_Words], now: float = 0.0) -> _Words:

@@ -193,6 +193,41 @@ def test_a_caller_that_stops_waiting_leaves_nothing_behind(server):
     asyncio.run(run())
 
 
+def test_a_caller_that_stops_waiting_just_when_the_answer_comes_leaves_nothing_behind(server):
+    async def run() -> None:
+        async with fleet(server.url, 1) as (ledger,):
+            read = ledger._reserved
+            ledger._reserved = lambda *known: (asyncio.get_running_loop().call_soon(waiting.cancel), read(*known))[1]
+            waiting = asyncio.ensure_future(answered(ledger, spend(BUDGET, amounts={Measure.TOKENS: 9}), 0))
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert not ledger.own.grants
+            await ledger.drained()
+            assert server.total(BUDGET.key) == 0
+
+    asyncio.run(run())
+
+
+def test_nobody_is_served_from_an_emptied_redis_before_the_others_have_said_what_they_spent(server):
+    async def run() -> None:
+        async with fleet(server.url, 2) as (quick, slow):
+            assert isinstance(await answered(slow, spend(BUDGET, amounts={Measure.TOKENS: 4000}), 0), Granted)
+            say = slow._say_again
+
+            async def late(connection: object) -> float:
+                await asyncio.sleep(0.3)
+                return await say(connection)
+
+            slow._say_again = late
+            server.command("FLUSHALL")
+            with pytest.raises(LedgerUnavailable, match="Redis lost its data"):
+                await answered(quick, spend(BUDGET, amounts={Measure.TOKENS: 1}), 0)
+            await healthy(quick)
+            assert isinstance(await answered(quick, spend(BUDGET, amounts={Measure.TOKENS: 1}), 0), Refused)
+
+    asyncio.run(run())
+
+
 class Delay:
     """A network between ledger and Redis that can keep what was sent, and deliver it long after its sender has gone."""
 
