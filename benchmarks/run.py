@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,10 @@ from benchmarks import costs, envoys, world
 from benchmarks.load import Load
 from broker.supervisor import envoy_binary, envoy_version
 from tests import stack
+from tests.redis_server import RedisServer
 
-BROKERS = {"broker": {"limits": False}, "broker, 8 limits": {"limits": True}}
-"""The brokers that are measured, the first without limits: what their manifests hold (see `world.write`)."""
+BROKERS = {"broker": (False, False), "broker, 8 limits": (True, False), "broker, 8 limits in Redis": (True, True)}
+"""The brokers that are measured: whether they have limits, and whether these are counted in a Redis. The first has neither."""
 
 WAYS = ("direct", "bare Envoy", *BROKERS)
 CONNECTIONS = (1, 16)
@@ -81,9 +82,10 @@ def _cells(seconds: float) -> Iterator[list[Cell]]:
             "direct": ((blank, replace(blank, address=("127.0.0.1", https), tls_ca=str(folder / "upstream-ca.pem"))), ""),
             "bare Envoy": (_proxied(replace(blank, address=("127.0.0.1", proxy), pids={"envoy": pid}), str(bare_ca), https), ""),
         }
-        for number, (way, options) in enumerate(BROKERS.items()):
-            held = world.write(folder / f"manifests-{number}", http, https, ca.pem, **options)
-            broker = stack.Broker(held, folder / f"state-{number}")
+        for number, (way, (limits, shared)) in enumerate(BROKERS.items()):
+            held = world.write(folder / f"manifests-{number}", http, https, ca.pem, limits=limits)
+            redis = running.enter_context(closing(RedisServer())).url if shared else ""
+            broker = stack.Broker(held, folder / f"state-{number}", {"BROKER_REDIS_URL": redis})
             running.callback(broker.stop)
             ways[way] = _through(broker, blank, https)
         yield [_cell(call, way, *ways[way], (http, https)) for call in _CALLS for way in WAYS]

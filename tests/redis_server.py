@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import stack
+
+from tests import stack
 
 
 class RedisServer:

@@ -21,6 +21,9 @@ It gains nothing by that: the run that it names anew has spent nothing either.""
 _FORGET_S = 7200.0  # twice the longest call: what is older will never be settled
 _EPSILON_S = 1e-6  # what a double of this size can't hold of a second
 
+PER_RUN = frozenset({Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL})
+"""What only steps of a run are held to."""
+
 
 @dataclass(slots=True)
 class Run:
