@@ -325,6 +325,7 @@ _MEANING: Mapping[str, str] = {
     "credential": "`issuer`, `scopes`, `lease_id`, `expires` of what was injected; never the credential. Null where none was.",
     "upstream": "`status` (0 where no answer came; `detail` says why), `bytes` as far as known, `duration_ms` of the call.",
     "response_hash": "Reserved: null.",
+    "masked": "The answer's headers, or `body`, that showed the injected credential, which was taken out.",
     "model": "The model that was asked for; in the decision too.",
     "provider": "Whose prices count: the tool's name, or else its protocol; in the decision too.",
     "prompt_hash": "`sha256:` over the canonical JSON of what was said to the model, which is not recorded; in the decision too.",

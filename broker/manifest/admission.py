@@ -193,6 +193,8 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
         match = spec.match(name)
         yield from _match((*place, "match"), spec.protocol, match)
         yield from _params((*place, "params"), operation.params, spec.protocol, match.path, words)
+        if operation.scrub == "unsafe_never":
+            yield (*place, "scrub"), "unsafe_never", "a tool that repeats its request shows the agent its credential; write auto"
 
 
 _SIGNED = "only keys of the issuer aws-sts sign, and they do nothing else; write as: {sigv4: {service, region}} there alone"

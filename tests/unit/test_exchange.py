@@ -35,6 +35,7 @@ from broker.events import (
     Reserved,
     ResponseChunk,
     ResponseHead,
+    ResponseTrailers,
     Send,
     Services,
     WantBody,
@@ -136,7 +137,7 @@ class Issues:
         return self.later
 
 
-LEASE = Lease("lease-1", "static", "authorization", Secret(f"Bearer {SECRET}"), ("a",), None)
+LEASE = Lease("lease-1", "static", "authorization", Secret(f"Bearer {SECRET}"), ("a",), None, (Secret(SECRET),))
 
 
 class Counted(Rest):
@@ -218,7 +219,7 @@ def test_a_call_without_a_body_is_sent_with_its_credential_and_leaves_a_decision
     assert sent.set_headers == (("accept-encoding", "identity"), ("authorization", f"Bearer {SECRET}"))
     assert sent.remove_headers == ("authorization", "x-broker-token")
     assert sent.path == "/plain/items?page=2"
-    assert passed == Pass()
+    assert passed == Observe()
     decision, outcome = outside.audit
     assert (decision["verdict"], decision["operation"], decision["agent"]["name"]) == ("allow", "items.list", "caller")
     assert decision["credential"] == {"issuer": "static", "scopes": ["a"], "lease_id": "lease-1", "expires": None}
@@ -231,7 +232,7 @@ def test_a_call_without_a_body_is_sent_with_its_credential_and_leaves_a_decision
 def test_a_body_is_asked_for_judged_once_and_only_then_sent():
     outside = services()
     wanted, sent, passed = play(outside, POST, BODY, OK)
-    assert (wanted, type(sent), passed) == (WantBody(), Send, Pass())
+    assert (wanted, type(sent), passed) == (WantBody(), Send, Observe())
     assert sent.path is None
     assert events_of(outside) == [("decision", "allow"), ("outcome", None)]
     assert outside.audit[0]["args"]["body"] == {"title": "x"}
@@ -339,6 +340,65 @@ def test_an_upstream_that_is_down_is_envoys_answer_with_our_id_and_noted():
     assert outside.audit[-1]["detail"] == down
 
 
+# The credential stays out of answers.
+
+ECHO = ResponseHead(
+    200, ((":status", "200"), ("x-echo", f"you sent Bearer {SECRET}"), ("x-other", "1")), "via_upstream", has_body=True
+)
+
+
+def test_a_header_that_shows_the_credential_is_passed_without_it_and_that_is_recorded_and_alerted():
+    outside = services()
+    _, observed = play(outside, head(), ECHO)
+    assert observed == Observe((("x-echo", "you sent Bearer [credential removed]"),))
+    decision, alert, outcome = outside.audit
+    assert (alert["event"], alert["decision_id"]) == ("alert", decision["decision_id"])
+    assert outcome["masked"] == ["x-echo"]
+    assert SECRET not in str(outside.audit)
+
+
+@pytest.mark.parametrize("at", [1, len(SECRET) // 2, len(SECRET) - 1])
+def test_a_body_that_shows_the_credential_is_passed_without_it_wherever_it_is_cut(at):
+    outside = services()
+    first, second = f"a {SECRET[:at]}".encode(), f"{SECRET[at:]} b".encode()
+    commands = play(outside, head(), OK, ResponseChunk(first, last=False), ResponseChunk(second, last=True))
+    assert b"".join(command.data for command in commands[2:]) == b"a [credential removed] b"
+    assert outside.audit[-1]["masked"] == ["body"]
+
+
+def test_trailers_are_read_too_behind_a_body_that_is_read_and_behind_one_that_is_not():
+    trailers = ResponseTrailers((("x-echo", SECRET), ("x-other", "1")))
+    clean = Pass((("x-echo", "[credential removed]"),))
+    assert play(services(), head(), OK, ResponseChunk(b"x", last=False), trailers)[-1] == clean
+    image = replace(OK, headers=((":status", "200"), ("content-type", "image/png")))
+    assert play(services(), head(), image, trailers)[-2:] == [Pass(), clean]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "read"),
+    [
+        pytest.param(200, (("content-type", "application/json"),), True, id="text"),
+        pytest.param(200, (), True, id="of no type"),
+        pytest.param(200, (("content-type", "image/png"),), False, id="media"),
+        pytest.param(404, (("content-type", "image/png"),), True, id="an error that calls itself media"),
+        pytest.param(200, (("content-type", "text/csv"), ("content-length", "9000000")), False, id="long"),
+        pytest.param(200, (("content-type", "text/event-stream"), ("content-length", "9000000")), True, id="events"),
+        pytest.param(302, (("content-type", "text/csv"), ("content-length", "9000000")), True, id="a redirect"),
+    ],
+)
+def test_of_a_credentialed_answer_is_read_what_is(status, headers, read):
+    answer = ResponseHead(status, ((":status", str(status)), *headers), "via_upstream", has_body=True)
+    assert play(services(), head(), answer)[-1] == (Observe() if read else Pass())
+
+
+def test_a_platform_may_refuse_credentials_of_the_agents_own_instead_of_taking_them_off():
+    refusing = replace(SNAPSHOT, refuse_own=True)
+    [refused] = play(services(snapshot=lambda: refusing), head("GET", "/plain/items", ("authorization", "mine")))
+    assert problem_of(refused)["code"] == "protocol_violation"
+    assert "authorization" in problem_of(refused)["detail"]
+    assert isinstance(play(services(snapshot=lambda: refusing), head())[0], Send)
+
+
 # Refused.
 
 REVOKED = Revocations()
@@ -443,7 +503,7 @@ def test_an_outcome_that_can_not_be_recorded_takes_nothing_back():
     outside = services(audit=Records())
     outside.audit.full = frozenset({"outcome"})
     sent, passed = play(outside, head(), OK)
-    assert (type(sent), passed) == (Send, Pass())
+    assert (type(sent), passed) == (Send, Observe())
 
 
 # Faults.

@@ -106,6 +106,7 @@ EXPECTED = {
 # These load, and say what their author may not think.
 WARNED = {
     "not_enforced.yaml": ["5:3 not_enforced", "6:3 not_enforced", "7:3 not_enforced"],
+    "unsafe_never.yaml": ["8:61 unsafe_never"],
     "unsafe_reads_without_redis.yaml": ["5:12 unsafe_reads_without_redis"],
 }
 
