@@ -11,7 +11,7 @@ purpose: a call is counted for its agent, its team and its environment in one at
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,8 @@ from redis.exceptions import RedisError
 
 from broker.errors import UsageError
 from broker.ledger.base import LEASE_S, Balance, Granted, LedgerUnavailable, Refused, Spend
-from broker.ledger.memory import PER_RUN, Grant, MemoryLedger, counted, idle
+from broker.ledger.memory import PER_RUN, MemoryLedger, counted, idle
+from broker.ledger.said import MEMBERS, Words, chunks, ended, key_of, mine, pieces, run_key
 from broker.policy.limits import Kind, Limit, Measure
 
 SLOW_S = 0.05
@@ -37,24 +38,20 @@ _BEAT_S = 1.0  # a third of the grace
 _CONNECT_S = 1.0
 _RETRY_S = 0.2
 _BATCH = 128  # reservations in one round trip: about 5 ms of Redis's time
-_CHUNK = 1000  # words that are said again in one step: about 1 ms of it
 _DOUBTS = 10_000  # beyond that, all is said again
 
-_MEMBERS = "{broker}:members"
 _BEGIN, *_TEXTS = (
     files("broker.ledger").joinpath("scripts", f"{name}.lua").read_text() for name in ("begin", "reserve", "apply", "join")
 )
 _SCRIPTS = [_BEGIN + _TEXTS[0], _BEGIN + _TEXTS[1], _TEXTS[2]]
 _RESERVE, _APPLY, _JOIN = (sha1(text.encode(), usedforsecurity=False).hexdigest() for text in _SCRIPTS)
 
-_Words = tuple[Any, ...]
-
 
 @dataclass(slots=True)
 class _Sent:
     """A command under way: how its answer is read, who waits for that, and whose spending is in doubt until it is there."""
 
-    command: _Words
+    command: Words
     read: Callable[[Any], Any]
     spend: Spend | None = None
     waiting: "asyncio.Future[Any] | None" = None
@@ -63,21 +60,15 @@ class _Sent:
 class RedisLedger:
     """See `Ledger`. `async with` it, once `own` is rebuilt: it has then joined, or will as soon as it can.
 
-    `url` is redis-py's: `redis://`, `rediss://` (verified TLS; `?ssl_ca_certs=FILE`), with USER:PASSWORD of an ACL user for keys
-    `~{broker}:*` and the commands in `docs`. `replica` names this broker's state folder for good. `on_change` hears whether
-    limits can be checked, and if not, why. `callers_clock` counts by the caller's `now`. While `unsafe_reads` is set and Redis is
-    away, reads are let through on what this broker alone has spent.
+    `url` is redis-py's: `redis://`, `rediss://` (verified TLS; `?ssl_ca_certs=FILE`), with USER:PASSWORD of an ACL user: keys
+    `~{broker}:*`, commands info, evalsha, script|load, time, hget, hmget, hset, hincrby, del, get, set, expire, zadd, zrem,
+    zcard, zcount, zscore, zrange, zremrangebyscore. `replica` names this broker's state folder for good. `on_change` hears
+    whether limits can be checked, and if not, why. While `unsafe_reads` is set and Redis is away, reads are let through on what
+    this broker alone has spent. Before it joins, `callers_clock` may be set, to count by the caller's `now`, and `grace`, in s.
     """
 
     def __init__(
-        self,
-        url: str,
-        replica: str,
-        own: MemoryLedger,
-        *,
-        on_change: Callable[[bool, str], None] = lambda _healthy, _why: None,
-        grace: float = GRACE_S,
-        callers_clock: bool = False,
+        self, url: str, replica: str, own: MemoryLedger, on_change: Callable[[bool, str], None] = lambda _healthy, _why: None
     ) -> None:
         try:
             known: dict[str, Any] = {**parse_url(url)}
@@ -88,10 +79,9 @@ class RedisLedger:
             raise UsageError(
                 "the Redis URL can't be read", "write redis[s]://USER:PASSWORD@HOST:PORT, special characters as %XX"
             ) from None
-        self.own = own
-        self.unsafe_reads = False
-        self._replica, self._token, self._grace = f"@{replica}", "", grace
-        self._on_change, self._callers_clock = on_change, callers_clock
+        self.own, self._on_change = own, on_change
+        self.unsafe_reads, self.callers_clock, self.grace = False, False, GRACE_S
+        self._replica, self._token = f"@{replica}", ""
         self._healthy: bool | None = None
         self._why = "not yet connected"
         self._ahead: float | None = None  # Redis's clock, against the event loop's
@@ -127,7 +117,7 @@ class RedisLedger:
             return known.granted
         if not self._healthy:
             return self._alone(spend, now)
-        run = _MEMBERS if spend.run is None else _run_key(spend.agent, spend.run)
+        run = MEMBERS if spend.run is None else run_key(spend.agent, spend.run)
         keys, words, asked = [run], ["" if spend.run is None else idle(spend.run)], []
         for limit in spend.limits:
             begins = limit.measure is Measure.RUNS
@@ -135,7 +125,7 @@ class RedisLedger:
                 continue
             if need := 1 if begins else spend.amounts.get(limit.measure):
                 asked.append(limit)
-                keys.append(_key(limit.key))
+                keys.append(key_of(limit.key))
                 words += ("runs" if begins else limit.kind, need, limit.amount, limit.per, limit.burst, counted(limit, spend))
         command = self._command(_RESERVE, keys, (spend.decision_id, LEASE_S, *words), now)
         return self._wait(self._ask(_Sent(command, partial(self._reserved, spend, asked), spend)), spend, now)
@@ -151,9 +141,9 @@ class RedisLedger:
     def renew(self, now: float) -> None:
         """See `Ledger.renew`."""
         self.own.renew(self._time(now))
-        for key, calls in self.own.open.items():
-            for ids in _pieces(list(calls), _CHUNK) if self._healthy else ():
-                self._apply([(_key(key), "renew", LEASE_S, *ids)], None, now)
+        calls = ((key, ids) for key, known in self.own.open.items() if known for ids in pieces(list(known)))
+        for items in chunks((key_of(key), "renew", LEASE_S, *ids) for key, ids in calls) if self._healthy else ():
+            self._apply(items, None, now)
 
     async def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
         """See `Ledger.balances`."""
@@ -163,11 +153,11 @@ class RedisLedger:
         for limit in limits:
             match limit.kind:
                 case Kind.WINDOW:
-                    waiting.append(self._ask(_Sent(("HMGET", _key(limit.key), "i", "t"), partial(_window, told, limit.key))))
+                    waiting.append(self._ask(_Sent(("HMGET", key_of(limit.key), "i", "t"), partial(_window, told, limit.key))))
                 case Kind.RATE:
-                    waiting.append(self._ask(_Sent(("GET", _key(limit.key)), partial(_bucket, told, limit.key))))
+                    waiting.append(self._ask(_Sent(("GET", key_of(limit.key)), partial(_bucket, told, limit.key))))
                 case Kind.CONCURRENCY:
-                    command = ("ZCOUNT", _key(limit.key), f"({now!r}", "+inf")
+                    command = ("ZCOUNT", key_of(limit.key), f"({now!r}", "+inf")
                     waiting.append(self._ask(_Sent(command, partial(_crowd, told, limit.key))))
         await asyncio.gather(*waiting)
         return await told.balances(limits, now)
@@ -219,9 +209,10 @@ class RedisLedger:
         if closed is None:
             return
         grant, changes = closed
+        parts = zip(grant.taken, changes, strict=True)
         if not self._healthy:
             self._doubt(grant.spend)
-        elif items := [item for part, change in zip(grant.taken, changes, strict=True) if (item := _ended(grant, *part, change))]:
+        elif items := [item for (limit, _, origin), change in parts if (item := ended(grant, limit, origin, change))]:
             self._apply(items, grant.spend, now)
 
     def _unavailable(self) -> LedgerUnavailable:
@@ -235,7 +226,7 @@ class RedisLedger:
             self._doubts, self._everything = {}, True
 
     def _time(self, now: float) -> float:
-        if not self._callers_clock and self._ahead is not None:
+        if not self.callers_clock and self._ahead is not None:
             now = self._ahead + asyncio.get_running_loop().time()
         self.own.now = now = max(now, self.own.now)
         return now
@@ -243,18 +234,18 @@ class RedisLedger:
     def _heard(self, now: float) -> None:
         self._ahead = now - asyncio.get_running_loop().time()
 
-    def _command(self, script: str, keys: Iterable[str], words: Iterable[Any], now: float) -> _Words:
-        keys = (_MEMBERS, *keys)
-        clock = self._time(now) if self._callers_clock else ""
+    def _command(self, script: str, keys: Iterable[str], words: Iterable[Any], now: float) -> Words:
+        keys = (MEMBERS, *keys)
+        clock = self._time(now) if self.callers_clock else ""
         return ("EVALSHA", script, len(keys), *keys, self._replica, self._token, clock, *words)
 
-    def _said(self, items: Iterable[_Words], now: float = 0.0) -> _Words:
+    def _said(self, items: Iterable[Words], now: float = 0.0) -> Words:
         """The command that says these (key, what to do, words …)."""
         items = list(items)
         words = [word for _, verb, *rest in items for word in (verb, len(rest), *rest)]
         return self._command(_APPLY, [key for key, *_ in items], words, now)
 
-    def _apply(self, items: list[_Words], spend: Spend | None, now: float) -> None:
+    def _apply(self, items: list[Words], spend: Spend | None, now: float) -> None:
         self._queue.append(_Sent(self._said(items, now), self._beaten, spend))
         self._wake.set()
 
@@ -299,7 +290,7 @@ class RedisLedger:
         if info.get("maxmemory_policy", "noeviction") != "noeviction":
             raise LedgerUnavailable(f"Redis may forget what was spent: its maxmemory-policy is {info['maxmemory_policy']}")
         last, self._token = self._token, os.urandom(8).hex()
-        words = (last, info["run_id"], self._grace, self.own.now)
+        words = (last, info["run_id"], self.grace, self.own.now)
         kept, now, left = (await _round(connection, [self._command(_JOIN, [], words, 0)]))[0]
         self._everything |= kept != b"kept"
         self.own.now = float(now)
@@ -314,8 +305,9 @@ class RedisLedger:
         doubts, everything, wait = self._doubts, self._everything, 0.0
         self._doubts, self._everything = {}, False
         try:
-            for items in _chunks(self._mine(doubts.values(), everything)):
-                hold = [(_MEMBERS, "hold")] if items else []
+            # Only who has something to say holds the others up: else each would, in turn, for ever.
+            hold = [(MEMBERS, "hold")] if doubts or everything else []
+            for items in chunks(mine(self.own, doubts.values(), everything=everything)):
                 wait = self._beaten((await _round(connection, [self._said(hold + items)]))[0])
         except BaseException:
             self._doubts, self._everything = {**doubts, **self._doubts}, everything or self._everything
@@ -359,83 +351,6 @@ class RedisLedger:
         if changed:
             self._on_change(healthy, why)
 
-    def _mine(self, doubts: Iterable[Spend], everything: bool) -> Iterator[_Words]:  # noqa: FBT001
-        """All that is to be said of what is in doubt, or of everything."""
-        own, now = self.own, self.own.now
-        keys: dict[Kind, dict[str, bool]] = {kind: {} for kind in Kind}
-        runs: dict[tuple[str, str], dict[str, int]] = {}
-        if everything:
-            keys[Kind.WINDOW], keys[Kind.RATE], keys[Kind.CONCURRENCY] = (
-                dict.fromkeys(known, False) for known in (own.windows, own.full_at, own.open)
-            )
-            runs = {run: {} for run, known in own.runs.items() if now - known.last < idle(run[1])}
-        for spend in doubts:
-            for limit in spend.limits:
-                keys[limit.kind][limit.key] = True
-                if limit.kind in PER_RUN:
-                    runs.setdefault((spend.agent, spend.run or ""), {})[counted(limit, spend)] = 0
-            if spend.run is not None:
-                runs.setdefault((spend.agent, spend.run), {})
-        for key, doubted in keys[Kind.WINDOW].items():
-            per = int(key.rpartition(":")[2])
-            window, spent = own.windows.get(key, (-1, 0))
-            if window > now // per:
-                # Counted by another clock than Redis's: it is counted now.
-                own.windows[key] = window, spent = int(now // per), spent
-            if window == now // per:
-                yield _key(key), "own_window", window, spent, per
-            elif doubted:
-                yield _key(key), "own_window", int(now // per), 0, per
-        for key in keys[Kind.RATE]:
-            yield _key(key), "own_rate", own.full_at.get(key, 0)
-        for key in keys[Kind.CONCURRENCY]:
-            calls = [word for call, until in own.open.get(key, {}).items() if until > now for word in (call, until)]
-            for index, piece in enumerate(_pieces(calls, _CHUNK) or [[]]):
-                yield _key(key), "own_concurrency", int(not index), *piece
-        for run, zeros in runs.items():
-            known = own.runs.get(run)
-            about = (known.started, known.last, known.steps) if known else (0, 0, 0)
-            counts = [word for each in {**zeros, **(known.counts if known else {})}.items() for word in each]
-            for piece in _pieces(counts, _CHUNK) or [[]]:
-                yield _run_key(*run), "own_run", *about, idle(run[1]), *piece
-
-
-def _key(key: str) -> str:
-    return f"{{broker}}:{key}"
-
-
-def _run_key(agent: str, run: str) -> str:
-    return f"{{broker}}:run/{agent}:{run}"
-
-
-def _pieces(words: list[Any], size: int) -> list[list[Any]]:
-    return [words[start : start + size] for start in range(0, len(words), size)]
-
-
-def _chunks(items: Iterable[_Words]) -> Iterator[list[_Words]]:
-    chunk: list[_Words] = []
-    for item in items:
-        chunk.append(item)
-        if sum(map(len, chunk)) > _CHUNK:
-            yield chunk
-            chunk = []
-    yield chunk
-
-
-def _ended(grant: Grant, limit: Limit, need: int, origin: float, change: int) -> _Words | None:
-    """What to say of one part of a call that ended."""
-    key = _key(limit.key)
-    match limit.kind:
-        case Kind.CONCURRENCY:
-            return key, "concurrency", grant.spend.decision_id
-        case Kind.WINDOW if change:
-            return key, "window", origin, change
-        case Kind.RATE if change:
-            return key, "rate", f"{origin:.17g}", f"{origin + change * limit.per / limit.amount:.17g}"
-        case Kind.RUN | Kind.IDENTICAL if change:
-            return _run_key(grant.spend.agent, grant.spend.run or ""), "run", counted(limit, grant.spend), change, grant.at
-    return None
-
 
 def _window(told: MemoryLedger, key: str, answer: list[bytes | None]) -> None:
     window, spent = answer
@@ -452,13 +367,24 @@ def _crowd(told: MemoryLedger, key: str, answer: int) -> None:
     told.open[key] = dict.fromkeys(map(str, range(answer)), float("inf"))
 
 
-async def _round(connection: AbstractConnection, commands: list[_Words]) -> list[Any]:
-    async with asyncio.timeout(SLOW_S):
-        await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        answers = [await connection.read_response() for _ in commands]
+async def _round(connection: AbstractConnection, commands: list[Words]) -> list[Any]:
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as patience:
+        # One step of the loop after its time: what came while the loop itself stood still is read first.
+        late = loop.call_later(SLOW_S, loop.call_soon, _lose, patience)
+        try:
+            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            answers = [await connection.read_response() for _ in commands]
+        finally:
+            late.cancel()
     if [b"away"] in answers:
         raise LedgerUnavailable("Redis lost its data, or this broker's place in it")
     return answers
+
+
+def _lose(patience: asyncio.Timeout) -> None:
+    with suppress(RuntimeError):  # it has just been answered
+        patience.reschedule(0)
 
 
 def _reason(error: Exception) -> str:

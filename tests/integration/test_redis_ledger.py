@@ -5,13 +5,15 @@ What holds through all of it: nothing over the limit, and afterwards Redis knows
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Self
 from urllib.parse import urlsplit
 
 import pytest
 import stack
-from ledgers import answered, limit, spend
+from ledgers import answered, limit, shared, spend
 from redis_server import RedisServer
 
 from broker.errors import UsageError
@@ -42,15 +44,12 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def fleet(url: str, size: int = 3, grace: float = 0.5) -> AsyncIterator[list[RedisLedger]]:
     async with AsyncExitStack() as exits:
-        yield [
-            await exits.enter_async_context(RedisLedger(url, f"broker{number}", MemoryLedger(), grace=grace))
-            for number in range(size)
-        ]
+        yield [await exits.enter_async_context(shared(url, f"broker{number}", grace=grace)) for number in range(size)]
 
 
 async def healthy(*ledgers: RedisLedger) -> None:
     async with asyncio.timeout(20):
-        while not all(ledger._healthy for ledger in ledgers):
+        while any(ledger.away for ledger in ledgers):  # noqa: ASYNC110 - what an event would say is what is tested
             await asyncio.sleep(0.01)
 
 
@@ -228,6 +227,19 @@ def test_nobody_is_served_from_an_emptied_redis_before_the_others_have_said_what
     asyncio.run(run())
 
 
+def test_a_broker_that_stands_still_itself_does_not_take_redis_for_slow(server):
+    async def run() -> None:
+        async with fleet(server.url, 1) as (ledger,):
+            waiting = asyncio.ensure_future(answered(ledger, spend(BUDGET, amounts={Measure.TOKENS: 9}), 0))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert ledger._flying
+            time.sleep(2 * module.SLOW_S)  # noqa: ASYNC251 - that is the attack
+            assert isinstance(await waiting, Granted)
+
+    asyncio.run(run())
+
+
 class Delay:
     """A network between ledger and Redis that can keep what was sent, and deliver it long after its sender has gone."""
 
@@ -237,7 +249,7 @@ class Delay:
         self.flows.set()
         self.kept = 0
 
-    async def __aenter__(self) -> "Delay":
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -315,7 +327,7 @@ def test_reads_pass_on_this_brokers_own_limits_while_redis_is_away_if_that_is_ch
 
     async def run() -> None:
         own = MemoryLedger()
-        async with RedisLedger(server.url, "one", own, grace=0.2, on_change=lambda *told: heard.append(told)) as ledger:
+        async with shared(server.url, "one", own, on_change=lambda *told: heard.append(told)) as ledger:
             assert await answered(ledger, spend(bound), 0) == Granted()
             server.stop()
             with pytest.raises(LedgerUnavailable):
@@ -338,16 +350,13 @@ def test_reads_pass_on_this_brokers_own_limits_while_redis_is_away_if_that_is_ch
 
 def test_a_broker_that_was_killed_has_spent_what_it_had(server):
     async def run() -> None:
-        first = RedisLedger(server.url, "one", MemoryLedger(), grace=0)
+        first = shared(server.url, "one", grace=0)
         async with first:
             await answered(first, spend(BUDGET, amounts={Measure.CALLS: 1, Measure.TOKENS: 30}), 0)
         rebuilt = first.own
         rebuilt.open.clear()
         rebuilt.grants.clear()
-        async with (
-            RedisLedger(server.url, "one", rebuilt, grace=0) as again,
-            RedisLedger(server.url, "two", MemoryLedger()) as two,
-        ):
+        async with shared(server.url, "one", rebuilt, grace=0) as again, shared(server.url, "two") as two:
             assert server.total(BUDGET.key) == 30
             assert isinstance(await answered(two, spend(BUDGET, amounts={Measure.TOKENS: 3971}), 0), Refused)
             server.command("FLUSHALL")
@@ -378,7 +387,7 @@ def test_an_acl_user_with_these_commands_and_keys_is_enough_and_its_password_is_
     place = urlsplit(server.url).netloc
 
     async def run() -> None:
-        async with RedisLedger(f"redis://broker:s3cret%2F%25@{place}", "one", MemoryLedger(), grace=0) as ledger:
+        async with shared(f"redis://broker:s3cret%2F%25@{place}", "one", grace=0) as ledger:
             everything = (*SHARED, limit("runs", 5, DAY), limit("identical_per_run", 5), limit("time_per_run", 50))
             amounts = {Measure.CALLS: 1, Measure.TOKENS: 10}
             for end in (ledger.refund, lambda decision_id, now: ledger.settle(decision_id, {Measure.TOKENS: 1}, now)):
@@ -387,7 +396,7 @@ def test_an_acl_user_with_these_commands_and_keys_is_enough_and_its_password_is_
                 ledger.renew(0)
                 end(wanted.decision_id, 0)
             assert (await ledger.balances(everything, 0))[0].spent == 1
-        async with RedisLedger(f"redis://broker:s3cret@{place}", "one", MemoryLedger(), grace=0) as ledger:
+        async with shared(f"redis://broker:s3cret@{place}", "one", grace=0) as ledger:
             with pytest.raises(LedgerUnavailable, match="AuthenticationError") as error:
                 ledger.reserve(spend(), 0)
             assert "s3cret" not in f"{error.value} {error.value!r} {ledger!r}"
@@ -413,8 +422,8 @@ def test_tls_is_verified(tmp_path):
 
     async def run(file: object, host: str) -> bool:
         url = f"rediss://{host}:{server.url_port}?ssl_ca_certs={file}"
-        async with RedisLedger(url, "one", MemoryLedger(), grace=0) as ledger:
-            return ledger._healthy
+        async with shared(url, "one", grace=0) as ledger:
+            return not ledger.away
 
     try:
         assert asyncio.run(run(tmp_path / "ca.pem", "localhost"))

@@ -33,12 +33,10 @@ local function mine(key, total, field, value)
 end
 function verbs.own_window(key, window, spent, per)
   local stored = tonumber(redis.call('HGET', key, 'i') or -1)
-  if stored < tonumber(window) then
-    redis.call('DEL', key)
-    redis.call('HSET', key, 'i', window, 't', 0)
-    redis.call('EXPIRE', key, per + 60)
-  end
-  mine(key, 't', me, stored > tonumber(window) and 0 or tonumber(spent))
+  if stored >= tonumber(window) then return mine(key, 't', me, stored > tonumber(window) and 0 or tonumber(spent)) end
+  if stored >= 0 then redis.call('DEL', key) end
+  redis.call('HSET', key, 'i', window, 't', spent, me, spent)
+  redis.call('EXPIRE', key, per + 60)
 end
 function verbs.own_rate(key, full)
   local latest = math.max(tonumber(full), tonumber(redis.call('GET', key) or 0))
