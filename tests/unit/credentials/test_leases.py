@@ -296,7 +296,7 @@ def test_a_caller_waits_only_so_long_and_the_next_one_finds_the_answer(leases, s
     async def scenario():
         source.gate.clear()
         with pytest.raises(CredentialUnavailable, match="has not answered within"):
-            await leases.issue(occasion(), clock.wall)
+            await asyncio.wait_for(leases.issue(occasion(), clock.wall), 1)
         source.gate.set()
         await settle()
         assert token(leases.cached(occasion(), clock.wall)) == "bot-SECRET-0"
@@ -403,6 +403,17 @@ def test_what_the_issuer_lets_live_longer_than_the_platform_is_taken_back_at_the
         clock.steady = NOW + 3600
         await box.attempt({"kept": source})
         assert source.revoked == ["bot-SECRET-0"]
+
+    run(scenario)
+
+
+def test_what_was_to_be_taken_back_later_is_taken_back_now_when_its_agent_is_dropped(leases, source, clock, box):
+    async def scenario():
+        source.life = 7200.0
+        await leases.issue(occasion(), clock.wall)
+        leases.drop("bot")
+        await box.attempt({"kept": source})
+        assert (source.revoked, len(box)) == (["bot-SECRET-0"], 0)
 
     run(scenario)
 

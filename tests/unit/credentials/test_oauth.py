@@ -21,7 +21,7 @@ from broker.credentials.settings import problems
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Operation, Tool
 from broker.policy.types import Effect
 
-SECRET = "p:w/ %+é-0123456789"
+SECRET = "p:w/ %41+é-0123456789"
 KEYS = {
     "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
     "ES256": ec.generate_private_key(ec.SECP256R1()),
@@ -174,6 +174,10 @@ def test_a_jwt_svid_from_a_file_is_exchanged(server, exchange, tmp_path):
     server.trusted = KEYS["ES256"].public_key()
     (tmp_path / "svid").write_text(svid(aud=server.audience, sub="spiffe://acme.example/bot"))
     assert fetched(exchange | {"subject": {"file": str(tmp_path / "svid")}}).scopes == ("read",)
+
+
+def test_the_operations_own_scopes_come_before_those_of_its_effect(exchange):
+    assert fetched(exchange | {"scopes": {"read": ["read", "write"], "tickets.get": ["read"]}}).scopes == ("read",)
 
 
 def test_an_operation_that_the_scopes_do_not_name_gets_no_credential(exchange):
