@@ -1,7 +1,7 @@
 """Credentials that are to be taken back at their issuers, also after a restart.
 
-Laws: what is handed in is on disk when `put` returns, sealed, for it holds credentials; each in a file of its own, so that no list
-is written again. It is tried until it is done or the credential has ended by itself; nobody waits for it.
+Laws: what is handed in is on disk when `put` returns, sealed, for it holds credentials; each in a file of its own, so that no
+list is written again. It is tried until it is done or the credential has ended by itself; nobody waits for it.
 """
 
 import asyncio
