@@ -131,7 +131,8 @@ def _fields(body: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 def _meaning(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     # A field that is a part of its own says nothing where the part says the same.
     part = definitions.get(_last(spec.get("$ref", "")), {})
-    return _cell(spec.get("description") or part.get("description", ""))
+    branches = (branch.get("description", "") for branch in spec.get("anyOf", ()))
+    return _cell(spec.get("description") or part.get("description", "") or next(filter(None, branches), ""))
 
 
 def _type(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:

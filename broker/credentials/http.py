@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
@@ -41,8 +41,10 @@ def _url(text: str) -> str:
 
 
 Url = Annotated[Word, AfterValidator(_url)]
-Roots = dict[Literal["file"], Word]
-ROOTS = "{file: PATH}, a PEM file of trust roots in place of the system's."
+Roots = Annotated[
+    dict[Literal["file"], Word],
+    Field(min_length=1, description="{file: PATH}: a PEM file of trust roots, in place of the system's."),
+]
 
 
 @dataclass(frozen=True, slots=True)

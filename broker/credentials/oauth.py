@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from broker import clock
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
-from broker.credentials.http import ROOTS, Answer, Roots, Url, ask
+from broker.credentials.http import Answer, Roots, Url, ask
 from broker.credentials.settings import Issued, bare, granted, lifetime, parsed, scopes_of
 from broker.manifest.models import Model, Word, refusal
 from broker.manifest.models import Secret as Reference
@@ -68,7 +68,7 @@ class OAuthSettings(Issued):
     resource: Word | None = Field(None, description="The resource that is asked for, a URI (RFC 8707).")
     token_type: Word = Field("Bearer", description="The only token_type that is taken.")
     revocation_url: Url | None = Field(None, description="Where tokens are taken back (RFC 7009).")
-    ca: Roots | None = Field(None, description=ROOTS)
+    ca: Roots | None = None
 
     @model_validator(mode="after")
     def _proven(self) -> Self:

@@ -1,10 +1,12 @@
 """Credentials that are to be taken back at their issuers, also after a restart.
 
-Laws: what is handed in is on disk when `put` returns, sealed, for it holds credentials. It is tried until it is done or the
-credential has ended by itself; nobody waits for it.
+Laws: what is handed in is on disk when `put` returns, sealed, for it holds credentials; each in a file of its own, so that no
+list is written again. It is tried until it is done or the credential has ended by itself; nobody waits for it.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import logging
 import math
 import random
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 _MAX = 4096
 _AT_ONCE = 32
 _TIMEOUT_S = 10.0
-_FIRST_S, _LAST_S = 1.0, 300.0
+_FIRST_S, _LAST_S, _SHORTEST_S = 1.0, 300.0, 0.05
 # One that says no end is tried for a week; one that does, an hour longer, since a clock may be that wrong.
 _ENDLESS_S, _SLACK_S = 7 * 86_400.0, 3600.0
 
@@ -45,15 +47,17 @@ Put = Callable[[Iterable[Revocation]], None]
 
 
 class Outbox:
-    """The list of them. `path` is where it lies; `seal` what it is encrypted with."""
+    """What waits. `folder` is where it lies, made if it is missing; `seal` is what it is encrypted with."""
 
     def __init__(
-        self, path: Path, seal: Fernet, steady: Callable[[], float] = clock.steady, jitter: Callable[[], float] = random.random
+        self, folder: Path, seal: Fernet, steady: Callable[[], float] = clock.steady, jitter: Callable[[], float] = random.random
     ) -> None:
-        self._path, self._seal, self._steady, self._jitter = path, seal, steady, jitter
-        self._waiting: dict[tuple[str, str], Revocation] = {}
+        self._folder, self._seal, self._steady, self._jitter = folder, seal, steady, jitter
+        self._waiting: dict[str, Revocation] = {}
         self._changed = asyncio.Event()
-        self._restore()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for path in folder.glob("[!.]*"):
+            self._restore(path)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -61,19 +65,21 @@ class Outbox:
     def put(self, revocations: Iterable[Revocation]) -> None:
         """Take them in. Of one that is there already, the earlier time counts."""
         for new in revocations:
-            key = (new.source, new.handle.reveal())
-            old = self._waiting.get(key)
-            if new.expires is None:
-                new.expires = self._steady() + _ENDLESS_S
-            if old is None or new.due < old.due:
-                self._waiting[key] = new
+            new.expires = new.expires or self._steady() + _ENDLESS_S
+            name = hashlib.sha256(f"{new.source} {new.handle.reveal()}".encode()).hexdigest()
+            if name in self._waiting and self._waiting[name].due <= new.due:
+                continue
+            self._waiting[name] = new
+            row = [new.source, new.handle.reveal(), new.expires, new.due]
+            try:
+                write_private(self._folder / name, self._seal.encrypt(orjson.dumps(row)))
+            except OSError as error:
+                log.error("what is to be taken back can't be saved (%s); a restart loses it", error.strerror)  # noqa: TRY400
+            self._changed.set()
         if (over := len(self._waiting) - _MAX) > 0:
             log.error("%s will not be taken back at the issuer: too many are waiting", counted(over, "credential"))
-            soonest = sorted(self._waiting, key=lambda key: self._waiting[key].expires or 0.0)
-            for key in soonest[:over]:
-                del self._waiting[key]
-        self._save()
-        self._changed.set()
+            for name in sorted(self._waiting, key=lambda name: self._waiting[name].expires or 0.0)[:over]:
+                self._remove(name)
 
     async def run(self, sources: Mapping[str, Source]) -> None:
         """Take back what is due, for ever."""
@@ -82,31 +88,26 @@ class Outbox:
             await self.attempt(sources)
             next_due = min((each.due for each in self._waiting.values() if each.source in sources), default=math.inf)
             pause = min(next_due - self._steady(), _LAST_S)
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(pause, 0.05))
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), max(pause, _SHORTEST_S))
 
     async def attempt(self, sources: Mapping[str, Source]) -> None:
-        """One try of all that is due."""
+        """One try of what is due."""
         now = self._steady()
-        for key in [key for key, each in self._waiting.items() if (each.expires or 0.0) + _SLACK_S <= now]:
-            del self._waiting[key]
-        due = [(key, each) for key, each in self._waiting.items() if each.due <= now and each.source in sources][:_AT_ONCE]
-        if not due:
-            return
+        for name in [name for name, each in self._waiting.items() if (each.expires or 0.0) + _SLACK_S <= now]:
+            self._remove(name)
+        due = [(name, each) for name, each in self._waiting.items() if each.due <= now and each.source in sources][:_AT_ONCE]
         done = await asyncio.gather(*(self._done(each, sources[each.source]) for _, each in due))
-        for (key, each), gone in zip(due, done, strict=True):
-            if gone and self._waiting.get(key) is each:
-                del self._waiting[key]
-        self._save()
+        for (name, _), gone in zip(due, done, strict=True):
+            if gone:
+                self._remove(name)
 
     async def _done(self, each: Revocation, source: Source) -> bool:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await source.revoke(each.handle)
         except (CredentialUnavailable, TimeoutError) as error:
-            log.warning("a credential of %s is not taken back yet, and it is tried again: %s", each.source, error or "no answer")
+            log.warning("a credential of %s is not taken back yet, and tried again: %s", each.source, str(error) or "no answer")
         except Exception as error:  # noqa: BLE001 - its text and traceback could hold the credential
             log.error("the issuer %s is at fault while it takes back: %s", each.source, type(error).__name__)  # noqa: TRY400
         else:
@@ -116,20 +117,14 @@ class Outbox:
         each.wait = min(each.wait * 2, _LAST_S)
         return False
 
-    def _save(self) -> None:
-        rows = [[each.source, each.handle.reveal(), each.expires, each.due] for each in self._waiting.values()]
-        try:
-            write_private(self._path, self._seal.encrypt(orjson.dumps(rows)))
-        except OSError as error:
-            log.error("what is to be taken back can't be saved (%s); it is lost with a restart", error.strerror)  # noqa: TRY400
+    def _remove(self, name: str) -> None:
+        self._waiting.pop(name, None)
+        (self._folder / name).unlink(missing_ok=True)
 
-    def _restore(self) -> None:
+    def _restore(self, path: Path) -> None:
         try:
-            rows = orjson.loads(self._seal.decrypt(self._path.read_bytes()))
-        except FileNotFoundError:
-            return
+            source, handle, expires, due = orjson.loads(self._seal.decrypt(path.read_bytes()))
         except (OSError, InvalidToken, ValueError) as error:
-            log.error("%s can't be read (%s): what was to be taken back is not", self._path, type(error).__name__)  # noqa: TRY400
-            return
-        for source, handle, expires, due in rows:
-            self._waiting[source, handle] = Revocation(source, Secret(handle), expires, due)
+            log.error("%s can't be read (%s): what was to be taken back is not", path, type(error).__name__)  # noqa: TRY400
+        else:
+            self._waiting[path.name] = Revocation(source, Secret(handle), expires, due)

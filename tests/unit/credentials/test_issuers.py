@@ -10,8 +10,10 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, leased
+from broker.credentials.http import Answer
 from broker.credentials.jwt import JwtIssuer, jwks
+from broker.credentials.outbox import Revocation
 from broker.credentials.settings import problems
 from broker.credentials.static import StaticIssuer
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Operation, Tool
@@ -38,7 +40,16 @@ def shows(value):
 
 
 @pytest.mark.parametrize(
-    "holder", [Secret("hunter2"), Lease("id", "static", "authorization", Secret("hunter2"))], ids=["secret", "lease"]
+    "holder",
+    [
+        Secret("hunter2"),
+        Lease("id", "static", "authorization", Secret("hunter2")),
+        leased(CredentialSpec("static", {}, basic="bot"), "id", "hunter2", handle=Secret("hunter2")),
+        Revocation("oauth", Secret("hunter2"), None, 0.0),
+        Answer(200, {"access_token": "hunter2"}),
+        Outgoing("GET", "https://crm.example/", (("authorization", "Bearer hunter2"),), b""),
+    ],
+    ids=["secret", "lease", "lease with all its parts", "revocation", "answer", "outgoing"],
 )
 def test_what_holds_a_secret_never_shows_it(holder):
     assert "hunter2" not in shows(holder)

@@ -16,12 +16,15 @@ from stack import TestCA
 from broker import clock
 from broker.credentials.base import CredentialUnavailable, Occasion, Secret
 from broker.credentials.jwt import JwtIssuer
+from broker.credentials.leases import Leases
 from broker.credentials.oauth import OAuthSource
+from broker.credentials.outbox import Outbox
 from broker.credentials.settings import problems
+from broker.keys import fernet
 from broker.policy.snapshot import Agent, CredentialSpec, Endpoint, Operation, Tool
 from broker.policy.types import Effect
 
-SECRET = "p:w/ %+é-0123456789"
+SECRET = "p:w/ %41+é-0123456789"
 KEYS = {
     "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
     "ES256": ec.generate_private_key(ec.SECP256R1()),
@@ -176,6 +179,10 @@ def test_a_jwt_svid_from_a_file_is_exchanged(server, exchange, tmp_path):
     assert fetched(exchange | {"subject": {"file": str(tmp_path / "svid")}}).scopes == ("read",)
 
 
+def test_the_operations_own_scopes_come_before_those_of_its_effect(exchange):
+    assert fetched(exchange | {"scopes": {"read": ["read", "write"], "tickets.get": ["read"]}}).scopes == ("read",)
+
+
 def test_an_operation_that_the_scopes_do_not_name_gets_no_credential(exchange):
     assert "tickets.delete" in refused(exchange, operation="tickets.delete", effect=Effect.DESTRUCTIVE)[0]
 
@@ -328,6 +335,53 @@ def test_a_server_that_does_not_take_back_is_told(server, settings):
 def test_without_a_revocation_url_there_is_nothing_to_take_back(settings):
     del settings["revocation_url"]
     assert fetched(settings).handle is None
+
+
+def boxed(tmp_path):
+    return Outbox(tmp_path / "outbox", fernet(tmp_path / "outbox.key"))
+
+
+def test_a_hundred_calls_are_one_request_and_a_revoked_agents_token_ends_at_the_server_also_after_a_restart(
+    server, settings, tmp_path, caplog
+):
+    async def first_life():
+        leases = Leases(source(), boxed(tmp_path).put)
+        lent = await asyncio.gather(*(leases.issue(occasion(settings), clock.now()) for _ in range(100)))
+        assert {lease.value.reveal() for lease in lent} == {f"Bearer {server.issued[0].token}"}
+        assert len(server.heard) == 1
+        leases.drop("bot")
+
+    asyncio.run(first_life())
+    token = server.issued[0].token
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2
+    assert not any(token.encode() in path.read_bytes() for path in files)
+    server.instead = (503, {}, b"")
+    asyncio.run(boxed(tmp_path).attempt({"oauth": source()}))
+    assert [issued.revoked for issued in server.issued] == [False]
+    server.instead = None
+    asyncio.run(boxed(tmp_path).attempt({"oauth": source()}))
+    assert [issued.revoked for issued in server.issued] == [True]
+    assert len(boxed(tmp_path)) == 0
+    assert token not in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_slow_server_denies_its_own_call_alone_and_its_late_answer_serves_the_next(server, settings, monkeypatch):
+    monkeypatch.setattr("broker.credentials.leases.WAIT_S", 0.2)
+
+    async def scenario():
+        leases = Leases(source(), list)
+        server.gate.clear()
+        with pytest.raises(CredentialUnavailable, match="has not answered within"):
+            await leases.issue(occasion(settings), clock.now())
+        server.gate.set()
+        [flight] = asyncio.all_tasks() - {asyncio.current_task()}
+        await flight
+        assert leases.cached(occasion(settings), clock.now()).secrets[0].reveal() == server.issued[0].token
+        assert len(server.heard) == 1
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("content", ["not a key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----"])
