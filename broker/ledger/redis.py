@@ -72,6 +72,8 @@ class RedisLedger:
     ) -> None:
         try:
             known: dict[str, Any] = {**parse_url(url)}
+            if known.get("ssl_cert_reqs", "required") != "required" or not known.get("ssl_check_hostname", True):
+                raise UsageError("the Redis URL turns the check of certificates off", "name the roots with ?ssl_ca_certs=FILE")
             kind: type[AbstractConnection] = known.pop("connection_class", Connection)
             self._connect = partial(kind, **known, protocol=2, driver_info=None, socket_timeout=None)
             self._connect()

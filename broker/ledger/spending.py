@@ -46,7 +46,8 @@ def replay(ledger: MemoryLedger, records: Iterable[Mapping[str, Any]], snapshot:
     limits = _by_scope(snapshot)
     for record in records:
         if record["event"] == "decision" and record["verdict"] in (Verdict.ALLOW, Verdict.WOULD_DENY):
-            ledger.take(_spend(record, limits, snapshot.environment), _seconds(record["time"]))
+            # Where several brokers count, others may have kept the run going: how far it was is in the record.
+            ledger.take(_spend(record, limits, snapshot.environment), _seconds(record["time"]), record["step"] or 0)
         elif record["event"] == "outcome":
             ledger.settle(record["decision_id"], _spent(record), _seconds(record["time"]))
     ledger.grants.clear()
