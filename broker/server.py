@@ -266,6 +266,8 @@ class Server:
         record = revocation_record(now, clock.mono_ns(), {"name": agent}, "tokens revoked by an operator")
         self._audit.append({**record, "revoked": {"tokens_until": now}})
         self._revocations.revoke_tokens(agent, now)
+        for each in self._leases():
+            each.drop(agent)
 
     async def _sync(self) -> None:
         while True:
@@ -283,9 +285,11 @@ class Server:
         with contextlib.suppress(AuditUnavailable):
             self._audit.append(alert_record(clock.now(), clock.mono_ns(), what))
 
+    def _leases(self) -> list[Leases]:
+        return [each for each in self._services.issuers.values() if isinstance(each, Leases)]
+
     async def _take_back(self) -> None:
-        leases = [each for each in self._services.issuers.values() if isinstance(each, Leases)]
-        await self._outbox.run({each.name: each.source for each in leases})
+        await self._outbox.run({each.name: each.source for each in self._leases()})
 
     async def _keep(self) -> None:
         while True:

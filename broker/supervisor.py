@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -87,6 +88,11 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended between fork and prctl: no signal will come
         os._exit(1)
+
+
+def without_core_dumps() -> None:
+    """Have this process and its children leave no picture of their memory on disk: credentials are in it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 class NotStarted(BrokerError):

@@ -13,6 +13,7 @@ import orjson
 from broker.cli import options
 from broker.server import Server
 from broker.state import State
+from broker.supervisor import without_core_dumps
 
 
 @click.command()
@@ -30,6 +31,7 @@ def serve(
     """Run the processor without Envoy. What `broker render envoy` prints under `bootstrap:` leads an Envoy to it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.ERROR)
+    without_core_dumps()
     folder = State.at(state)
 
     def announce(event: str, revision: str) -> None:

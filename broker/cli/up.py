@@ -13,7 +13,7 @@ import orjson
 from broker.cli import options
 from broker.errors import counted
 from broker.state import State
-from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_version, refuse_taken
+from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_version, refuse_taken, without_core_dumps
 
 
 @click.command()
@@ -32,6 +32,7 @@ def up(
 
     Prints one line when calls can be served, and goes on until SIGTERM or Ctrl-C.
     """
+    without_core_dumps()
     snapshot = options.snapshot(manifests)
     refuse_taken({"--proxy": proxy, "--base-url": base_url, "--admin": admin})
     folder = State.at(state)

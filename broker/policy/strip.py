@@ -28,7 +28,7 @@ _PREFIXES = ("x-broker-", "x-forwarded-", "x-envoy-")
 _QUERY = frozenset(
     {
         "access_token", "api_key", "apikey", "api-key", "x-api-key", "auth_token", "authtoken", "authorization", "client_secret",
-        "oauth_token", "private_token", "token", "key", "password", "secret",
+        "oauth_token", "private_token", "token", "key", "password", "secret", "awsaccesskeyid", "signature",
     }
 )  # fmt: skip
 
@@ -53,7 +53,8 @@ def strip(tool: Tool, request: Request, path: str) -> Stripped:
 
     A credential-like query parameter stays only where an operation of the tool declares a query parameter of that name.
     """
-    removed = tuple(sorted({name for name, _ in request.headers if is_stripped(name)}))
+    signs = tool.credential is not None and tool.credential.sigv4 is not None
+    removed = tuple(sorted({name for name, _ in request.headers if is_stripped(name) or (signs and _is_amazons(name))}))
     headers = tuple(pair for pair in request.headers if pair[0] not in removed) if removed else request.headers
     query = _without_credentials(tool, request.query) if request.query else ""
     return Stripped(Request(request.method, path, query, headers), removed, query_changed=query != request.query)
@@ -65,13 +66,18 @@ def is_stripped(name: str) -> bool:
     return plain in _HEADERS or plain.startswith(_PREFIXES)
 
 
+def _is_amazons(name: str) -> bool:
+    # Some of them name another action, object or account than the one judged, and the signature would vouch for that.
+    return name.replace("_", "-").startswith(("x-amz-", "amz-sdk-"))
+
+
 def _without_credentials(tool: Tool, query: str) -> str:
     return "&".join(pair for pair in query.split("&") if not _is_credential(tool, pair))
 
 
 def _is_credential(tool: Tool, pair: str) -> bool:
     name = unquote_plus(pair.partition("=")[0])
-    if name.lower() not in _QUERY:
+    if name.lower() not in _QUERY and not name.lower().startswith("x-amz-"):
         return False
     schemas = (operation.schemas.get("query") for operation in tool.operations.values())
     return not any(schema and name in schema.source.get("properties", {}) for schema in schemas)

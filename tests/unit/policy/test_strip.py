@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import Endpoint, Operation, Tool
+from broker.policy.snapshot import CredentialSpec, Endpoint, Operation, Tool
 from broker.policy.strip import is_stripped, strip
 from broker.policy.types import Effect, Request
 
@@ -79,3 +79,34 @@ def test_stripping_twice_is_stripping_once(headers, query):
     once = strip(TOOL, Request("GET", "/x", query, tuple(headers)), "/x").request
     assert strip(TOOL, once, "/x").request == once
     assert not any(is_stripped(name) for name, _ in once.headers)
+
+
+SIGNED = Tool(
+    "s3", "team", "rest", Endpoint("https", "s3.example", 443), "tools/s3.yaml#", OPERATIONS,
+    credential=CredentialSpec("aws-sts", {}, sigv4=("s3", "eu-central-1")),
+)  # fmt: skip
+
+
+def test_of_a_signed_request_nothing_is_the_agents_that_the_signature_would_vouch_for():
+    sent = (("accept", "*/*"), ("x-amz-copy-source", "/other/object"), ("amz-sdk-request", "1"), ("x_amz_acl", "public-read"))
+    assert strip(SIGNED, Request("GET", "/", "", sent), "/").request.headers == (("accept", "*/*"),)
+    assert strip(TOOL, Request("GET", "/", "", sent), "/").request.headers == sent
+
+
+@pytest.mark.parametrize("query", ["X-Amz-Signature=1", "x-amz-credential=1", "AWSAccessKeyId=1", "Signature=1"])
+def test_a_presigned_query_loses_its_signature(query):
+    assert strip(TOOL, Request("GET", "/", f"a=1&{query}", ()), "/").request.query == "a=1"
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "found"),
+    [
+        pytest.param((("authorization", "x"),), "", "authorization", id="a header"),
+        pytest.param((("x_api_key", "x"),), "", "x_api_key", id="a header, spelled otherwise"),
+        pytest.param((), "token=x", "the query", id="the query"),
+        pytest.param((("x-forwarded-for", "x"), ("proxy-authorization", "x")), "", "", id="claims, and what is for the broker"),
+        pytest.param((), "a=1", "", id="nothing"),
+    ],
+)
+def test_where_an_agent_sent_a_credential_of_its_own_is_told(headers, query, found):
+    assert strip(TOOL, Request("GET", "/", query, headers), "/").credential == found
