@@ -4,6 +4,7 @@
 """
 
 import argparse
+import asyncio
 import cProfile
 import os
 import pstats
@@ -25,10 +26,12 @@ from benchmarks import world
 from broker import clock
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, decision_record
+from broker.credentials.base import Lease, Occasion, Secret
+from broker.credentials.leases import Leases
 from broker.credentials.scrub import Scrubber
 from broker.credentials.static import StaticIssuer
 from broker.dataplane import site
-from broker.events import Command, Pass, Send, Services, WantBody
+from broker.events import Command, Observe, Pass, Send, Services, WantBody
 from broker.exchange import Exchange
 from broker.identity import TokenAuthority
 from broker.ledger.base import Granted, Spend
@@ -38,7 +41,7 @@ from broker.manifest.load import load_texts
 from broker.metrics import Metrics
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import WORDS, Kind, Limit, called
-from broker.policy.snapshot import PolicySnapshot
+from broker.policy.snapshot import CredentialSpec, PolicySnapshot
 from broker.policy.types import ALLOW, Request, ToolCall
 from broker.processor.convert import event_of, response_of
 from broker.protocols.registry import ADAPTERS
@@ -47,6 +50,7 @@ from tests import stack
 TARGET_US = 60
 SCRUB_TARGET_US = 15
 RESERVE_US = 15
+LEASE_US = 10
 MANY = 10_000  # agents
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
@@ -86,6 +90,7 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
     with _services() as services:
         for name, call in CALLS.items():
             row(f"decision of a 1 KB {name} call (recognise, evaluate)", _decision(services.snapshot(), call), TARGET_US)
+        row("a lease at hand", _cached_lease(services), LEASE_US)
         attempt = _attempt(services.snapshot(), CALLS["REST"])
         row("record of that REST decision", lambda: decision_record(1.7e9, 1, attempt, ALLOW))
         record = decision_record(1.7e9, 1, attempt, ALLOW)
@@ -97,6 +102,33 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
         row(f"scrub of a 16 KB chunk{name}", _scrub(chunk), target)
     row("scrubber of a new lease", lambda: Scrubber([world.SECRET]))
     return rows
+
+
+def _cached_lease(services: Services) -> Callable[[], object]:
+    """A lease that some issuer gave before, at hand for its next call."""
+
+    class Given:
+        name, settings = "given", None
+
+        def narrowed(self, occasion: Occasion) -> tuple[str, ...]:
+            return (occasion.operation.name if occasion.operation else "",)
+
+        async def fetch(self, occasion: Occasion, now: float) -> Lease:
+            made = Secret("Bearer 0123456789abcdef")
+            return Lease("given-1", self.name, occasion.spec.header, made, ("read",), now + 3600, (made,))
+
+        async def revoke(self, _handle: Secret) -> None:
+            raise NotImplementedError
+
+    snapshot = services.snapshot()
+    tool, agent = snapshot.tools["plain"], snapshot.agents[world.AGENT]
+    operation = next(iter(tool.operations.values()))
+    occasion = Occasion(agent, tool, operation, CredentialSpec("given", {}), "nightly", 3600, {"repo": ("web",)})
+    leases = Leases(Given(), lambda _revocations: None)
+    asyncio.run(leases.issue(occasion, clock.now()))
+    if leases.cached(occasion, clock.now()) is None:
+        raise SystemExit("the benchmark's lease is not at hand")
+    return lambda: leases.cached(occasion, clock.now())
 
 
 def _chunks() -> dict[str, tuple[bytes, int | None]]:
@@ -260,7 +292,8 @@ def _wire(services: Services, call: Call) -> list[bytes]:
     answer = ProcessingRequest(response_headers={"headers": _map(answered)})
     answer.attributes[_ATTRIBUTES].update({"response.code_details": "via_upstream"})
     body = ProcessingRequest(request_body={"body": call.body, "end_of_stream": True})
-    return [message.SerializeToString() for message in (head, body, answer)]
+    chunk = ProcessingRequest(response_body={"body": world.ANSWER.encode(), "end_of_stream": True})
+    return [message.SerializeToString() for message in (head, body, answer, chunk)]
 
 
 def _map(pairs: list[tuple[str, str]]) -> dict[str, Any]:
@@ -291,7 +324,7 @@ def _exchange(services: Services, call: Call) -> Callable[[], object]:
         exchange.close()
         return commands
 
-    if [type(command) for command in once()] != [WantBody, Send, Pass]:
+    if [type(command) for command in once()] not in ([WantBody, Send, Observe, Pass], [WantBody, Send, Pass, Pass]):
         raise SystemExit(f"the benchmark's exchange is not let through: {once()}")
     return once
 

@@ -94,7 +94,9 @@ def _cells(seconds: float) -> Iterator[list[Cell]]:
 def _through(broker: stack.Broker, blank: Load, https: int) -> tuple[tuple[Load, Load], str]:
     pids = {"envoy": broker.child("envoy"), "processor": broker.child("processor")}
     authorization = stack.basic(world.AGENT, broker.token(world.AGENT))
-    return _proxied(replace(blank, address=broker.proxy, pids=pids), broker.ca, https, authorization), authorization
+    # Answers are read for the credential, so they come in chunks.
+    through = replace(blank, address=broker.proxy, pids=pids, ends=f"{world.ANSWER}\r\n0\r\n\r\n")
+    return _proxied(through, broker.ca, https, authorization), authorization
 
 
 def _proxied(plain: Load, ca: str, https: int, authorization: str = "") -> tuple[Load, Load]:
