@@ -359,14 +359,14 @@ def exchange_bytes(connection: socket.socket, data: bytes, seconds: float = 5) -
         answer = b""
         while chunk := connection.recv(65536):
             answer += chunk
-            if _whole(answer):
+            if is_whole(answer):
                 break
     except (TimeoutError, ConnectionError, ssl.SSLError):
         pass
     return answer
 
 
-def _whole(answer: bytes) -> bool:
+def is_whole(answer: bytes) -> bool:
     head, gap, body = answer.partition(b"\r\n\r\n")
     if not gap:
         return False
