@@ -66,6 +66,8 @@ class TestCA:
             _builder(name, name, self.key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(signs=True), critical=True)
+            # Without it, of two roots of one name only the first is tried (RFC 5280 section 4.2.1.2 wants it).
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 

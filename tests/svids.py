@@ -39,6 +39,7 @@ def svid(  # noqa: PLR0913 - each a way to be wrong
         .not_valid_after(now + timedelta(seconds=lasts))
         .add_extension(x509.BasicConstraints(ca=authority_itself, path_length=None), critical=True)
         .add_extension(usage, critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
     )
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -153,7 +153,9 @@ _NOT_BUILT = {
 def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -> Iterator[Problem]:
     for pointer, name in _named(source.model):
         try:
-            certificates = x509.load_pem_x509_certificates(read(name))
+            certificates = x509.load_pem_x509_certificates(text := read(name))
+            if len(certificates) != text.count(b"-----BEGIN CERTIFICATE-----"):
+                raise ValueError  # the parser passes over what breaks off, such as the end of a file that is being written
         except OSError as error:
             why = f"{name} can't be read ({error.strerror or error}); name a readable file, relative to the manifests folder"
             yield pointer, "file_unreadable", why

@@ -2,11 +2,12 @@
 
 import re
 import shutil
-import socket
 import ssl
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import stack
 import svids
@@ -87,3 +88,87 @@ def _tunnel_status(place, certificate):
             return svids.status(svids.ask(secure, f"CONNECT {target} HTTP/1.1\r\nhost: {target}"))
     except svids.Refused:
         return "refused"
+
+
+@pytest.fixture
+def rotating(place) -> Iterator[SimpleNamespace]:
+    """A bundle that a test may replace, in one step as deployments do; it is what it was afterwards."""
+    path = place.manifests / "acme.example.pem"
+    new = stack.TestCA()
+    by_old, by_new = _svid(place, place.acme, BOT), _svid(place, new, BOT)
+
+    def replace(text: str) -> None:
+        (place.folder / "draft.pem").write_text(text)
+        (place.folder / "draft.pem").rename(path)
+
+    def answers() -> tuple[int | str, int | str]:
+        return svids.call(place.broker, by_old, place.url), svids.call(place.broker, by_new, place.url)
+
+    yield SimpleNamespace(new=new, by_old=by_old, by_new=by_new, replace=replace, answers=answers, path=path)
+    replace(place.acme.pem)
+    stack.until(lambda: answers() == (200, "refused"), 5, "the first root is back")
+
+
+def test_a_bundle_rotates_under_open_connections_which_go_on(place, rotating):
+    assert rotating.answers() == (200, "refused")
+    children = {name: place.broker.child(name) for name in ("envoy", "processor")}
+    with _client(place, rotating.by_old) as before:
+        assert _inside(place, before) == 200
+        for bundle, expected in (
+            (place.acme.pem + rotating.new.pem, (200, 200)),
+            (rotating.new.pem, ("refused", 200)),
+        ):
+            rotating.replace(bundle)
+            since = time.monotonic()
+            stack.until(lambda wanted=expected: rotating.answers() == wanted, 5, f"{expected}")
+            assert time.monotonic() - since < 1.5
+            assert _inside(place, before) == 200
+    assert {name: place.broker.child(name) for name in children} == children
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        pytest.param(lambda new: "not a certificate", "pem_invalid", id="garbage"),
+        pytest.param(lambda new: "", "pem_invalid", id="nothing"),
+        pytest.param(lambda new: new.pem + new.pem[:200], "pem_invalid", id="the second half is not written yet"),
+        pytest.param(lambda new: new.pem + new.pem.replace("M", "!", 9), "pem_invalid", id="one good, one broken"),
+        pytest.param(None, "file_unreadable", id="it is gone"),
+    ],
+)
+def test_a_broken_bundle_leaves_the_one_before_in_force_and_is_reported(place, rotating, content, code):
+    before = len(place.broker.log())
+    if content:
+        rotating.replace(content(rotating.new))
+    else:
+        rotating.path.unlink()
+    stack.until(lambda: "stays in force" in place.broker.log()[before:], 3, "it is reported")
+    assert re.search(rf"platform-test.yaml:\d+:\d+: .*{code}.*acme.example.pem", place.broker.log()[before:])
+    assert rotating.answers() == (200, "refused")
+    refused = [r["detail"] for r in place.broker.records() if r["event"] == "config"][-1]
+    assert refused.startswith("refused: 1 error in the manifests, the first: platform-test.yaml")
+
+
+def test_what_is_open_under_an_svid_passes_nothing_once_that_has_ended(place):
+    certificate = _svid(place, place.acme, BOT, lasts=4)
+    ends = time.monotonic() + 4
+    with _client(place, certificate) as client:
+        assert (_inside(place, client), client.get(place.url).status_code) == (200, 200)
+        stack.until(lambda: time.monotonic() > ends, 10)
+        assert (_inside(place, client), client.get(place.url).status_code) == (401, 407)
+    denied = place.broker.decisions(verdict="deny")[-2:]
+    assert [(r["code"], "has ended" in r["detail"]) for r in denied] == [("agent_unknown", True)] * 2
+    assert svids.call(place.broker, certificate, place.url) == "refused"
+
+
+def _client(place, certificate):
+    """An unchanged client; what it opened it keeps, and a tunnel that was cut it would have to open again."""
+    context = ssl.create_default_context(cafile=place.broker.ca)
+    outer = ssl.create_default_context(cafile=place.broker.ca)
+    outer.load_cert_chain(*certificate)
+    proxy = httpx.Proxy(f"https://localhost:{place.broker.proxy[1]}", ssl_context=outer)
+    return httpx.Client(proxy=proxy, verify=context, timeout=10)
+
+
+def _inside(place, client):
+    return client.get(f"https://localhost:{place.secure.port}/items/a").status_code
