@@ -31,7 +31,9 @@ def svid(  # noqa: PLR0913 - each a way to be wrong
     usage = x509.KeyUsage(digital_signature=True, key_cert_sign=signs, crl_sign=False, **dict.fromkeys(bits, False))
     builder = (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COUNTRY_NAME, "US"), x509.NameAttribute(NameOID.COMMON_NAME, "SPIRE")]))
+        .subject_name(
+            x509.Name([x509.NameAttribute(NameOID.COUNTRY_NAME, "US"), x509.NameAttribute(NameOID.COMMON_NAME, "SPIRE")])
+        )
         .issuer_name(authority.certificate.subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
@@ -58,14 +60,12 @@ def files(folder: Path, pair: tuple[str, str]) -> tuple[Path, Path]:
     return paths
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a fault
+class Refused(Exception):
     """The door did not let the connection in; the reason is TLS's."""
 
 
 @contextmanager
-def connection(
-    broker: stack.Broker, certificate: tuple[Path, Path] | None, roots: str | None = None
-) -> Iterator[ssl.SSLSocket]:
+def connection(broker: stack.Broker, certificate: tuple[Path, Path] | None, roots: str | None = None) -> Iterator[ssl.SSLSocket]:
     """TLS to the proxy door. Raises `Refused` at the latest when something is sent and nothing comes back.
 
     `roots` (PEM) are what the door's own certificate must come from, in place of the platform CA.

@@ -114,10 +114,7 @@ def test_a_bundle_rotates_under_open_connections_which_go_on(place, rotating):
     children = {name: place.broker.child(name) for name in ("envoy", "processor")}
     with _client(place, rotating.by_old) as before:
         assert _inside(place, before) == 200
-        for bundle, expected in (
-            (place.acme.pem + rotating.new.pem, (200, 200)),
-            (rotating.new.pem, ("refused", 200)),
-        ):
+        for bundle, expected in ((place.acme.pem + rotating.new.pem, (200, 200)), (rotating.new.pem, ("refused", 200))):
             rotating.replace(bundle)
             since = time.monotonic()
             stack.until(lambda wanted=expected: rotating.answers() == wanted, 5, f"{expected}")
@@ -129,8 +126,8 @@ def test_a_bundle_rotates_under_open_connections_which_go_on(place, rotating):
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        pytest.param(lambda new: "not a certificate", "pem_invalid", id="garbage"),
-        pytest.param(lambda new: "", "pem_invalid", id="nothing"),
+        pytest.param(lambda _: "not a certificate", "pem_invalid", id="garbage"),
+        pytest.param(lambda _: "", "pem_invalid", id="nothing"),
         pytest.param(lambda new: new.pem + new.pem[:200], "pem_invalid", id="the second half is not written yet"),
         pytest.param(lambda new: new.pem + new.pem.replace("M", "!", 9), "pem_invalid", id="one good, one broken"),
         pytest.param(None, "file_unreadable", id="it is gone"),
