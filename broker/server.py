@@ -283,8 +283,11 @@ class Server:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            self._ledger.renew(clock.steady())
-            await self._checkpoint()
+            try:
+                self._ledger.renew(clock.steady())
+                await self._checkpoint()
+            except Exception:  # open calls must keep their places, whatever this round's fault was
+                log.exception("the ledger could not be kept up; it is tried again in %.0f s", RENEW_S)
 
     async def _checkpoint(self) -> None:
         if self._snapshot is not EMPTY:

@@ -75,6 +75,17 @@ class Shared(Embedded):
     def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
         return self._runner.run(self.ledger.balances(limits, now))
 
+    def heal(self) -> None:
+        """Notice whatever happened to Redis, and wait until that is over."""
+
+        async def healed() -> None:
+            await self.ledger.drained()
+            async with asyncio.timeout(20):
+                while not self.ledger._healthy:
+                    await asyncio.sleep(0.001)
+
+        self._runner.run(healed())
+
     def close(self) -> None:
         self._runner.run(self.ledger.__aexit__())
         self._runner.close()

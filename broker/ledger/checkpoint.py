@@ -41,13 +41,13 @@ def rebuild(ledger: MemoryLedger, path: Path, audit: Path, snapshot: PolicySnaps
     seq = _restore(ledger, path, audit)
     records = _records_after(audit, seq) if seq else _records_since(audit, now - _memory(snapshot))
     replay(ledger, records, snapshot)
-    log.info("the ledger is rebuilt from the record, %s", f"after its number {seq}" if seq else "as far as it can matter")
+    log.debug("the ledger is rebuilt from the record, %s", f"after its number {seq}" if seq else "as far as it can matter")
 
 
 def _memory(snapshot: PolicySnapshot) -> float:
     """How long ago a call may have been that still counts, in seconds. No window is longer than a day."""
     limits = [limit for agent in snapshot.agents.values() for limit in agent.limits]
-    buckets = [limit.burst * limit.per / max(limit.amount, 1) for limit in limits if limit.kind is Kind.RATE]
+    buckets = [limit.burst * limit.per / limit.amount for limit in limits if limit.kind is Kind.RATE and limit.amount]
     return max([NAMED_IDLE_S, *buckets, *(limit.amount for limit in limits if limit.kind is Kind.RUN_TIME)])
 
 

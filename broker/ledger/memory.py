@@ -6,6 +6,7 @@ dropped. A bucket refills by itself, so a call's share of it is given back only 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -13,8 +14,15 @@ from itertools import takewhile
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Balance, Granted, Refused, Spend
 from broker.policy.limits import Kind, Limit, Measure
 
+RUNS_KEPT = 10_000
+"""How many runs of one agent are remembered, the most recent: else an agent that names a new one with each call fills the memory.
+It gains nothing by that: the run that it names anew has spent nothing either."""
+
 _FORGET_S = 7200.0  # twice the longest call: what is older will never be settled
 _EPSILON_S = 1e-6  # what a double of this size can't hold of a second
+
+PER_RUN = frozenset({Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL})
+"""What only steps of a run are held to."""
 
 
 @dataclass(slots=True)
@@ -202,6 +210,15 @@ class MemoryLedger:
                     self.open[limit.key][decision_id] = now + LEASE_S
         for key in [key for key, _ in takewhile(lambda each: now - each[1].last >= NAMED_IDLE_S, self.runs.items())]:
             del self.runs[key]
+        if len(self.runs) > RUNS_KEPT:
+            self._forget_runs()
+
+    def _forget_runs(self) -> None:
+        kept = Counter(agent for agent, _ in self.runs)
+        for key in list(self.runs):
+            if kept[key[0]] > RUNS_KEPT:
+                kept[key[0]] -= 1
+                del self.runs[key]
 
     async def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
         """See `Ledger.balances`; never raises."""
@@ -233,6 +250,7 @@ def _charges(spend: Spend, run: Run | None) -> list[tuple[Limit, int]]:
 
 
 def counted(limit: Limit, spend: Spend) -> str:
+    """Under which name a run counts it."""
     return f"{limit.key}:{spend.fingerprint}" if limit.kind is Kind.IDENTICAL else limit.key
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha1
 from importlib.resources import files
-from itertools import chain
 from typing import Any, Self
 
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
@@ -25,7 +24,7 @@ from redis.exceptions import RedisError
 
 from broker.errors import UsageError
 from broker.ledger.base import LEASE_S, Balance, Granted, LedgerUnavailable, Refused, Spend
-from broker.ledger.memory import Grant, MemoryLedger, counted, idle
+from broker.ledger.memory import PER_RUN, Grant, MemoryLedger, counted, idle
 from broker.policy.limits import Kind, Limit, Measure
 
 SLOW_S = 0.05
@@ -132,12 +131,14 @@ class RedisLedger:
         keys, words, asked = [run], ["" if spend.run is None else idle(spend.run)], []
         for limit in spend.limits:
             begins = limit.measure is Measure.RUNS
-            if need := int(spend.run is not None) if begins else spend.amounts.get(limit.measure):
+            if spend.run is None and (begins or limit.kind in PER_RUN):
+                continue
+            if need := 1 if begins else spend.amounts.get(limit.measure):
                 asked.append(limit)
                 keys.append(_key(limit.key))
                 words += ("runs" if begins else limit.kind, need, limit.amount, limit.per, limit.burst, counted(limit, spend))
         command = self._command(_RESERVE, keys, (spend.decision_id, LEASE_S, *words), now)
-        return self._ask(_Sent(command, partial(self._reserved, spend, asked), spend))
+        return self._wait(self._ask(_Sent(command, partial(self._reserved, spend, asked), spend)), spend, now)
 
     def settle(self, decision_id: str, spent: Mapping[Measure, int], now: float) -> None:
         """See `Ledger.settle`."""
@@ -178,6 +179,16 @@ class RedisLedger:
                 await self._ask(_Sent(self._command(_APPLY, [], (), 0), self._beaten))
 
     # Before Redis, and after.
+
+    async def _wait(self, answer: "asyncio.Future[Granted | Refused]", spend: Spend, now: float) -> Granted | Refused:
+        try:
+            return await answer
+        except LedgerUnavailable:
+            return self._alone(spend, now)
+        except asyncio.CancelledError:
+            # Nobody heard the answer that had just come. One that is still to come is given back then.
+            self.refund(spend.decision_id, now)
+            raise
 
     def _alone(self, spend: Spend, now: float) -> Granted | Refused:
         if not (spend.read and self.unsafe_reads):
@@ -226,14 +237,15 @@ class RedisLedger:
     def _time(self, now: float) -> float:
         if not self._callers_clock and self._ahead is not None:
             now = self._ahead + asyncio.get_running_loop().time()
-        return max(now, self.own.now)
+        self.own.now = now = max(now, self.own.now)
+        return now
 
     def _heard(self, now: float) -> None:
         self._ahead = now - asyncio.get_running_loop().time()
 
     def _command(self, script: str, keys: Iterable[str], words: Iterable[Any], now: float) -> _Words:
         keys = (_MEMBERS, *keys)
-        clock = max(now, self.own.now) if self._callers_clock else ""
+        clock = self._time(now) if self._callers_clock else ""
         return ("EVALSHA", script, len(keys), *keys, self._replica, self._token, clock, *words)
 
     def _said(self, items: Iterable[_Words], now: float = 0.0) -> _Words:
@@ -302,10 +314,9 @@ class RedisLedger:
         doubts, everything, wait = self._doubts, self._everything, 0.0
         self._doubts, self._everything = {}, False
         try:
-            # Only who has something to say holds the others up: else each would, in turn, for ever.
-            hold = [(_MEMBERS, "hold")] if doubts or everything else []
-            for items in _chunks(chain(hold, self._mine(doubts.values(), everything))):
-                wait = self._beaten((await _round(connection, [self._said(items)]))[0])
+            for items in _chunks(self._mine(doubts.values(), everything)):
+                hold = [(_MEMBERS, "hold")] if items else []
+                wait = self._beaten((await _round(connection, [self._said(hold + items)]))[0])
         except BaseException:
             self._doubts, self._everything = {**doubts, **self._doubts}, everything or self._everything
             raise
@@ -323,8 +334,9 @@ class RedisLedger:
             while self._queue and len(self._flying) < _BATCH:
                 self._flying.append(self._queue.popleft())
             for answer in await _round(connection, [sent.command for sent in self._flying]):
-                sent = self._flying.popleft()
+                sent = self._flying[0]
                 found = sent.read(answer)
+                self._flying.popleft()
                 if sent.waiting and not sent.waiting.done():
                     sent.waiting.set_result(found)
                 elif sent.waiting and isinstance(found, Granted) and sent.spend:
@@ -360,7 +372,7 @@ class RedisLedger:
         for spend in doubts:
             for limit in spend.limits:
                 keys[limit.kind][limit.key] = True
-                if limit.kind in (Kind.RUN, Kind.IDENTICAL):
+                if limit.kind in PER_RUN:
                     runs.setdefault((spend.agent, spend.run or ""), {})[counted(limit, spend)] = 0
             if spend.run is not None:
                 runs.setdefault((spend.agent, spend.run), {})

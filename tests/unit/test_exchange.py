@@ -789,7 +789,7 @@ _EVENTS = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(_EVENTS, max_size=8), st.booleans(), st.sampled_from([frozenset(), frozenset({"allow"}), frozenset({"outcome"})]))
 def test_whatever_comes_in_whatever_order_nothing_is_sent_without_its_allow_and_nothing_raises(events, cached, full):
-    outside = services(issuers={"static": Issues(LEASE if cached else None)}, audit=Records())
+    outside = services(issuers={"static": Issues(LEASE if cached else None)}, audit=Records(), snapshot=lambda: LIMITED)
     outside.audit.full = full
     exchange = Exchange(outside)
     over, sends = False, 0
@@ -804,6 +804,7 @@ def test_whatever_comes_in_whatever_order_nothing_is_sent_without_its_allow_and_
             assert not wanted_body or any(isinstance(e, RequestBody) for e in events[: position + 1])
         over = over or isinstance(command, Cut) or (isinstance(command, Reply) and not sends)
     exchange.close()
+    assert (outside.ledger.grants, outside.ledger.open.get("agent/caller:calls:concurrency:0", {})) == ({}, {})
     allows = [r for r in outside.audit if r.get("verdict") == "allow"]
     assert sends == len(allows) <= 1
     assert len([r for r in outside.audit if r["event"] == "outcome"]) == (sends if not full else 0)

@@ -217,7 +217,7 @@ def test_without_a_picture_only_what_can_still_matter_is_read(place):
     [
         pytest.param({"rate": "10/day", "burst": 30}, 2.9, id="a bucket that takes three days to refill"),
         pytest.param({"time_per_run": "4d"}, 3.9, id="a run of four days"),
-        pytest.param({"rate": "0/day", "burst": 1}, 0.9, id="none at all, and what else counts a day"),
+        pytest.param({"rate": "0/day", "burst": 9}, 0.9, id="none at all, and what else counts a day"),
     ],
 )
 def test_what_matters_for_longer_than_a_day_is_read_for_longer(place, limits, days):

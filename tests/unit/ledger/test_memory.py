@@ -1,0 +1,36 @@
+"""What is the embedded ledger's own, beside what `tests/contract` asks of both: how much it keeps."""
+
+from broker.ledger.base import Spend
+from broker.ledger.memory import RUNS_KEPT, MemoryLedger
+from broker.policy.limits import Limit, called
+
+NOW = 1_800_000_000.0
+LIMITS = (Limit("steps_per_run", "agent/a", 2, "a.yaml#"),)
+
+
+def _call(ledger: MemoryLedger, number: int, run: str, agent: str = "a") -> int:
+    answer = ledger.reserve(Spend(f"{agent}{number}", agent, LIMITS, called(1), run, "f"), NOW + number / 100)
+    ledger.settle(f"{agent}{number}", {}, NOW + number / 100)
+    return getattr(answer, "step", 0)
+
+
+def test_an_agent_that_names_a_new_run_with_each_call_fills_no_memory_and_takes_no_run_of_others():
+    ledger = MemoryLedger()
+    for number in range(3):
+        _call(ledger, number, f"theirs-{number}", "b")
+    for number in range(RUNS_KEPT + 500):
+        _call(ledger, number, f"r{number}")
+    ledger.renew(NOW + 200)
+    assert len(ledger.runs) == RUNS_KEPT + 3
+    assert ("a", "r499") not in ledger.runs
+    assert _call(ledger, 20_000, f"r{RUNS_KEPT + 499}") == 2
+    assert [_call(ledger, 30_000 + number, f"theirs-{number}", "b") for number in range(3)] == [2, 2, 2]
+
+
+def test_what_ended_long_ago_is_forgotten():
+    ledger = MemoryLedger()
+    ledger.reserve(Spend("open", "a", LIMITS, called(1), "r", "f"), NOW)
+    ledger.renew(NOW + 7000)
+    assert list(ledger.grants) == ["open"]
+    ledger.renew(NOW + 86_400)
+    assert (ledger.grants, ledger.runs) == ({}, {})
