@@ -104,7 +104,7 @@ class SpireAgent(SecretDiscoveryServiceServicer):
             self._pending = (self._pending - {instead_of}) | set(nonces)
             self._changed.notify_all()
 
-    def DeltaSecrets(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> None:  # noqa: N802
+    def DeltaSecrets(self, _: Iterator[Any], context: grpc.ServicerContext) -> None:  # noqa: N802
         """SPIRE has none."""
         self.faults.append("DeltaSecrets was called")
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method is not implemented")

@@ -1,4 +1,4 @@
-"""With SPIRE: Envoy takes its own SVID and the bundles from the agent's socket; nobody else sees them, and without them nobody enters."""
+"""With SPIRE: Envoy takes its own SVID and the bundles from the agent's socket, and without them nobody enters by certificate."""
 
 import shutil
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ def test_svid_and_bundles_rotate_without_a_restart_under_connections_which_go_on
 @pytest.mark.parametrize(
     "absent",
     [
-        pytest.param(lambda spire: None, id="nobody listens at the socket"),
+        pytest.param(lambda _: None, id="nobody listens at the socket"),
         pytest.param(lambda spire: (spire.identities.clear(), spire.start()), id="SPIRE has no entry for Envoy"),
         pytest.param(lambda spire: (spire.identities.pop(DOOR), spire.start()), id="SPIRE has another SVID only"),
         pytest.param(
