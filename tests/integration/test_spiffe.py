@@ -81,6 +81,27 @@ def test_each_bundle_vouches_for_its_own_domain_and_for_workloads_only(place, si
     assert _tunnel_status(place, certificate) == answer
 
 
+@pytest.mark.parametrize(
+    ("signer", "how", "why"),
+    [
+        pytest.param("acme", {"lasts": -5}, "certificate has expired", id="it has ended"),
+        pytest.param("guest", {}, "unable to get local issuer certificate", id="another domain's root"),
+        pytest.param(None, {}, "PEER_DID_NOT_RETURN_A_CERTIFICATE", id="none"),
+    ],
+)
+def test_a_refused_certificate_is_recorded_with_the_reason(place, signer, how, why):
+    certificate = _svid(place, getattr(place, signer), BOT, **how) if signer else None
+    before = len(place.broker.records())
+    assert svids.call(place.broker, certificate, place.url) == "refused"
+
+    def recorded():
+        return [r for r in place.broker.records()[before:] if why in (r["detail"] or "")]
+
+    [record] = stack.until(recorded, 5, "a record")
+    assert (record["event"], record["verdict"], record["code"]) == ("decision", "deny", "agent_unknown")
+    assert record["detail"].startswith("no connection by certificate: ")
+
+
 def _tunnel_status(place, certificate):
     target = f"localhost:{place.secure.port}"
     try:
