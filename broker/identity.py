@@ -25,7 +25,7 @@ _CACHED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A proven identity: the agent's name, and the token's birth and end (seconds since the epoch; 0 where there is no token)."""
+    """A proven identity: the agent's name, and the birth and end of its proof (seconds since the epoch; 0 where it has none)."""
 
     agent: str
     issued: float = 0
@@ -102,11 +102,13 @@ def proxy_credentials(header: str | None) -> tuple[str, str] | None:
 class Evidence:
     """What a request brings to prove who sends it, by the door it came through. Only Envoy fills `peer_uri` and `carried`.
 
-    `peer_uri` is the URI SAN of a verified client certificate. `carried` is `(agent, times)` from the tunnel's filter state.
+    `peer_uri` is the URI SAN of a verified client certificate, `peer_times` when that ends (if known), as in `Principal.decode`.
+    `carried` is `(agent, times)` from the tunnel's filter state.
     """
 
     door: Door
     peer_uri: str = ""
+    peer_times: str = ""
     carried: tuple[str, str] | None = None
     proxy_authorization: str | None = None
     token: str | None = None
@@ -117,17 +119,17 @@ def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthorit
 
     First that applies:
 
-    1. inside a tunnel: the identity that opened it, while its token lasts
-    2. a verified client certificate: the agent with that SPIFFE ID
+    1. inside a tunnel: the identity that opened it, while its token or certificate lasts
+    2. a verified client certificate, while it lasts: the agent with that SPIFFE ID
     3. a token in the door's own header, for an agent whose manifest takes tokens
     4. nobody → `agent_unknown`
     """
     if evidence.carried is not None:
-        principal = Principal.decode(*evidence.carried)
-        return _unknown("the token behind this tunnel has ended") if 0 < principal.expires <= now else principal
+        return _lasting(Principal.decode(*evidence.carried), now)
     if evidence.peer_uri:
         agent = snapshot.by_spiffe.get(evidence.peer_uri)
-        return Principal(agent.name) if agent else _unknown("no manifest names this SPIFFE ID")
+        found = agent and Principal.decode(agent.name, evidence.peer_times)
+        return _lasting(found, now) if found else _unknown("no manifest names this SPIFFE ID")
     if evidence.door is Door.PROXY:
         name, token = proxy_credentials(evidence.proxy_authorization) or ("", "")
     else:
@@ -135,6 +137,12 @@ def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthorit
     if not token:
         return _unknown("the request carries no identity")
     return _by_token(name, tokens.check(token, now), snapshot)
+
+
+def _lasting(principal: Principal, now: float) -> Principal | Decision:
+    """The principal, unless what proved it when the connection was opened has ended since."""
+    ended = 0 < principal.expires <= now
+    return _unknown("the token or certificate behind this connection has ended") if ended else principal
 
 
 def _by_token(name: str, principal: Principal | None, snapshot: PolicySnapshot) -> Principal | Decision:

@@ -49,6 +49,7 @@ def files() -> Mapping[str, str]:
         "docs/reference/metrics.md": metrics,
         "envoy/sample-organisation.yaml": lambda: _golden("manifests"),
         "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
+        "envoy/spire.yaml": lambda: _golden("tests/golden/spire"),
     }
     return {path: make() for path, make in made.items()}
 

@@ -66,6 +66,8 @@ class TestCA:
             _builder(name, name, self.key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(signs=True), critical=True)
+            # Without it, of two roots of one name only the first is tried (RFC 5280 section 4.2.1.2 wants it).
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 
@@ -359,14 +361,14 @@ def exchange_bytes(connection: socket.socket, data: bytes, seconds: float = 5) -
         answer = b""
         while chunk := connection.recv(65536):
             answer += chunk
-            if _whole(answer):
+            if is_whole(answer):
                 break
     except (TimeoutError, ConnectionError, ssl.SSLError):
         pass
     return answer
 
 
-def _whole(answer: bytes) -> bool:
+def is_whole(answer: bytes) -> bool:
     head, gap, body = answer.partition(b"\r\n\r\n")
     if not gap:
         return False

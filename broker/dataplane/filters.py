@@ -119,7 +119,8 @@ def _ext_authz() -> HttpFilter:
 def _identity_state() -> HttpFilter:
     values = {
         site.STATE_AGENT: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:agent)%",
-        site.STATE_TOKEN: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:token)%",
+        # A certificate ends like a token: what it opened passes nothing from then on.
+        site.STATE_TOKEN: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:token)%%DOWNSTREAM_PEER_CERT_V_END(/%s)%",
         site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%",
     }
     carried = [_carried(key, source) for key, source in values.items()]

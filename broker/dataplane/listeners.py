@@ -4,7 +4,7 @@ Law: an undeclared name is never certified. TLS inside a tunnel is ended only by
 what matches none is closed and recorded from the listener's access log.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
 import envoy_data_plane.envoy.config.core.v3 as core
@@ -15,22 +15,27 @@ from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import 
 
 from broker.dataplane import site
 from broker.dataplane.filters import call_filters, connection_access_log, http_access_log, proxy_filters
-from broker.dataplane.proto import ADS, extension, inline, seconds, socket
+from broker.dataplane.proto import ADS, extension, inline, sds, seconds, socket
 from broker.dataplane.routes import IDLE_S
 from broker.dataplane.site import Certificates, Leaf, Site
-from broker.policy.snapshot import PolicySnapshot
+from broker.policy.snapshot import PolicySnapshot, Spire
 
 # Memory a peer can make Envoy hold per connection; a route raises it to what its tool's operations take.
 BUFFER_BYTES = 65_536
 
 _PLAIN, _TLS = "raw_buffer", "tls"
+_H1 = ["http/1.1"]
+# SPIRE's own bundle and the federated ones, each for its domain only. Under its other names (`ROOTCA`, a domain's) an agent with
+# `disable_spiffe_cert_validation` gives a plain list, which lets a root vouch for any name; under this one it then gives nothing.
+_ALL_BUNDLES = "ALL"
 
 
 def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> listener_v3.Listener:
-    """The explicit proxy: plain for agents with a token, TLS with a client certificate where trust bundles are configured."""
+    """The explicit proxy: plain for agents with a token, TLS with a client certificate where SPIRE or trust bundles are named."""
     chains = [_chain("plain", site.PROXY)]
-    if snapshot.trust_bundles:
-        mutual = _chain("mtls", site.PROXY, _server_tls([certificates.door], ["http/1.1"], snapshot.trust_bundles))
+    if snapshot.spire or snapshot.trust_bundles:
+        common = _from_spire(snapshot.spire) if snapshot.spire else _own(snapshot.trust_bundles, certificates.door)
+        mutual = _chain("mtls", site.PROXY, _server_tls(common, mutual=True))
         chains = [_for(_PLAIN, chains[0]), _for(_TLS, mutual)]
     return _listener(site.PROXY, chains, place.proxy)
 
@@ -46,10 +51,10 @@ def inner(certificates: Certificates) -> list[listener_v3.Listener]:
     chains = [_for(_PLAIN, _chain("plain", site.INNER))]
     if named:
         leaves = [certificates.hosts[host] for host in named]
-        chains.append(_for(_TLS, _chain("tls", site.INNER, _server_tls(leaves, alpn)), named))
+        chains.append(_for(_TLS, _chain("tls", site.INNER, _server_tls(_shown(leaves, alpn))), named))
     listeners = [_listener(site.INNER, chains)]
     if certificates.addresses:
-        by_address = _chain("tls", site.INNER, _server_tls([certificates.addresses], alpn))
+        by_address = _chain("tls", site.INNER, _server_tls(_shown([certificates.addresses], alpn)))
         listeners.append(_listener(site.INNER_ADDRESSES, [_for(_TLS, by_address)]))
     return listeners
 
@@ -116,26 +121,41 @@ def _chain(name: str, routes: str, transport: core.TransportSocket | None = None
     )
 
 
-def _server_tls(leaves: list[Leaf], alpn: list[str], trust: Mapping[str, str] | None = None) -> core.TransportSocket:
-    shown = [tls.TlsCertificate(certificate_chain=inline(leaf.chain), private_key=inline(leaf.key)) for leaf in leaves]
+def _server_tls(common: tls.CommonTlsContext, *, mutual: bool = False) -> core.TransportSocket:
     context = tls.DownstreamTlsContext(
-        common_tls_context=tls.CommonTlsContext(
-            alpn_protocols=alpn, tls_certificates=shown, validation_context=_spiffe(trust) if trust else None
-        ),
-        require_client_certificate=True if trust else None,
-        # A resumed session must not outlive a change of the declared hosts.
+        common_tls_context=common,
+        require_client_certificate=True if mutual else None,
+        # A resumed session must not outlive a change of the declared hosts, or of the trust bundles.
         disable_stateless_session_resumption=True,
         disable_stateful_session_resumption=True,
     )
     return extension(core.TransportSocket, "envoy.transport_sockets.tls", context)
 
 
-def _spiffe(trust: Mapping[str, str]) -> tls.CertificateValidationContext:
+def _shown(leaves: Iterable[Leaf], alpn: list[str]) -> tls.CommonTlsContext:
+    shown = [tls.TlsCertificate(certificate_chain=inline(leaf.chain), private_key=inline(leaf.key)) for leaf in leaves]
+    return tls.CommonTlsContext(alpn_protocols=alpn, tls_certificates=shown)
+
+
+def _own(trust: Mapping[str, str], door: Leaf) -> tls.CommonTlsContext:
     domain = tls.SpiffeCertValidatorConfigTrustDomain
-    domains = [domain(name=name, trust_bundle=inline(pem)) for name, pem in sorted(trust.items())]
-    config = tls.SpiffeCertValidatorConfig(trust_domains=domains)
+    # Never a plain list of authorities: any of them could then vouch for the names of every domain.
+    config = tls.SpiffeCertValidatorConfig(
+        trust_domains=[domain(name=name, trust_bundle=inline(pem)) for name, pem in sorted(trust.items())]
+    )
     validator = extension(core.TypedExtensionConfig, "envoy.tls.cert_validator.spiffe", config)
-    return tls.CertificateValidationContext(custom_validator_config=validator)
+    context = _shown([door], _H1)
+    context.validation_context = tls.CertificateValidationContext(custom_validator_config=validator)
+    return context
+
+
+def _from_spire(spire: Spire) -> tls.CommonTlsContext:
+    source = sds(spire.socket)
+    return tls.CommonTlsContext(
+        alpn_protocols=_H1,
+        tls_certificate_sds_secret_configs=[tls.SdsSecretConfig(name=spire.svid, sds_config=source)],
+        validation_context_sds_secret_config=tls.SdsSecretConfig(name=_ALL_BUNDLES, sds_config=source),
+    )
 
 
 def _hung_processor() -> hcm.ResponseMapper:

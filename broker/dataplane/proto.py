@@ -41,6 +41,23 @@ def to_processor(timeout: timedelta | None = None, retry: core.RetryPolicy | Non
     return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=PROCESSOR, retry_policy=retry), timeout=timeout)
 
 
+def sds(path: str) -> core.ConfigSource:
+    """Secrets from a Unix socket, of which only Envoy knows the contents.
+
+    By gRPC's own client, because Envoy's wants a cluster of the bootstrap: the socket could then not change without a restart.
+    """
+    patience = core.GrpcServiceGoogleGrpcChannelArgsValue(int_value=1000)
+    channel = core.GrpcServiceGoogleGrpcChannelArgs(args={"grpc.max_reconnect_backoff_ms": patience})
+    client = core.GrpcServiceGoogleGrpc(target_uri=f"unix:{path}", stat_prefix="sds", channel_args=channel)
+    api = core.ApiConfigSource(
+        api_type=core.ApiConfigSourceApiType.GRPC,
+        transport_api_version=core.ApiVersion.V3,
+        grpc_services=[core.GrpcService(google_grpc=client)],
+    )
+    # How long listeners wait for their first secrets; then they open, and what needs a secret stays closed.
+    return core.ConfigSource(api_config_source=api, resource_api_version=core.ApiVersion.V3, initial_fetch_timeout=seconds(1))
+
+
 def socket(address: tuple[str, int]) -> core.Address:
     """A TCP address."""
     return core.Address(socket_address=core.SocketAddress(address=address[0], port_value=address[1]))

@@ -14,7 +14,7 @@ PROCESSOR = "processor"
 
 # Filter state that carries identity from the CONNECT request to the calls inside its tunnel.
 STATE_AGENT = "broker.agent"
-STATE_TOKEN = "broker.token"  # noqa: S105 - the name of a key; its value is the token's ID and times, never the token
+STATE_TOKEN = "broker.token"  # noqa: S105 - the name of a key; its value is the times of a token or certificate, never the token
 STATE_CONNECT_HOST = "broker.connect_host"
 
 # Dynamic metadata by which the processor proves to the gate that it decided.

@@ -153,7 +153,7 @@ _NOT_BUILT = {
 def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -> Iterator[Problem]:
     for pointer, name in _named(source.model):
         try:
-            certificates = x509.load_pem_x509_certificates(read(name))
+            certificates = _certificates(read(name))
         except OSError as error:
             why = f"{name} can't be read ({error.strerror or error}); name a readable file, relative to the manifests folder"
             yield pointer, "file_unreadable", why
@@ -164,11 +164,19 @@ def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -
             pems[name] = "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
 
 
+def _certificates(text: bytes) -> list[x509.Certificate]:
+    found = x509.load_pem_x509_certificates(text)
+    # The parser passes over one that breaks off: half of a file that is being written would drop a root.
+    if len(found) != text.count(b"-----BEGIN CERTIFICATE-----"):
+        raise ValueError("a certificate has no end")
+    return found
+
+
 def _named(model: Kind) -> Iterator[tuple[Pointer, str]]:
     if isinstance(model, Tool) and model.spec.upstream.ca:
         yield ("spec", "upstream", "ca"), model.spec.upstream.ca
     if isinstance(model, Platform):
-        for domain, bundle in model.spec.identity.get("trust_bundles", {}).items():
+        for domain, bundle in model.spec.identity.trust_bundles.items():
             yield ("spec", "identity", "trust_bundles", domain, "file"), bundle["file"]
 
 

@@ -16,7 +16,7 @@ from broker.manifest.limits import bearing, limits, prices
 from broker.policy.limits import Limit
 from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Tool, Upstream
+from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Spire, Tool, Upstream
 
 _Kind = TypeVar("_Kind", bound=models.Kind)
 
@@ -32,7 +32,8 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     platform = policy[1].spec if policy else models.PlatformSpec.model_construct()
     above = _ceilings(*policy) if policy else {}
     agents = {model.metadata.name: _agent(source, model, tools, above) for source, model in _of(sources, models.Agent)}
-    bundles = {name: pems[part["file"]] for name, part in platform.identity.get("trust_bundles", {}).items()}
+    bundles = {name: pems[part["file"]] for name, part in platform.identity.trust_bundles.items()}
+    spire = platform.identity.spire
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
     return PolicySnapshot(
         revision="sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -41,6 +42,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         hosts=MappingProxyType(hosts),
         by_spiffe=MappingProxyType({agent.spiffe: agent for agent in agents.values() if agent.spiffe}),
         trust_bundles=MappingProxyType(bundles),
+        spire=Spire(spire.socket, spire.svid or DEFAULT_SVID) if spire else None,
         max_ttl=platform.credentials.max_ttl,
         refuse_own=platform.credentials.own == "refuse",
         environment=platform.environment,

@@ -477,6 +477,38 @@ class PlatformCredentials(Model):
     )
 
 
+class SpireSpec(Model):
+    """The SPIRE agent on Envoy's machine, which gives Envoy its own SVID and the trust bundles."""
+
+    # As much as fits into a Unix socket's address, and nothing that means more than itself in a gRPC target.
+    socket: Annotated[str, Field(pattern="^/[A-Za-z0-9._/-]{1,106}$")] = Field(
+        description="Its Unix socket (socket_path in its configuration)."
+    )
+    svid: Spiffe | None = Field(
+        None, description="The SPIFFE ID that Envoy shows at the proxy door; the first that SPIRE has for Envoy if absent."
+    )
+
+
+class PlatformIdentity(Model):
+    """What proves an agent's identity by certificate; one of the two."""
+
+    trust_bundles: dict[TrustDomain, PemFile] = Field(
+        {}, description="X.509 authorities by SPIFFE trust domain, each as a PEM file."
+    )
+    spire: SpireSpec | None = Field(
+        None, description="The SPIRE agent on Envoy's machine, which gives Envoy its own SVID and the trust bundles."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.spire and self.trust_bundles:
+            raise refusal(
+                "SPIRE gives the bundles itself; take trust_bundles out, and federate other domains in SPIRE",
+                pointer="/trust_bundles",
+            )
+        return self
+
+
 class PlatformSpec(Model):
     """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
 
@@ -486,8 +518,8 @@ class PlatformSpec(Model):
     ledger: dict[Literal["unsafe_reads_without_redis"], bool] = Field(
         {}, description="unsafe_reads_without_redis: true lets reads pass on each broker's own limits while Redis is away."
     )
-    identity: dict[Literal["trust_bundles"], dict[TrustDomain, PemFile]] = Field(
-        {}, description="What proves an agent's identity: X.509 authorities by SPIFFE trust domain, each as a PEM file."
+    identity: PlatformIdentity = Field(
+        PlatformIdentity.model_construct(), description="What proves an agent's identity by certificate; one of the two."
     )
     credentials: PlatformCredentials = Field(PlatformCredentials.model_construct(), description="Bounds on credentials.")
     prices: dict[Word, dict[Word, ModelPrice]] = Field(

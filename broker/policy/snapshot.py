@@ -154,14 +154,26 @@ class Agent:
         return {"name": self.name, "spiffe": self.spiffe, "owner": self.owner, "oncall": self.oncall}
 
 
+DEFAULT_SVID = "default"
+"""SPIRE's word for the first SVID that it has for whoever asks (`default_svid_name` of its agent)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spire:
+    """A SPIRE agent's Unix socket, and the SVID that the proxy door shows: a SPIFFE ID or `DEFAULT_SVID`."""
+
+    socket: str
+    svid: str = DEFAULT_SVID
+
+
 @dataclass(frozen=True, slots=True)
 class PolicySnapshot:
     """Everything that decides, under one `revision` (`sha256:` of the content).
 
     `hosts` maps (scheme, host, port) to the tools there (several only when their base paths don't nest). `trust_bundles` maps a
-    SPIFFE trust domain to its X.509 authorities (PEM). `max_ttl` bounds every issued credential, in seconds. `prices` is by
-    provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger is away.
-    `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off.
+    SPIFFE trust domain to its X.509 authorities (PEM), unless `spire` has them. `max_ttl` bounds every issued credential, in
+    seconds. `prices` is by provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger
+    is away. `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off.
     """
 
     revision: str
@@ -170,6 +182,7 @@ class PolicySnapshot:
     hosts: Mapping[tuple[str, str, int], tuple[Tool, ...]]
     by_spiffe: Mapping[str, Agent]
     trust_bundles: Mapping[str, str] = field(default_factory=dict)
+    spire: Spire | None = None
     max_ttl: int = 3600
     environment: str = ""
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)

@@ -54,6 +54,11 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
 
     def _connection(self, entry: Any) -> None:
         common = entry.common_properties
+        failed = common.downstream_transport_failure_reason
+        if any(mark in failed for mark in _CERTIFICATE):
+            why = failed.removesuffix(":TLS_error_end").rpartition("OPENSSL_internal:")[2]
+            self._case(common, "", host="").record(deny(Code.AGENT_UNKNOWN, f"no connection by certificate: {why}"))
+            return
         details = common.connection_termination_details or common.upstream_transport_failure_reason
         if not common.response_flags.no_route_found and "filter_chain_not_found" not in details:
             return
@@ -71,6 +76,8 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
 
 # Denials that the processor gave (immediate replies; ext_authz) are in the record. An opened tunnel is no refusal.
 _RECORDED = (BROKER_REPLY, "ext_authz_denied")
+# Why the proxy door's TLS ended before it began: a certificate that no bundle vouches for, none at all, or no bundles (yet).
+_CERTIFICATE = ("CERTIFICATE_VERIFY_FAILED", "PEER_DID_NOT_RETURN_A_CERTIFICATE", "SDS")
 _CONNECT, _OPENED = 6, 200
 
 _METHODS = {1: "GET", 2: "HEAD", 3: "POST", 4: "PUT", 5: "DELETE", 6: "CONNECT", 7: "OPTIONS", 8: "TRACE", 9: "PATCH"}

@@ -89,6 +89,7 @@ def _request_head(message: Any) -> RequestHead:
     evidence = Evidence(
         door=door,
         peer_uri="" if inside else attributes.get("connection.uri_san_peer_certificate", ""),
+        peer_times=token,
         carried=(agent, token) if inside else None,
         proxy_authorization=request.only("proxy-authorization"),
         token=request.only(site.TOKEN_HEADER),

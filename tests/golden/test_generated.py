@@ -30,6 +30,7 @@ GENERATED = (
     "docs/reference/metrics.md",
     "envoy/minimal.yaml",
     "envoy/sample-organisation.yaml",
+    "envoy/spire.yaml",
 )
 
 
@@ -80,7 +81,7 @@ def _validate(configuration: dict[str, Any], folder: Path) -> subprocess.Complet
 
 
 @pytest.mark.envoy
-@pytest.mark.parametrize("manifests", ["manifests", "tests/golden/minimal"])
+@pytest.mark.parametrize("manifests", ["manifests", "tests/golden/minimal", "tests/golden/spire"])
 def test_envoy_accepts_the_golden_configuration(manifests, tmp_path):
     snapshot = load(ROOT / manifests).snapshot
     assert snapshot is not None
@@ -95,7 +96,7 @@ def test_envoy_accepts_the_golden_configuration(manifests, tmp_path):
     assert "unknown cluster" in found.stderr
 
 
-@pytest.mark.parametrize("name", ["sample-organisation", "minimal"])
+@pytest.mark.parametrize("name", ["sample-organisation", "minimal", "spire"])
 def test_a_golden_configuration_holds_no_key(name):
     text = (ROOT / "envoy" / f"{name}.yaml").read_text()
     assert text.startswith("# broker render envoy ")

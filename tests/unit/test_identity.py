@@ -77,6 +77,11 @@ def test_what_is_no_token(token):
         ),
         pytest.param(Evidence(Door.BASE_URL, token=AUTHORITY.mint("bot", NOW)), "bot", id="at the base URL"),
         pytest.param(Evidence(Door.PROXY, peer_uri="spiffe://acme.example/mutual"), "mutual", id="by certificate"),
+        pytest.param(
+            Evidence(Door.PROXY, peer_uri="spiffe://acme.example/mutual", peer_times=f"/{NOW + 1:.0f}"),
+            "mutual",
+            id="by certificate, to its last second",
+        ),
         pytest.param(Evidence(Door.PROXY, carried=("bot", f"{NOW:.0f}/{NOW + 60:.0f}")), "bot", id="inside a tunnel"),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", "")), "mutual", id="inside a tunnel opened by certificate"),
     ],
@@ -102,6 +107,12 @@ def test_who_is_proven(evidence, agent):
             Evidence(Door.BASE_URL, token=AUTHORITY.mint("mutual", NOW)), "takes no tokens", id="a manifest without tokens"
         ),
         pytest.param(Evidence(Door.PROXY, peer_uri="spiffe://acme.example/other"), "SPIFFE ID", id="a stranger's certificate"),
+        pytest.param(
+            Evidence(Door.PROXY, peer_uri="spiffe://acme.example/mutual", peer_times=f"/{NOW:.0f}"),
+            "has ended",
+            id="a connection that outlives its certificate",
+        ),
+        pytest.param(Evidence(Door.PROXY, carried=("mutual", f"/{NOW:.0f}")), "has ended", id="a tunnel that does"),
         pytest.param(
             Evidence(Door.PROXY, carried=("bot", f"{NOW - 60:.0f}/{NOW:.0f}")), "has ended", id="a tunnel that outlives its token"
         ),

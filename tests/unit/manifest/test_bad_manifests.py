@@ -78,6 +78,8 @@ EXPECTED = {
     "secret_two_sources.yaml": ["7:40 field_invalid"],
     "server_tool_invalid.yaml": ["6:57 field_invalid"],
     "signed_without_keys.yaml": ["7:3 credential_invalid", "16:3 credential_invalid"],
+    "spire_and_bundles.yaml": ["7:20 field_invalid"],
+    "spire_invalid.yaml": ["5:30 field_invalid", "5:52 spiffe_invalid"],
     "spiffe_duplicate.yaml": ["12:22 spiffe_duplicate"],
     "string_as_boolean.yaml": ["5:21 field_invalid"],
     "template_without_place.yaml": ["7:65 field_invalid"],
