@@ -65,6 +65,8 @@ def _redis(_context: click.Context, _option: click.Parameter, url: str | None) -
         return ""
     password = os.environ.get("BROKER_REDIS_PASSWORD", "")
     parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise UsageError("--redis names no Redis", "write redis[s]://[USER@]HOST:PORT")
     if password and parts.password is None:
         user, _, host = parts.netloc.rpartition("@")
         parts = parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}")

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("GET, no body", "POST 1 KB", "POST 1 KB, HTTPS")
-WAYS = ("direct", "bare Envoy", "broker", "broker, 8 limits")
+WAYS = ("direct", "bare Envoy", "broker", "broker, 8 limits", "broker, 8 limits in Redis")
 
 pytestmark = [pytest.mark.envoy, pytest.mark.slow]
 
@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_each_row_and_the_targets(bench, monkeypatch):
     from benchmarks.run import table  # noqa: PLC0415 - found by the path of the line above
 
     lines = table(bench[1]).splitlines()
-    assert sum(line.startswith(tuple(f"| {call} | {way} |" for call in CALLS for way in WAYS)) for line in lines) == 12
+    assert sum(line.startswith(tuple(f"| {call} | {way} |" for call in CALLS for way in WAYS)) for line in lines) == 15
     assert sum(line.startswith("| decision of a 1 KB") and line.endswith("| 60 |") for line in lines) == 2
     assert sum(line.startswith("| reserve and settle, 8 limits") and line.endswith("| 15 |") for line in lines) == 1
     assert sum(line.startswith("| reserve and settle, 20 limits") for line in lines) == 2
@@ -69,4 +69,4 @@ def test_what_an_agent_takes_of_memory_was_measured(bench):
 def test_progress_without_a_terminal_is_plain_lines(bench):
     lines = bench[0].stderr.splitlines()
     assert "\x1b" not in bench[0].stderr
-    assert sum(line.startswith("round 1/1: ") for line in lines) == 24
+    assert sum(line.startswith("round 1/1: ") for line in lines) == 30

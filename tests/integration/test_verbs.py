@@ -73,7 +73,7 @@ def test_explain_names_the_credential_without_issuing_it(manifests):
         pytest.param(["check", "nowhere"], 2, "there is no folder", id="manifests that are not there"),
         pytest.param(["up", "--manifests", "nowhere"], 2, "there is no folder", id="up without manifests"),
         pytest.param(["up", "--proxy", "nonsense"], 2, "HOST:PORT", id="an address that is none"),
-        pytest.param(["up", "--redis", "redis://x"], 2, "not built yet", id="an option that is not built"),
+        pytest.param(["up", "--redis", "http://x"], 2, "redis[s]://", id="a ledger that is no Redis"),
         pytest.param(["bogus"], 2, "No such command", id="an unknown verb"),
     ],
 )
