@@ -169,7 +169,7 @@ class Exchange:
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
-        return send, Answer(case, adapter, tool, agent, call, hidden(lease, injected))
+        return send, Answer(case, adapter, tool, agent, call, hidden(lease))
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
