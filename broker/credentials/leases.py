@@ -35,7 +35,7 @@ _Answer = Lease | CredentialUnavailable
 class _Entry:
     """What is known of one key; times by the steady clock.
 
-    `born` is when the credential was asked for, whose lease may have been renewed since; `ends` is when the issuer's word is over.
+    `born` is when the credential was asked for, though its lease may have been renewed since; `ends` is its end by the issuer.
     """
 
     lease: Lease | None = None
