@@ -154,7 +154,10 @@ class Exchange:
         if no_room:
             return _Denied(no_room, adapter, call)
 
-        # issue
+        # issue, unless the agent's identity was taken back or has ended while its body was waited for
+        still = case.identify(head.evidence)
+        if isinstance(still, Decision):
+            return _Denied(still, adapter, call)
         lease = yield from self._lease(agent, tool, call)
         if isinstance(lease, Decision):
             return _Denied(lease, adapter, call)
