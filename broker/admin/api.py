@@ -32,7 +32,7 @@ def public(
 
     return _answering(
         {
-            "GET /healthz": lambda: JSONResponse({"status": "ok"}),
+            "GET /healthz": lambda: {"status": "ok"},
             "GET /readyz": readyz,
             "GET /metrics": metrics,
             "GET /jwks.json": lambda: JSONResponse(jwks, headers={"cache-control": "max-age=300"}),
@@ -46,30 +46,24 @@ Document = Awaitable[Mapping[str, Any]]
 def control(agents: Callable[[], Document], agent: Callable[[str], Document], revoke_tokens: Callable[[str], None]) -> Starlette:
     """What changes, or says who there is. A `BrokerError` that a callable raises is answered with 503."""
 
-    async def listed() -> Response:
-        return JSONResponse(await agents())
-
-    async def shown(name: str) -> Response:
-        return JSONResponse(await agent(name))
-
-    def revoke(name: str) -> Response:
+    def revoke(name: str) -> dict[str, str]:
         revoke_tokens(name)
-        return JSONResponse({"agent": name, "revoked": "tokens"})
+        return {"agent": name, "revoked": "tokens"}
 
-    return _answering({"GET /agents": listed, "GET /agents/{name:path}": shown, "POST /agents/{name:path}/tokens/revoke": revoke})
-
-
-_Answer = Callable[..., Response | Awaitable[Response]]
+    return _answering({"GET /agents": agents, "GET /agents/{name:path}": agent, "POST /agents/{name:path}/tokens/revoke": revoke})
 
 
-def _answering(answers: Mapping[str, _Answer]) -> Starlette:
-    def route(where: str, answer: _Answer) -> Route:
+def _answering(answers: Mapping[str, Callable[..., Any]]) -> Starlette:
+    """Each answers with a response or a document, at once or awaited."""
+
+    def route(where: str, answer: Callable[..., Any]) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
-                answered = answer(**request.path_params)
-                return answered if isinstance(answered, Response) else await answered
+                answered = answer(*request.path_params.values())
+                answered = await answered if isinstance(answered, Awaitable) else answered
             except BrokerError as error:
                 return JSONResponse({"error": str(error)}, 503)
+            return answered if isinstance(answered, Response) else JSONResponse(answered)
 
         method, path = where.split()
         return Route(path, endpoint, methods=[method])

@@ -18,16 +18,7 @@ from broker.supervisor import without_core_dumps
 
 @click.command()
 @options.broker
-def serve(
-    *,
-    manifests: Path,
-    state: Path,
-    proxy: options.Address,
-    base_url: options.Address,
-    admin: options.Address,
-    redis: str,
-    as_json: bool,
-) -> None:
+def serve(*, manifests: Path, state: Path, redis: str, as_json: bool, **doors: options.Address) -> None:
     """Run the processor without Envoy. What `broker render envoy` prints under `bootstrap:` leads an Envoy to it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.ERROR)
@@ -41,5 +32,5 @@ def serve(
         elif event == "listening":
             click.echo(f"serving revision {revision}")
 
-    server = Server(manifests, folder, options.site(folder, proxy, base_url), admin, announce, redis)
+    server = Server(manifests, folder, options.site(folder, doors["proxy"], doors["base_url"]), doors["admin"], announce, redis)
     asyncio.run(server.run())

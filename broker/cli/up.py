@@ -18,32 +18,22 @@ from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_versio
 
 @click.command()
 @options.broker
-def up(
-    *,
-    manifests: Path,
-    state: Path,
-    proxy: options.Address,
-    base_url: options.Address,
-    admin: options.Address,
-    redis: str,
-    as_json: bool,
-) -> int:
+def up(*, manifests: Path, state: Path, redis: str, as_json: bool, **doors: options.Address) -> int:
     """Run the broker: one command, no root, no other server.
 
     Prints one line when calls can be served, and goes on until SIGTERM or Ctrl-C.
     """
     without_core_dumps()
     snapshot = options.snapshot(manifests)
-    refuse_taken({"--proxy": proxy, "--base-url": base_url, "--admin": admin})
+    refuse_taken({f"--{name.replace('_', '-')}": address for name, address in doors.items()})
     folder = State.at(state)
     who, what = counted(len(snapshot.agents), "agent"), counted(len(snapshot.tools), "tool")
     click.echo(f"starting Envoy {envoy_version(envoy_binary())} for {who} and {what} …", err=True)
     # Not as an argument: it may hold a password.
     os.environ[options.REDIS] = redis
-    serve = options.command("serve", manifests=manifests, state=state, proxy=proxy, base_url=base_url, admin=admin)
-    supervisor = Supervisor(serve, options.site(folder, proxy, base_url), folder.run)
-    places = {"proxy": str(proxy), "base_url": str(base_url), "admin": str(admin), "ca": str(folder.ca)}
-
+    serve = options.command("serve", manifests=manifests, state=state, **doors)
+    supervisor = Supervisor(serve, options.site(folder, doors["proxy"], doors["base_url"]), folder.run)
+    places = {**{name: str(address) for name, address in doors.items()}, "ca": str(folder.ca)}
     name = next((agent.name for agent in snapshot.agents.values() if agent.token), "AGENT")
 
     def ready(revision: str) -> None:

@@ -133,10 +133,7 @@ def _chain(session: Session) -> tuple[str, str, str | None]:
 
 
 def _policy(occasion: Occasion) -> bytes:
-    scopes = occasion.spec.settings["scopes"]
-    # Under `policy` stands a policy, unless that is an operation's name.
-    own = "policy" in scopes and "policy" not in scopes["policy"]
-    return orjson.dumps((scopes if own else chosen(scopes, occasion))["policy"])
+    return orjson.dumps(chosen(occasion.spec.settings["scopes"], occasion, "policy")["policy"])
 
 
 def _wanted(settings: AwsStsSettings, occasion: Occasion) -> dict[str, str]:

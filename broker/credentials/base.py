@@ -6,6 +6,7 @@ asked for or fails: a wider credential is none, and no call goes without. A leas
 
 import base64
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,15 +153,15 @@ def rendered(spec: CredentialSpec, secret: str) -> Secret:
 
 def leased(  # noqa: PLR0913 - a lease has as many parts
     spec: CredentialSpec,
-    lease_id: str,
     secret: str,
     *,
+    lease_id: str = "",
     scopes: tuple[str, ...] = (),
     expires: float | None = None,
     handle: Secret | None = None,
 ) -> Lease:
-    """The lease of a secret that goes where the entry says. Raises `CredentialUnavailable`."""
-    value = rendered(spec, secret)
+    """The lease of a secret that goes where the entry says; its ID is made up unless given. Raises `CredentialUnavailable`."""
+    value, lease_id = rendered(spec, secret), lease_id or f"{spec.issuer}-{secrets.token_hex(8)}"
     # Of Basic, the encoded pair too: what surrounds the secret in it can't be told from the secret alone.
     shown = (Secret(secret), Secret(value.reveal().removeprefix("Basic "))) if spec.basic is not None else (Secret(secret),)
     return Lease(lease_id, spec.issuer, spec.header, value, scopes, expires, shown, handle=handle)

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 from typing import Annotated, Any, ClassVar
 
@@ -83,7 +82,7 @@ class ExecSource:
         token = bare(credential, self.name)
         scopes = granted(answer.get("scopes"), tuple(told["scopes"]), self.name)
         expires = now + lifetime(answer.get("expires_in"), settings.ttl, self.name)
-        return leased(occasion.spec, f"exec-{secrets.token_hex(8)}", token, scopes=scopes, expires=expires)
+        return leased(occasion.spec, token, scopes=scopes, expires=expires)
 
     async def revoke(self, handle: Secret) -> None:
         """Nothing: there is no contract for it, and no lease of it has a handle."""

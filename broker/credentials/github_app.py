@@ -5,7 +5,6 @@ token that may do more than was asked for is not used.
 https://docs.github.com/rest/apps/apps#create-an-installation-access-token-for-an-app
 """
 
-import secrets
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import quote
 
@@ -74,8 +73,7 @@ class GithubAppSource:
             raise _refused(answer, occasion)
         token, life = _checked(answer, occasion)
         handle = Secret(orjson.dumps([settings.api, settings.ca, token]).decode())
-        lease_id = f"{self.name}-{secrets.token_hex(8)}"
-        return leased(occasion.spec, lease_id, token, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
+        return leased(occasion.spec, token, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
 
     async def revoke(self, handle: Secret) -> None:
         """Delete the token. One that GitHub no longer knows has ended."""
@@ -103,15 +101,14 @@ async def _token(settings: GithubAppSettings, occasion: Occasion, at: float) -> 
 
 async def _ask(method: str, url: str, token: str, ca: Roots | None, body: object = None) -> Answer:
     headers = {"authorization": f"Bearer {token}", "accept": "application/vnd.github+json", "x-github-api-version": "2022-11-28"}
-    return await ask(method, url, headers=headers, body=body, ca=ca["file"] if ca else None)
+    return await ask(method, url, headers=headers, body=body, ca=ca)
 
 
 def _permissions(occasion: Occasion) -> dict[str, str]:
     scopes = occasion.spec.settings["scopes"]
-    if "permissions" not in scopes:
-        return dict(chosen(scopes, occasion)["permissions"])
-    reads = occasion.operation is None or occasion.operation.effect == "read"
-    return {name: "read" if reads else level for name, level in scopes["permissions"].items()}
+    wanted = chosen(scopes, occasion, "permissions")
+    only_reads = wanted is scopes and (occasion.operation is None or occasion.operation.effect == "read")
+    return {name: "read" if only_reads else level for name, level in wanted["permissions"].items()}
 
 
 def _pinned_owner(occasion: Occasion) -> str:

@@ -78,14 +78,16 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     form: Mapping[str, Any] | None = None,
     body: Any = None,
     content: bytes | None = None,
-    ca: str | None = None,
+    ca: Roots | None = None,
 ) -> Answer:
     """The answer to one request with a form, a JSON `body` or other `content`. Raises `CredentialUnavailable`."""
-    where = urlsplit(url).netloc
+    where, file = urlsplit(url).netloc, ca["file"] if ca else None
     try:
-        context = await asyncio.to_thread(_context, ca)
+        context = await asyncio.to_thread(_context, file)
     except (OSError, ValueError) as error:
-        raise CredentialUnavailable(f"the trust roots for {where} can't be read ({type(error).__name__})", f"see {ca}") from None
+        raise CredentialUnavailable(
+            f"the trust roots for {where} can't be read ({type(error).__name__})", f"see {file}"
+        ) from None
     sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:

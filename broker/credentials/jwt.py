@@ -72,7 +72,7 @@ class JwtIssuer:
             "scope": " ".join(scopes),
             **({"run_id": occasion.run_id} if occasion.run_id else {}),
         }
-        return leased(occasion.spec, lease_id, self.sign(claims), scopes=scopes, expires=float(expires))
+        return leased(occasion.spec, self.sign(claims), lease_id=lease_id, scopes=scopes, expires=float(expires))
 
     def sign(self, claims: Mapping[str, object]) -> str:
         """The claims as a token of the broker's, beside `iss`."""

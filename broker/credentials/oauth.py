@@ -112,7 +112,7 @@ class OAuthSource:
             got = granted(answer.document.get("scope"), scopes, self.name)
             _typed(answer.document, settings)
             expires = now + lifetime(answer.document.get("expires_in"), settings.ttl, self.name)
-            return leased(occasion.spec, f"oauth-{secrets.token_hex(8)}", token, scopes=got, expires=expires, handle=handle)
+            return leased(occasion.spec, token, scopes=got, expires=expires, handle=handle)
         except CredentialUnavailable:
             if handle:
                 with contextlib.suppress(CredentialUnavailable):
@@ -169,7 +169,7 @@ class _Client:
         elif settings.grant == "client_credentials":
             proof |= {"client_assertion_type": _ASSERTION, "client_assertion": self._token()}
         sent = {name: value for name, value in {**form, **proof}.items() if value}
-        return {"form": sent, "headers": headers, "ca": settings.ca["file"] if settings.ca else None}
+        return {"form": sent, "headers": headers, "ca": settings.ca}
 
     def _token(self) -> str:
         """The subject's token."""

@@ -65,11 +65,14 @@ def scopes_of(scopes: Any, occasion: Occasion) -> tuple[str, ...]:
     return tuple(chosen(scopes, occasion) if isinstance(scopes, Mapping) else scopes or ())
 
 
-def chosen(scopes: Mapping[str, Any], occasion: Occasion) -> Any:
+def chosen(scopes: Mapping[str, Any], occasion: Occasion, field: str = "") -> Any:
     """What a map has for this operation: by its name, or else by its effect. A protocol's housekeeping is a read.
 
-    Raises `CredentialUnavailable` where neither is in it.
+    A map that holds `field` is no such map but itself what is asked for, unless `field` is also what an operation is called.
+    Raises `CredentialUnavailable` where neither name nor effect is in it.
     """
+    if field in scopes and not (isinstance(scopes[field], Mapping) and field in scopes[field]):
+        return scopes
     name, effect = (occasion.operation.name, occasion.operation.effect.value) if occasion.operation else ("", "read")
     for word in (name, effect):
         if word in scopes:

@@ -27,7 +27,7 @@ class StaticIssuer:
         reference = occasion.spec.settings.get("secret")
         value = referenced(reference, occasion.tool.name)
         digest = hashlib.sha256(f"{reference}\0{occasion.agent.name}\0{occasion.tool.name}".encode()).hexdigest()
-        return leased(occasion.spec, f"static-{digest[:16]}", value)
+        return leased(occasion.spec, value, lease_id=f"static-{digest[:16]}")
 
     async def issue(self, occasion: Occasion, now: float) -> Lease:
         """Never asked: `cached` always answers."""

@@ -8,7 +8,7 @@ https://developer.hashicorp.com/vault/docs/concepts/lease
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import orjson
 from pydantic import Field, JsonValue
@@ -60,12 +60,13 @@ class VaultSource:
 
     def narrowed(self, occasion: Occasion) -> tuple[str, ...]:
         """The path, and what is written to it."""
-        secret = _wanted(occasion)
+        secret = chosen(occasion.spec.settings["scopes"], occasion, "path")
         return (secret["path"], *(f"{name}={value}" for name, value in sorted((secret.get("data") or {}).items())))
 
     async def fetch(self, occasion: Occasion, now: float) -> Lease:
         """The secret, read with a token of its own where the broker logs in."""
-        settings, tool, wanted = parsed(VaultSettings, occasion.spec.settings), occasion.tool.name, _wanted(occasion)
+        settings, tool = parsed(VaultSettings, occasion.spec.settings), occasion.tool.name
+        wanted = chosen(occasion.spec.settings["scopes"], occasion, "path")
         token, end = await _token(settings, tool)
         data = wanted.get("data")
         answer = await _ask(settings, "GET" if data is None else "PUT", wanted["path"], token, data)
@@ -81,7 +82,7 @@ class VaultSource:
             spec = replace(spec, basic=bare(made.get(settings.user_field), self.name))
         handle = Secret(orjson.dumps([dict(occasion.spec.settings), tool, lease_id]).decode())
         value = bare(made.get(settings.field), self.name)
-        return leased(spec, lease_id, value, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
+        return leased(spec, value, lease_id=lease_id, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
 
     async def renew(self, lease: Lease, occasion: Occasion, now: float) -> Lease | None:
         """The same secret for as long as Vault makes it, if the broker's own token read it."""
@@ -102,12 +103,6 @@ class VaultSource:
         answer = await _ask(settings, "PUT", "sys/leases/revoke", token, {"lease_id": lease_id, "sync": True})
         if not answer.ok:
             raise _refused(answer, f"to revoke a lease of {tool!r}", "allow the broker's policy `update` on sys/leases/revoke")
-
-
-def _wanted(occasion: Occasion) -> Mapping[str, Any]:
-    scopes = occasion.spec.settings["scopes"]
-    wanted: Mapping[str, Any] = scopes if isinstance(scopes.get("path"), str) else chosen(scopes, occasion)
-    return wanted
 
 
 async def _token(settings: VaultSettings, tool: str) -> tuple[str, float]:
@@ -135,7 +130,7 @@ async def _ask(settings: VaultSettings, method: str, path: str, token: str | Non
     if settings.namespace:
         headers["x-vault-namespace"] = settings.namespace
     url = f"{settings.address.rstrip('/')}/v1/{path}"
-    return await ask(method, url, headers=headers, body=body, ca=settings.ca["file"] if settings.ca else None)
+    return await ask(method, url, headers=headers, body=body, ca=settings.ca)
 
 
 def _refused(answer: Answer, what: str, remedy: str) -> CredentialUnavailable:

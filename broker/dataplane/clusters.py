@@ -20,7 +20,7 @@ from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane.filters import http_filter, rbac_filter
-from broker.dataplane.proto import any_of, extension, inline, one_endpoint, seconds, socket
+from broker.dataplane.proto import extension, inline, one_endpoint, seconds, socket
 from broker.dataplane.routes import tool_cluster
 from broker.dataplane.site import PROCESSOR
 from broker.policy.agreement import is_address
@@ -100,7 +100,7 @@ def _tls(entry: Tool, system_roots: str) -> core.TransportSocket:
 
 def _http(version: Mapping[str, object], filters: list[HttpFilter]) -> dict[str, Any]:
     options = upstream_http.HttpProtocolOptions(http_filters=filters, **version)  # type: ignore[arg-type]  # one of the three
-    return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": any_of(options)}
+    return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(options)}
 
 
 def _addresses(allowed: tuple[str, ...]) -> HttpFilter:

@@ -16,14 +16,9 @@ ADS = core.ConfigSource(ads=core.AggregatedConfigSource(), resource_api_version=
 Place = TypeVar("Place")
 
 
-def any_of(message: betterproto2.Message) -> Any:
-    """The message packed with its type URL."""
-    return Any.pack(message)
-
-
 def extension(place: Callable[..., Place], name: str, config: betterproto2.Message) -> Place:
     """An extension of Envoy's by name, for the `place` that it stands in (`HttpFilter`, `TransportSocket`, …)."""
-    return place(name=name, typed_config=any_of(config))
+    return place(name=name, typed_config=Any.pack(config))
 
 
 def seconds(value: float) -> timedelta:

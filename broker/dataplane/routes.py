@@ -16,7 +16,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane import site
 from broker.dataplane.filters import EXT_PROC
-from broker.dataplane.proto import any_of, inline, seconds
+from broker.dataplane.proto import inline, seconds
 from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot, Tool
 
@@ -87,7 +87,7 @@ def _tunnel(tool: Tool) -> Route:
     action = _to(inner_listener(tool))
     ended_here = route_v3.RouteActionUpgradeConfigConnectConfig()
     action.upgrade_configs = [route_v3.RouteActionUpgradeConfig(upgrade_type="CONNECT", connect_config=ended_here)]
-    judged_inside = {EXT_PROC: any_of(ExtProcPerRoute(disabled=True))}
+    judged_inside = {EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True))}
     return Route(name=f"{site.PROXY}/{tool.name}", match=_CONNECT, route=action, typed_per_filter_config=judged_inside)
 
 
@@ -120,4 +120,4 @@ def _denied(listener: str) -> list[Route]:
 
 def _no_tunnel(listener: str) -> dict[str, Any]:
     # ext_authz judges CONNECT alone, and only the proxy's filters have it.
-    return {site.EXT_AUTHZ: any_of(ExtAuthzPerRoute(disabled=True))} if listener == site.PROXY else {}
+    return {site.EXT_AUTHZ: Any.pack(ExtAuthzPerRoute(disabled=True))} if listener == site.PROXY else {}

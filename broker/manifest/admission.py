@@ -109,13 +109,9 @@ def _said(source: Source) -> Iterator[tuple[object, Pointer, str, str]]:
     if isinstance(model, Tool):
         for name in model.spec.operations:
             calls = _matched(model.spec.protocol, name, model.spec.match(name))
+            here: Pointer = ("spec", "operations", name)
             if calls:
-                yield (
-                    (source, calls),
-                    ("spec", "operations", name),
-                    "operation_ambiguous",
-                    "an operation that matches these calls",
-                )
+                yield (source, calls), here, "operation_ambiguous", "an operation that matches these calls"
 
 
 def _matched(protocol: str, name: str, match: Match) -> object:
@@ -195,7 +191,10 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
             yield here, "credential_invalid", _SIGNED
     loopback = [ipaddress.ip_network(address).is_loopback for address in spec.upstream.addresses]
     if spec.endpoint.scheme == "http" and not (loopback and all(loopback)):
-        yield _UNSAFE_PLAINTEXT if spec.unsafe_plaintext else _ENDPOINT_PLAINTEXT
+        if spec.unsafe_plaintext:
+            yield ("spec", "unsafe_plaintext"), "unsafe_plaintext", _UNSAFE_PLAINTEXT
+        else:
+            yield ("spec", "endpoint"), "endpoint_plaintext", _ENDPOINT_PLAINTEXT
     for name, operation in spec.operations.items():
         place: Pointer = ("spec", "operations", name)
         match = spec.match(name)
@@ -206,28 +205,22 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
 
 
 _SIGNED = "only keys of the issuer aws-sts sign, and they do nothing else; write as: {sigv4: {service, region}} there alone"
-_UNSAFE_PLAINTEXT: Problem = (
-    ("spec", "unsafe_plaintext"),
-    "unsafe_plaintext",
-    "calls and credentials of this tool travel in plain text; use https as soon as the tool can",
-)
-_ENDPOINT_PLAINTEXT: Problem = (
-    ("spec", "endpoint"),
-    "endpoint_plaintext",
-    "calls and credentials would travel in plain text; use https, or list only loopback ranges in upstream.addresses",
+_UNSAFE_PLAINTEXT = "calls and credentials of this tool travel in plain text; use https as soon as the tool can"
+_ENDPOINT_PLAINTEXT = (
+    "calls and credentials would travel in plain text; use https, or list only loopback ranges in upstream.addresses"
 )
 
 
 def _match(here: Pointer, protocol: str, match: Match) -> Iterator[Problem]:
+    by_path, why = match.method and match.path and not match.tool, ""
     if protocol == "mcp" and (match.method or match.path):
         why = "method and path mean nothing to MCP; write match: {tool: NAME}, or leave match out"
-        yield here, "match_invalid", why
-    if protocol in PROVIDERS and (not match.method or not match.path or match.tool):
+    if protocol in PROVIDERS and not by_path:
         names = " or ".join(PROVIDERS[protocol])
         why = f"only {names} is known by its name alone; write match: {{method: GET, path: /…}}, or one of these names"
-        yield here, "match_invalid", why
-    if protocol == "rest" and (not match.method or not match.path or match.tool):
+    if protocol == "rest" and not by_path:
         why = "a REST operation is known by its method and path, and nothing else; write match: {method: GET, path: /…}"
+    if why:
         yield here, "match_invalid", why
 
 

@@ -180,11 +180,8 @@ Bytes = Annotated[
 ]
 # k, M and G are thousands, millions and billions.
 _PER = "/(s|min|minute|h|hour|d|day)$"
-_COUNT, _SIZE, _MONEY = (
-    r"^[0-9]{1,9}(\.[0-9]{1,9})?[kMG]?",
-    r"^[0-9]{1,9}(\.[0-9]{1,9})?(KiB|MiB|GiB)?",
-    r"^[0-9]{1,9}(\.[0-9]{1,9})?",
-)
+_MONEY = r"^[0-9]{1,9}(\.[0-9]{1,9})?"
+_COUNT, _SIZE = _MONEY + "[kMG]?", _MONEY + "(KiB|MiB|GiB)?"
 CountRate = Annotated[Rate, _text(_rate(_THOUSANDS, "20/hour"), shown=Annotated[str, Field(pattern=_COUNT + _PER)])]
 SizeRate = Annotated[Rate, _text(_rate(_SIZES, "50MiB/day"), shown=Annotated[str, Field(pattern=_SIZE + _PER)])]
 MoneyRate = Annotated[Rate, _text(_rate({"": 1}, "50/day", NANO), shown=Annotated[str, Field(pattern=_MONEY + _PER)])]

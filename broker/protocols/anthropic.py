@@ -10,14 +10,12 @@ from typing import Any
 import orjson
 
 from broker.policy.types import Json
-from broker.protocols.models import Answer, Body, Dialect
+from broker.protocols.models import Answer, Body, Dialect, words
 
-_MESSAGES = frozenset(
-    {
-        "cache_control", "max_tokens", "messages", "metadata", "model", "output_config", "service_tier", "stop_sequences",
-        "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
-}
-)  # fmt: skip
+_MESSAGES = words(
+    "cache_control max_tokens messages metadata model output_config service_tier stop_sequences stream system temperature "
+    "thinking tool_choice tools top_k top_p"
+)
 _INPUT = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
@@ -28,14 +26,9 @@ class Anthropic(Dialect):
     bodies: Mapping[str, Body] = {
         "messages": Body(_MESSAGES, ("system", "messages", "tools", "output_config"), ("system", "messages", "tools"))
     }
-    inert = frozenset(
-        {
-            "custom", "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use", "tool_result",
-            "base64", "content",
-}
-    )  # fmt: skip
-    opaque = frozenset({"input", "input_schema", "input_examples", "cache_control", "citations"})
-    words: Mapping[str, str] = {"mcp_servers": "mcp", "file": "stored", "thread": "stored"}
+    inert = words("custom text image document search_result thinking redacted_thinking tool_use tool_result base64 content")
+    opaque = words("input input_schema input_examples cache_control citations")
+    renamed: Mapping[str, str] = {"mcp_servers": "mcp", "file": "stored", "thread": "stored"}
     untyped_tools = True
     errors: Mapping[int, str] = {
         400: "invalid_request_error",

@@ -54,6 +54,11 @@ _STORED = ("file_id", "file_ids")
 _RETRIABLE = frozenset({Code.RATE_LIMITED, Code.CONCURRENCY_LIMITED, *(code for code in STATUS if STATUS[code] == 503)})  # noqa: PLR2004
 
 
+def words(text: str) -> frozenset[str]:
+    """The words in a text."""
+    return frozenset(text.split())
+
+
 class Node(NamedTuple):
     """A value in the body, and the way to it."""
 
@@ -123,7 +128,7 @@ class Dialect(ABC):
     """The types of tools, messages and content that run and fetch nothing."""
     opaque: frozenset[str]
     """The keys under which stands what is data to the provider: schemas, a tool's arguments, citations."""
-    words: Mapping[str, str]
+    renamed: Mapping[str, str]
     """The words of members and types that have another than their own name."""
     untyped_tools: bool
     """Whether a tool without a type is the agent's own."""
@@ -228,7 +233,7 @@ class Dialect(ABC):
                     yield Node(node, key, value), "stored"
 
     def _word(self, name: object) -> str:
-        return self.words.get(name, name) if isinstance(name, str) and _WORD.fullmatch(name) else UNNAMED
+        return self.renamed.get(name, name) if isinstance(name, str) and _WORD.fullmatch(name) else UNNAMED
 
 
 def _object(request: Request, call: ToolCall) -> dict[str, Any]:

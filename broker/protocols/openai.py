@@ -9,23 +9,19 @@ from typing import Any
 import orjson
 
 from broker.policy.types import Json
-from broker.protocols.models import Answer, Body, Dialect
+from broker.protocols.models import Answer, Body, Dialect, words
 
-_COMMON = frozenset(
-    {
-        "max_output_tokens", "metadata", "model", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
-        "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream", "stream_options", "temperature",
-        "tool_choice", "tools", "top_logprobs", "top_p", "user",
-}
-)  # fmt: skip
-_CHAT = _COMMON - {"max_output_tokens"} | {
-    "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
-    "messages", "modalities", "n", "prediction", "presence_penalty", "reasoning_effort", "response_format", "seed", "stop",
-    "verbosity",
-}  # fmt: skip
-_RESPONSES = _COMMON | {"include", "input", "instructions", "max_tool_calls", "reasoning", "text", "truncation"}
-_EMBEDDINGS = frozenset({"dimensions", "encoding_format", "input", "model", "user"})
-_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_COMMON = words(
+    "max_output_tokens metadata model parallel_tool_calls prompt_cache_key prompt_cache_options prompt_cache_retention "
+    "safety_identifier service_tier store stream stream_options temperature tool_choice tools top_logprobs top_p user"
+)
+_CHAT = _COMMON - {"max_output_tokens"} | words(
+    "frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages modalities n "
+    "prediction presence_penalty reasoning_effort response_format seed stop verbosity"
+)
+_RESPONSES = _COMMON | words("include input instructions max_tool_calls reasoning text truncation")
+_EMBEDDINGS = words("dimensions encoding_format input model user")
+_ENDS = words("response.completed response.incomplete response.failed")
 
 
 class OpenAI(Dialect):
@@ -39,27 +35,13 @@ class OpenAI(Dialect):
         "responses": Body(_RESPONSES, ("input", "instructions", "tools", "text"), ("input", "tools")),
         "embeddings": Body(_EMBEDDINGS, ("input",), ("input",)),
     }
-    inert = frozenset(
-        {
-            "function", "custom", "message", "function_call", "function_call_output", "custom_tool_call",
-            "custom_tool_call_output", "reasoning", "text", "input_text", "output_text", "reasoning_text", "summary_text",
-            "refusal", "content", "image_url", "input_image", "input_audio", "input_file", "file", "video_url", "audio_url",
-}
-    )  # fmt: skip
-    opaque = frozenset(
-        {
-            "parameters",
-            "output_schema",
-            "format",
-            "arguments",
-            "annotations",
-            "logprobs",
-            "caller",
-            "cache_control",
-            "function_call",
-        }
+    inert = words(
+        "function custom message function_call function_call_output custom_tool_call custom_tool_call_output reasoning text "
+        "input_text output_text reasoning_text summary_text refusal content image_url input_image input_audio input_file file "
+        "video_url audio_url"
     )
-    words: Mapping[str, str] = {
+    opaque = words("parameters output_schema format arguments annotations logprobs caller cache_control function_call")
+    renamed: Mapping[str, str] = {
         "web_search_options": "web_search",
         "previous_response_id": "stored",
         "conversation": "stored",
@@ -100,16 +82,11 @@ class OpenAI(Dialect):
 
 
 def _told(usage: Any, otherwise: Json, seen: Answer) -> None:
-    if "input_tokens" in usage:
-        details, total, output = usage.get("input_tokens_details"), usage["input_tokens"], usage["output_tokens"]
-    else:
-        details, total, output = (
-            usage.get("prompt_tokens_details"),
-            usage["prompt_tokens"],
-            usage.get("completion_tokens", otherwise),
-        )
-    details = details or {}
-    seen.tell(total, output, details.get("cached_tokens"), details.get("cache_write_tokens"))
+    # Responses have other words for it than completions.
+    read, made = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
+    details = usage.get(f"{read}_tokens_details") or {}
+    cached, written = details.get("cached_tokens"), details.get("cache_write_tokens")
+    seen.tell(usage[f"{read}_tokens"], usage.get(f"{made}_tokens", otherwise), cached, written)
 
 
 def _chunk(document: Any, seen: Answer) -> None:

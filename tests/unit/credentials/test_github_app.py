@@ -52,11 +52,15 @@ def test_a_token_may_do_what_the_operation_does(github, settings, operation, eff
 
 @pytest.mark.parametrize(
     ("operation", "effect", "permissions"),
-    [("issues.create", Effect.WRITE, {"issues": "write"}), ("files.get", Effect.READ, {"contents": "read"})],
-    ids=["by its name", "by its effect"],
+    [
+        pytest.param("issues.create", Effect.WRITE, {"issues": "write"}, id="by its name"),
+        pytest.param("files.get", Effect.READ, {"contents": "read"}, id="by its effect"),
+        pytest.param("permissions", Effect.WRITE, {"issues": "read"}, id="by a name that is the field's too"),
+    ],
 )
 def test_an_operation_may_have_permissions_of_its_own(github, settings, operation, effect, permissions):
-    scopes = {"issues.create": {"permissions": {"issues": "write"}}, "read": {"permissions": {"contents": "read"}}}
+    written = {"issues.create": {"issues": "write"}, "read": {"contents": "read"}, "permissions": {"issues": "read"}}
+    scopes = {word: {"permissions": those} for word, those in written.items()}
     asked = settings | {"scopes": scopes}
     assert problems_of(GithubAppSource, asked) == []
     _, told = token(github, occasion(asked, operation, effect))

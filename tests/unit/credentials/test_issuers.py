@@ -44,7 +44,7 @@ def shows(value):
     [
         Secret("hunter2"),
         Lease("id", "static", "authorization", Secret("hunter2")),
-        leased(CredentialSpec("static", {}, basic="bot"), "id", "hunter2", handle=Secret("hunter2")),
+        leased(CredentialSpec("static", {}, basic="bot"), "hunter2", handle=Secret("hunter2")),
         Revocation("oauth", Secret("hunter2"), None, 0.0),
         Answer(200, {"access_token": "hunter2"}),
         Outgoing("GET", "https://crm.example/", (("authorization", "Bearer hunter2"),), b""),

@@ -68,7 +68,9 @@ class Kept:
         if self.fault:
             raise self.fault
         expires = None if self.life is None else now + self.life
-        return leased(occasion.spec, f"id-{token}", token, expires=expires, handle=Secret(token) if self.handles else None)
+        return leased(
+            occasion.spec, token, lease_id=f"id-{token}", expires=expires, handle=Secret(token) if self.handles else None
+        )
 
     async def revoke(self, handle):
         if self.fault:
