@@ -46,7 +46,7 @@ UNNAMED = "(unnamed)"
 
 _REST = Rest()
 _MOST_WORDS = 32
-_ABSURD = 2**40  # tokens; no answer used that many
+_ABSURD = 2**40  # tokens; no answer used that many, and what they cost is still a number of 64 bits
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _FETCHED = re.compile(r"(?:.*_)?ur[il]|image|video|audio", re.DOTALL)
 _MISREAD = (ValueError, TypeError, LookupError, AttributeError)
@@ -194,14 +194,15 @@ class Dialect(ABC):
         stated = [number for field in outputs if (number := _count(body, field, 0)) is not None]
         schema = operation.schemas.get("body")
         taken = [field for field in outputs if schema and field in schema.source.get("properties", {})]
-        most = max(stated, default=None) if outputs else 0
+        most, choices = max(stated, default=None) if outputs else 0, _count(body, "n", 1) or 1
+        must((most or 1) * choices <= _ABSURD, "the body asks for more output than any record can hold")
         return ModelCall(
             name,
             input_tokens=size + (OWN if outputs else 0) + sum(IMAGE - len(image) for node in nodes for image in _images(node)),
             prompt_hash=_hash(orjson.dumps(prompt, option=orjson.OPT_SORT_KEYS)),
             max_output=most,
             output_field=(*taken, *outputs)[0] if most is None else "",
-            choices=_count(body, "n", 1) or 1,
+            choices=choices,
             stream=bool(stream),
             server_tools=tuple((node.pointer, word) for word, node in asks.items()),
         )
