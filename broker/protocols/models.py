@@ -48,7 +48,8 @@ _REST = Rest()
 _MOST_WORDS = 32
 _ABSURD = 2**40  # tokens; no answer used that many, and what they cost is still a number of 64 bits
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_FETCHED = re.compile(r"(?:.*_)?ur[il]|image|video|audio", re.DOTALL)
+# In any case: hosts written in Go read a key in whatever case it comes.
+_FETCHED = re.compile(r"(?:.*_)?ur[il]|image|video|audio", re.DOTALL | re.IGNORECASE)
 _MISREAD = (ValueError, TypeError, LookupError, AttributeError)
 _STORED = ("file_id", "file_ids")
 _RETRIABLE = frozenset({Code.RATE_LIMITED, Code.CONCURRENCY_LIMITED, *(code for code in STATUS if STATUS[code] == 503)})  # noqa: PLR2004
@@ -223,9 +224,12 @@ class Dialect(ABC):
             elif not isinstance(kind, str) or kind not in self.inert:
                 yield Node(node, "type", kind), self._word(kind)
             for key, value in node.value.items():
-                if isinstance(value, str) and _FETCHED.fullmatch(key) and not value.startswith("data:"):
+                if _FETCHED.fullmatch(key) and any(
+                    isinstance(each, str) and not each.startswith("data:")
+                    for each in (value if isinstance(value, list) else [value])
+                ):
                     yield Node(node, key, value), "url"
-                if key in _STORED and value is not None:
+                if key.lower() in _STORED and value is not None:
                     yield Node(node, key, value), "stored"
 
     def _word(self, name: object) -> str:
