@@ -42,6 +42,7 @@ from broker.events import (
     Steps,
     WantBody,
 )
+from broker.identity import Evidence
 from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
@@ -154,11 +155,8 @@ class Exchange:
         if no_room:
             return _Denied(no_room, adapter, call)
 
-        # issue, unless the agent's identity was taken back or has ended while its body was waited for
-        still = case.identify(head.evidence)
-        if isinstance(still, Decision):
-            return _Denied(still, adapter, call)
-        lease = yield from self._lease(agent, tool, call)
+        # issue
+        lease = yield from self._lease(head.evidence, agent, tool, call)
         if isinstance(lease, Decision):
             return _Denied(lease, adapter, call)
 
@@ -237,7 +235,12 @@ class Exchange:
         services.metrics.waited_for_ledger(services.mono_ns() - asked)
         return event.answer if isinstance(event, Reserved) else LedgerUnavailable("the ledger gave no answer")
 
-    def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
+    def _lease(
+        self, evidence: Evidence, agent: Agent, tool: Tool, call: ToolCall
+    ) -> Generator[Command, Event, Lease | Decision | None]:
+        # The body may have been on its way for an hour: the identity may have been taken back or have ended meanwhile.
+        if isinstance(gone := self._case.identify(evidence), Decision):
+            return gone
         if tool.credential is None:
             return None
         services, operation = self._case.services, tool.operations.get(call.operation or "")
