@@ -63,6 +63,7 @@ _OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it 
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
+_PARTIAL = ("range", "if-range", "request-range")
 
 
 class Exchange:
@@ -166,7 +167,7 @@ class Exchange:
         injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
         send = Send(
             set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
-            remove_headers=clean.removed,
+            remove_headers=(*clean.removed, *_ranges(tool, call, clean.request)),
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
@@ -318,6 +319,17 @@ def _outgoing(tool: Tool, request: Request, body: bytes) -> Outgoing:
     endpoint, query = tool.endpoint, f"?{request.query}" if request.query else ""
     url = f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}"
     return Outgoing(request.method, url, request.headers, body)
+
+
+def _ranges(tool: Tool, call: ToolCall, request: Request) -> tuple[str, ...]:
+    """The headers that ask for a part of an answer (RFC 9110 section 14) which is read for the credential.
+
+    Asked for in parts of a few bytes each, no part would show it, and all together would.
+    """
+    operation = tool.operations.get(call.operation or "")
+    if tool.credential is None or (operation and operation.scrub == "unsafe_never"):
+        return ()
+    return tuple(sorted({name for name, _ in request.headers if name.replace("_", "-") in _PARTIAL}))
 
 
 def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:
