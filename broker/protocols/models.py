@@ -46,6 +46,7 @@ UNNAMED = "(unnamed)"
 
 _REST = Rest()
 _MOST_WORDS = 32
+_MOST_NODES = 50_000  # a fifth of a second
 _ABSURD = 2**40  # tokens; no answer used that many, and what they cost is still a number of 64 bits
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # In any case: hosts written in Go read a key in whatever case it comes.
@@ -247,6 +248,10 @@ def _nodes(body: dict[str, Any], members: tuple[str, ...], opaque: frozenset[str
     """Every object below these members, the outer ones first, but what stands under an opaque key."""
     waiting = [Node(None, member, body[member]) for member in members if member in body]
     for node in waiting:  # which grows meanwhile: no recursion, so no depth that fails
+        must(
+            len(waiting) <= _MOST_NODES,
+            f"the body has more than {_MOST_NODES} objects and lists; looking through them takes too long",
+        )
         value = node.value
         if isinstance(value, dict):
             yield node
