@@ -211,7 +211,9 @@ class Dialect(ABC):
 
     def _members(self, body: dict[str, Any], known: Body) -> Iterator[tuple[Node, str]]:
         for member, value in body.items():
-            if member not in known.members and value is not None and (member, value) != ("background", False):
+            # Another tier has another price than the platform's.
+            unknown = member not in known.members or (member, value) == ("service_tier", "priority")
+            if unknown and value is not None and (member, value) != ("background", False):
                 yield Node(None, member, value), self._word(member)
 
     def _parts(self, nodes: list[Node]) -> Iterator[tuple[Node, str]]:

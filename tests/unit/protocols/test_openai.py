@@ -218,6 +218,10 @@ URL = "https://x.example/a.png"
         ),
         pytest.param(EMBEDDINGS, {"input": [{"image": URL}]}, {"url": "/body/input/0/image"}, id="embeddings of an image"),
         pytest.param(
+            CHAT, {"service_tier": "priority"}, {"service_tier": "/body/service_tier"}, id="a tier that costs twice the price"
+        ),
+        pytest.param(CHAT, {"service_tier": "flex"}, {}, id="a tier that costs less"),
+        pytest.param(
             CHAT, {"messages": said(video=[PNG, URL])}, {"url": "/body/messages/0/content/0/video"}, id="a list of addresses"
         ),
         pytest.param(
