@@ -42,6 +42,7 @@ from broker.events import (
     Steps,
     WantBody,
 )
+from broker.identity import Evidence
 from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
@@ -62,6 +63,7 @@ _OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it 
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
+_PARTIAL = ("range", "if-range", "request-range")
 
 
 class Exchange:
@@ -152,11 +154,8 @@ class Exchange:
         if no_room:
             return _Denied(no_room, adapter, call)
 
-        # issue, unless the agent's identity was taken back or has ended while its body was waited for
-        still = case.identify(head.evidence)
-        if isinstance(still, Decision):
-            return _Denied(still, adapter, call)
-        lease = yield from self._lease(agent, tool, call)
+        # issue
+        lease = yield from self._lease(head.evidence, agent, tool, call)
         if isinstance(lease, Decision):
             return _Denied(lease, adapter, call)
 
@@ -167,7 +166,7 @@ class Exchange:
             return _Denied(UNRECORDED, adapter, call, record=False)
         send = Send(
             set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
-            remove_headers=clean.removed,
+            remove_headers=(*clean.removed, *_ranges(tool, call, clean.request)),
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
@@ -236,7 +235,12 @@ class Exchange:
         services.metrics.waited_for_ledger(services.mono_ns() - asked)
         return event.answer if isinstance(event, Reserved) else LedgerUnavailable("the ledger gave no answer")
 
-    def _lease(self, agent: Agent, tool: Tool, call: ToolCall) -> Generator[Command, Event, Lease | Decision | None]:
+    def _lease(
+        self, evidence: Evidence, agent: Agent, tool: Tool, call: ToolCall
+    ) -> Generator[Command, Event, Lease | Decision | None]:
+        # The body may have been on its way for an hour: the identity may have been taken back or have ended meanwhile.
+        if isinstance(gone := self._case.identify(evidence), Decision):
+            return gone
         if tool.credential is None:
             return None
         services, operation = self._case.services, tool.operations.get(call.operation or "")
@@ -320,6 +324,17 @@ def _outgoing(tool: Tool, request: Request, body: bytes) -> Outgoing:
     endpoint, query = tool.endpoint, f"?{request.query}" if request.query else ""
     url = f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}"
     return Outgoing(request.method, url, request.headers, body)
+
+
+def _ranges(tool: Tool, call: ToolCall, request: Request) -> tuple[str, ...]:
+    """The headers that ask for a part of an answer (RFC 9110 section 14) which is read for the credential.
+
+    Asked for in parts of a few bytes each, no part would show it, and all together would.
+    """
+    operation = tool.operations.get(call.operation or "")
+    if tool.credential is None or (operation and operation.scrub == "unsafe_never"):
+        return ()
+    return tuple(sorted({name for name, _ in request.headers if name.replace("_", "-") in _PARTIAL}))
 
 
 def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:

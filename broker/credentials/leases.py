@@ -79,7 +79,9 @@ class Leases:
         key = self._key(occasion)
         entry = self._entries.setdefault(key, _Entry())
         if len(self._entries) > self._bound:
-            self._forget([next(iter(self._entries))])
+            # Who asks for ever more (a session for each run that it names) loses its own, not those that others use.
+            own = (each for each in self._entries if each[0] == key[0] and each != key)
+            self._forget([next(own, next(iter(self._entries)))])
         flight = entry.flight or self._depart(key, entry, occasion, now)
         # `wait` leaves the flight alone when the time is over or the caller has gone.
         await asyncio.wait({flight}, timeout=WAIT_S)

@@ -18,6 +18,9 @@ RUNS_KEPT = 10_000
 """How many runs of one agent are remembered, the most recent: else an agent that names a new one with each call fills the memory.
 It gains nothing by that: the run that it names anew has spent nothing either."""
 
+COUNTS_KEPT = 10_000
+"""How many different calls of one run are remembered, the first forgotten first, and a tenth of them at once."""
+
 _FORGET_S = 7200.0  # twice the longest call: what is older will never be settled
 _EPSILON_S = 1e-6  # what a double of this size can't hold of a second
 
@@ -164,6 +167,8 @@ class MemoryLedger:
             case Kind.RUN | Kind.IDENTICAL if run:
                 name = counted(limit, spend)
                 run.counts[name] = run.counts.get(name, 0) + need
+                if len(run.counts) > COUNTS_KEPT:
+                    _forget_calls(run)
         return 0
 
     def settle(self, decision_id: str, spent: Mapping[Measure, int], now: float) -> None:
@@ -197,7 +202,9 @@ class MemoryLedger:
             case Kind.RATE if self.full_at[limit.key] == origin:
                 self.full_at[limit.key] += change * limit.per / max(limit.amount, 1)
             case Kind.RUN | Kind.IDENTICAL if grant.run:
-                grant.run.counts[counted(limit, grant.spend)] += change
+                name = counted(limit, grant.spend)
+                if name in grant.run.counts:
+                    grant.run.counts[name] += change
 
     def renew(self, now: float) -> None:
         """See `Ledger.renew`. Forgets what can't matter any more."""
@@ -247,6 +254,13 @@ def _charges(spend: Spend, run: Run | None) -> list[tuple[Limit, int]]:
     """The limits that bear on the call, each with what it needs of them."""
     amounts = spend.amounts if run is None or run.steps else {**spend.amounts, Measure.RUNS: 1}
     return [(limit, need) for limit in spend.limits if (need := amounts.get(limit.measure))]
+
+
+def _forget_calls(run: Run) -> None:
+    # What the run has spent stays; of calls, only those that are like one of long ago count anew.
+    told = [name for name in run.counts if f":{Kind.IDENTICAL}:" in name]
+    for name in told[: COUNTS_KEPT // 10]:
+        del run.counts[name]
 
 
 def counted(limit: Limit, spend: Spend) -> str:

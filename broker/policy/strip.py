@@ -40,11 +40,14 @@ class Stripped:
     request: Request
     removed: tuple[str, ...]
     query_changed: bool
+    placed: str = ""
+    """The header in which the tool's own credential goes."""
 
     @property
     def credential(self) -> str:
         """The header, or `the query`, in which the agent sent a credential of its own; empty where there was none."""
-        found = next((name for name in self.removed if name.replace("_", "-") in _CREDENTIALS), "")
+        own = _CREDENTIALS | {self.placed}
+        found = next((name for name in self.removed if name.replace("_", "-") in own), "")
         return found or ("the query" if self.query_changed else "")
 
 
@@ -54,10 +57,13 @@ def strip(tool: Tool, request: Request, path: str) -> Stripped:
     A credential-like query parameter stays only where an operation of the tool declares a query parameter of that name.
     """
     signs = tool.credential is not None and tool.credential.sigv4 is not None
-    removed = tuple(sorted({name for name, _ in request.headers if is_stripped(name) or (signs and _is_amazons(name))}))
+    placed = tool.credential.header.replace("_", "-") if tool.credential else ""
+    found = {name for name, _ in request.headers if is_stripped(name) or name.replace("_", "-") == placed}
+    removed = tuple(sorted(found | {name for name, _ in request.headers if signs and _is_amazons(name)}))
     headers = tuple(pair for pair in request.headers if pair[0] not in removed) if removed else request.headers
     query = _without_credentials(tool, request.query) if request.query else ""
-    return Stripped(Request(request.method, path, query, headers), removed, query_changed=query != request.query)
+    clean = Request(request.method, path, query, headers)
+    return Stripped(clean, removed, query_changed=query != request.query, placed=placed)
 
 
 def is_stripped(name: str) -> bool:

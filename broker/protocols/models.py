@@ -46,9 +46,11 @@ UNNAMED = "(unnamed)"
 
 _REST = Rest()
 _MOST_WORDS = 32
-_ABSURD = 2**40  # tokens; no answer used that many
+_MOST_NODES = 50_000  # a fifth of a second
+_ABSURD = 2**40  # tokens; no answer used that many, and what they cost is still a number of 64 bits
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_FETCHED = re.compile(r"(?:.*_)?ur[il]|image|video|audio", re.DOTALL)
+# In any case: hosts written in Go read a key in whatever case it comes.
+_FETCHED = re.compile(r"(?:.*_)?ur[il]|image|video|audio", re.DOTALL | re.IGNORECASE)
 _MISREAD = (ValueError, TypeError, LookupError, AttributeError)
 _STORED = ("file_id", "file_ids")
 _RETRIABLE = frozenset({Code.RATE_LIMITED, Code.CONCURRENCY_LIMITED, *(code for code in STATUS if STATUS[code] == 503)})  # noqa: PLR2004
@@ -199,21 +201,24 @@ class Dialect(ABC):
         stated = [number for field in outputs if (number := _count(body, field, 0)) is not None]
         schema = operation.schemas.get("body")
         taken = [field for field in outputs if schema and field in schema.source.get("properties", {})]
-        most = max(stated, default=None) if outputs else 0
+        most, choices = max(stated, default=None) if outputs else 0, _count(body, "n", 1) or 1
+        must((most or 1) * choices <= _ABSURD, "the body asks for more output than any record can hold")
         return ModelCall(
             name,
             input_tokens=size + (OWN if outputs else 0) + sum(IMAGE - len(image) for node in nodes for image in _images(node)),
             prompt_hash=_hash(orjson.dumps(prompt, option=orjson.OPT_SORT_KEYS)),
             max_output=most,
             output_field=(*taken, *outputs)[0] if most is None else "",
-            choices=_count(body, "n", 1) or 1,
+            choices=choices,
             stream=bool(stream),
             server_tools=tuple((node.pointer, word) for word, node in asks.items()),
         )
 
     def _members(self, body: dict[str, Any], known: Body) -> Iterator[tuple[Node, str]]:
         for member, value in body.items():
-            if member not in known.members and value is not None and (member, value) != ("background", False):
+            # Another tier has another price than the platform's.
+            unknown = member not in known.members or (member, value) == ("service_tier", "priority")
+            if unknown and value is not None and (member, value) != ("background", False):
                 yield Node(None, member, value), self._word(member)
 
     def _parts(self, nodes: list[Node]) -> Iterator[tuple[Node, str]]:
@@ -227,9 +232,12 @@ class Dialect(ABC):
             elif not isinstance(kind, str) or kind not in self.inert:
                 yield Node(node, "type", kind), self._word(kind)
             for key, value in node.value.items():
-                if isinstance(value, str) and _FETCHED.fullmatch(key) and not value.startswith("data:"):
+                if _FETCHED.fullmatch(key) and any(
+                    isinstance(each, str) and not each.startswith("data:")
+                    for each in (value if isinstance(value, list) else [value])
+                ):
                     yield Node(node, key, value), "url"
-                if key in _STORED and value is not None:
+                if key.lower() in _STORED and value is not None:
                     yield Node(node, key, value), "stored"
 
     def _word(self, name: object) -> str:
@@ -247,6 +255,10 @@ def _nodes(body: dict[str, Any], members: tuple[str, ...], opaque: frozenset[str
     """Every object below these members, the outer ones first, but what stands under an opaque key."""
     waiting = [Node(None, member, body[member]) for member in members if member in body]
     for node in waiting:  # which grows meanwhile: no recursion, so no depth that fails
+        must(
+            len(waiting) <= _MOST_NODES,
+            f"the body has more than {_MOST_NODES} objects and lists; looking through them takes too long",
+        )
         value = node.value
         if isinstance(value, dict):
             yield node

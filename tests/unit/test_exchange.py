@@ -366,6 +366,15 @@ def test_a_body_that_shows_the_credential_is_passed_without_it_wherever_it_is_cu
     assert outside.audit[-1]["masked"] == ["body"]
 
 
+def test_what_is_read_for_the_credential_is_not_asked_for_in_parts_that_are_too_short_to_show_it():
+    asked = head("GET", "/plain/items", ("range", "bytes=0-5"), ("if-range", "x"), ("accept", "*/*"))
+    [sent] = play(services(), asked)
+    assert {"range", "if-range"} <= set(sent.remove_headers)
+    assert "accept" not in sent.remove_headers
+    [sent] = play(services(snapshot=lambda: _snapshot(credential=False)), asked)
+    assert "range" not in sent.remove_headers
+
+
 def test_trailers_are_read_too_behind_a_body_that_is_read_and_behind_one_that_is_not():
     trailers = ResponseTrailers((("x-echo", SECRET), ("x-other", "1")))
     clean = Pass((("x-echo", "[credential removed]"),))

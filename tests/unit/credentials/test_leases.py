@@ -363,6 +363,19 @@ def test_the_bound_drops_the_least_recently_used_and_takes_it_back(source, clock
     run(scenario)
 
 
+def test_an_agent_that_asks_for_ever_more_leases_loses_its_own_and_nobody_elses(source, clock, box):
+    async def scenario():
+        small = Leases(source, box.put, clock, bound=3)
+        await small.issue(occasion(OTHER), clock.wall)
+        for number in range(9):
+            await small.issue(occasion(operation=f"op-{number}"), clock.wall)
+        assert small.cached(occasion(OTHER), clock.wall)
+        await box.attempt({"kept": source})
+        assert not any("other" in each for each in source.revoked)
+
+    run(scenario)
+
+
 def test_dropping_an_agent_takes_all_its_leases_back_and_nobody_elses(leases, source, clock, box):
     async def scenario():
         await leases.issue(occasion(), clock.wall)

@@ -46,6 +46,13 @@ def test_every_occurrence_goes_and_the_rest_keeps_its_order():
     assert (found.removed, found.query_changed) == (("cookie", "x_agent_id"), False)
 
 
+@pytest.mark.parametrize("name", ["x-crm-secret", "x_crm_secret", "x-crm_secret"])
+def test_what_stands_where_the_tools_own_credential_goes_is_the_agents_credential_however_it_is_spelled(name):
+    tool = Tool("t", "team", "rest", TOOL.endpoint, "r#", OPERATIONS, credential=CredentialSpec("static", {}, "x-crm-secret"))
+    found = strip(tool, Request("GET", "/x", "", ((name, "mine"), ("a", "1"))), "/x")
+    assert (found.request.headers, found.removed, found.credential) == ((("a", "1"),), (name,), name)
+
+
 def test_nothing_to_strip_changes_nothing():
     sent = (("accept", "*/*"),)
     found = strip(TOOL, Request("GET", "/x", "page=2&q=", sent), "/x")

@@ -76,6 +76,11 @@ def test_everything_else_is_plain_rest(request_):
         pytest.param(JSON, b'{"model": "m", "max_output_tokens": true}', id="a maximum that is no number"),
         pytest.param(JSON, b'{"model": "m", "max_output_tokens": 1.5}', id="a maximum that is a fraction"),
         pytest.param(JSON, b'{"model": "m", "max_output_tokens": -1}', id="a maximum below zero"),
+        pytest.param(JSON, b'{"model": "m", "max_output_tokens": 9223372036854775807}', id="a maximum that nobody can reach"),
+        pytest.param(JSON, b'{"model": "m", "n": 9223372036854775807}', id="more answers than can be counted"),
+        pytest.param(
+            JSON, json.dumps({"model": "m", "input": [[{"a": 0}]] * 30_000}).encode(), id="more objects than can be looked at"
+        ),
         pytest.param(JSON, json.dumps({"model": "m"} | {f"x{n}": 1 for n in range(40)}).encode(), id="too many unknown members"),
     ],
 )

@@ -217,6 +217,19 @@ URL = "https://x.example/a.png"
             CHAT, {"messages": said(type="link", link=URL)}, {"link": "/body/messages/0/content/0/type"}, id="an unknown part"
         ),
         pytest.param(EMBEDDINGS, {"input": [{"image": URL}]}, {"url": "/body/input/0/image"}, id="embeddings of an image"),
+        pytest.param(
+            CHAT, {"service_tier": "priority"}, {"service_tier": "/body/service_tier"}, id="a tier that costs twice the price"
+        ),
+        pytest.param(CHAT, {"service_tier": "flex"}, {}, id="a tier that costs less"),
+        pytest.param(
+            CHAT, {"messages": said(video=[PNG, URL])}, {"url": "/body/messages/0/content/0/video"}, id="a list of addresses"
+        ),
+        pytest.param(
+            CHAT,
+            {"messages": said(type="image_url", Image_URL={"URL": URL})},
+            {"url": "/body/messages/0/content/0/Image_URL/URL"},
+            id="an address under a key in another case",
+        ),
     ],
 )
 def test_what_the_provider_would_run_or_fetch_by_itself_is_named(api, members, asked):
