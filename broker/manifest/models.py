@@ -194,7 +194,7 @@ Money = Annotated[
     PlainValidator(_amount({"": 1}, "2.50", NANO), json_schema_input_type=float | Annotated[str, Field(pattern=_MONEY + "$")]),
 ]
 Params = dict[str, Annotated[ParameterSchema, PlainValidator(_schema, json_schema_input_type=dict[str, JsonValue])]]
-Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
+Reference = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
 ServerTool = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 # RFC 9110 section 5.1, in lower case.
 Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), AfterValidator(_header)]
@@ -250,7 +250,7 @@ class Credential(Model):
     __pydantic_extra__: dict[str, JsonValue]
 
     issuer: Word = Field(description="Who makes it: static, jwt, or another issuer that this broker has.")
-    secret: Secret | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
+    secret: Reference | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
     scopes: JsonValue = Field(None, description="What the credential is narrowed to; its shape is the issuer's.")
     audience: Word | None = Field(None, description="Whom a minted credential is for; the tool's name unless given.")
     ttl: Seconds | None = Field(None, description="How long a minted credential lives; the platform's max_ttl is the bound.")

@@ -44,7 +44,6 @@ BYTES_A_TOKEN = 3
 UNNAMED = "(unnamed)"
 """The word of what has no proper name; no manifest can write it."""
 
-_REST = Rest()
 _MOST_WORDS = 32
 _ABSURD = 2**40  # tokens; no answer used that many
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -118,11 +117,9 @@ class Answer:
         return b"".join(self.texts[place] for place in sorted(self.texts))
 
 
-class Dialect(ABC):
+class Dialect(Rest, ABC):
     """An adapter for one provider's APIs. Holds no state."""
 
-    name: str
-    locations: frozenset[str] = Rest.locations
     bodies: Mapping[str, Body]
     inert: frozenset[str]
     """The types of tools, messages and content that run and fetch nothing."""
@@ -134,13 +131,9 @@ class Dialect(ABC):
     """Whether a tool without a type is the agent's own."""
     errors: Mapping[int, str]
 
-    def body_limit(self, tool: Tool, request: Request) -> int | Refusal | None:
-        """As REST has it."""
-        return _REST.body_limit(tool, request)
-
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """The operation as REST recognises it; of a call of a model, what it asks for."""
-        call = _REST.recognise(tool, request, body)
+        call = super().recognise(tool, request, body)
         if isinstance(call, Refusal) or call.operation is None:
             return call
         api = api_at(self.name, request.method, "/" + "/".join(split_path(request.path)))
