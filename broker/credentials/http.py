@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
 from broker.manifest.addresses import parse_endpoint
-from broker.manifest.models import Word, refusal
+from broker.manifest.models import PemFile, Word, refusal
 
 _TIMEOUT_S = 10.0
 _REDIRECTS = range(300, 400)
@@ -41,10 +41,7 @@ def _url(text: str) -> str:
 
 
 Url = Annotated[Word, AfterValidator(_url)]
-Roots = Annotated[
-    dict[Literal["file"], Word],
-    Field(min_length=1, description="{file: PATH}: a PEM file of trust roots, in place of the system's."),
-]
+Roots = Annotated[PemFile, Field(description="{file: PATH}: a PEM file of trust roots, in place of the system's.")]
 
 
 @dataclass(frozen=True, slots=True)
