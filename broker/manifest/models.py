@@ -18,7 +18,7 @@ from broker.manifest.addresses import parse_endpoint, parse_spiffe
 from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS
-from broker.policy.schema import ParameterSchema, SchemaError
+from broker.policy.schema import ParameterSchema, SchemaError, json_pointer
 from broker.policy.snapshot import Endpoint
 from broker.policy.types import Code, Effect, Verdict
 from broker.redaction import REMEDY, redacted
@@ -145,7 +145,7 @@ def _literals(value: object, pointer: str) -> Iterator[str]:
     """Where in an issuer's fields a secret stands, by its form or by its field's name."""
     if isinstance(value, dict):
         for name, part in value.items():
-            here = f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}"
+            here = pointer + json_pointer(name)
             yield from (here,) if isinstance(part, str) and _SECRET_BY_NAME.fullmatch(name) else _literals(part, here)
     elif isinstance(value, list):
         for index, part in enumerate(value):

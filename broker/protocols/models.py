@@ -24,6 +24,7 @@ import orjson
 
 from broker.policy.match import split_path
 from broker.policy.providers import PROVIDERS, api_at
+from broker.policy.schema import json_pointer
 from broker.policy.snapshot import Grant, Operation, Tool
 from broker.policy.types import Code, Decision, Json, ModelCall, Refusal, Request, ToolCall, Usage
 from broker.protocols import strict
@@ -68,8 +69,7 @@ class Node(NamedTuple):
     @property
     def pointer(self) -> str:
         """RFC 6901, from the body; a part is shown up to 64 characters, for it may be as long as the agent likes."""
-        shown = str(self.part)[:64].replace("~", "~0").replace("/", "~1")
-        return f"{self.parent.pointer if self.parent else '/body'}/{shown}"
+        return (self.parent.pointer if self.parent else "/body") + json_pointer(str(self.part)[:64])
 
 
 @dataclass(frozen=True, slots=True)
