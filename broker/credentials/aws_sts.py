@@ -118,9 +118,8 @@ def _chain(session: Session) -> tuple[str, str, str | None]:
     except (BotoCoreError, ClientError) as error:
         what = f"AWS's chain of credentials failed ({type(error).__name__})"
         raise CredentialUnavailable(what, "see the broker's AWS configuration") from None
-    raise CredentialUnavailable(
-        "AWS's chain has no credentials for the broker", "give the broker a role, or write access_key and secret"
-    )
+    what = "AWS's chain has no credentials for the broker"
+    raise CredentialUnavailable(what, "give the broker a role, or write access_key and secret")
 
 
 def _policy(occasion: Occasion) -> bytes:

@@ -82,9 +82,8 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     try:
         context = await asyncio.to_thread(_context, file)
     except (OSError, ValueError) as error:
-        raise CredentialUnavailable(
-            f"the trust roots for {where} can't be read ({type(error).__name__})", f"see {file}"
-        ) from None
+        what = f"the trust roots for {where} can't be read ({type(error).__name__})"
+        raise CredentialUnavailable(what, f"see {file}") from None
     sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:
@@ -97,9 +96,8 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         # Of these, the text of a failed connection alone can't hold what was to be sent.
         why = f"{type(error).__name__}{f': {error}' if isinstance(error, httpx2.ConnectError) else ''}"
-        raise CredentialUnavailable(
-            f"{where} can't be reached ({why})", "see whether it is up, and its certificate trusted"
-        ) from None
+        what = f"{where} can't be reached ({why})"
+        raise CredentialUnavailable(what, "see whether it is up, and its certificate trusted") from None
     if response.status_code in _REDIRECTS:
         raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
     return Answer(response.status_code, document(received), _date(response.headers.get("date", "")), received)

@@ -499,10 +499,8 @@ class PlatformIdentity(Model):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.spire and self.trust_bundles:
-            raise refusal(
-                "SPIRE gives the bundles itself; take trust_bundles out, and federate other domains in SPIRE",
-                pointer="/trust_bundles",
-            )
+            why = "SPIRE gives the bundles itself; take trust_bundles out, and federate other domains in SPIRE"
+            raise refusal(why, pointer="/trust_bundles")
         return self
 
 
