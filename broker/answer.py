@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from broker.audit.record import Ending
 from broker.case import Case
-from broker.credentials.base import Lease, Secret
+from broker.credentials.base import Lease
 from broker.credentials.scrub import ScrubbedStream, Scrubber, scrubber_of
 from broker.events import Cut, Event, Mark, Observe, Pass, Replace, ResponseChunk, ResponseHead, ResponseTrailers, Steps
 from broker.policy.limits import NANO, Measure, used
@@ -177,8 +177,9 @@ class Answer:
         return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
 
 
-def hidden(lease: Lease | None, injected: tuple[tuple[str, Secret], ...]) -> Scrubber | None:
-    """What takes a lease's credential out of an answer: its bare values, and the headers as they were sent."""
+def hidden(lease: Lease | None) -> Scrubber | None:
+    """What takes a lease's credential out of an answer; without the session's token, a signature is worth nothing."""
     if lease is None:
         return None
-    return scrubber_of(tuple(value.reveal() for value in (*lease.secrets, *(value for _, value in injected))))
+    headers = () if lease.sign else (lease.value,)
+    return scrubber_of(tuple(value.reveal() for value in (*lease.secrets, *headers)))

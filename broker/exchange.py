@@ -47,7 +47,7 @@ from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
-from broker.policy.snapshot import Agent, Tool
+from broker.policy.snapshot import Agent, PolicySnapshot, Tool
 from broker.policy.strip import Stripped, strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter
@@ -128,9 +128,7 @@ class Exchange:
         _, agent = who
 
         # recognise
-        if head.protocol == _HTTP_10:
-            return _Denied(deny(Code.PROTOCOL_VIOLATION, "HTTP/1.0 is taken for CONNECT only"))
-        found = destination(snapshot, head.wire)
+        found = _destination(snapshot, head)
         if isinstance(found, Decision):
             return _Denied(found)
         tool, path = found
@@ -154,22 +152,26 @@ class Exchange:
         if no_room:
             return _Denied(no_room, adapter, call)
 
-        # issue
+        # issue, unless the agent's identity was taken back or has ended while its body was waited for
+        still = case.identify(head.evidence)
+        if isinstance(still, Decision):
+            return _Denied(still, adapter, call)
         lease = yield from self._lease(agent, tool, call)
         if isinstance(lease, Decision):
             return _Denied(lease, adapter, call)
 
+        injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
+
         # record
         if not case.record(decision, lease):
             return _Denied(UNRECORDED, adapter, call, record=False)
-        injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
         send = Send(
             set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
             remove_headers=clean.removed,
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
-        return send, Answer(case, adapter, tool, agent, call, hidden(lease, injected))
+        return send, Answer(case, adapter, tool, agent, call, hidden(lease))
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
@@ -298,6 +300,12 @@ class _Denied:
     adapter: Adapter | None = None
     call: ToolCall | Refusal | None = None
     record: bool = True
+
+
+def _destination(snapshot: PolicySnapshot, head: RequestHead) -> tuple[Tool, str] | Decision:
+    if head.protocol == _HTTP_10:
+        return deny(Code.PROTOCOL_VIOLATION, "HTTP/1.0 is taken for CONNECT only")
+    return destination(snapshot, head.wire)
 
 
 def _bounded(agent: Agent, call: ToolCall, body: bytes) -> tuple[ToolCall, bytes]:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from broker.errors import BrokerError
 from broker.manifest.models import Model
@@ -132,6 +132,14 @@ class Source(Declared, Protocol):
 
     async def revoke(self, handle: Secret) -> None:
         """Take a lease back at the issuer. Raises `CredentialUnavailable`: then it is tried again later."""
+
+
+@runtime_checkable
+class Renewing(Protocol):
+    """A source whose leases can be made to last longer."""
+
+    async def renew(self, lease: Lease, occasion: Occasion, now: float) -> Lease | None:
+        """The same credential with its new end; None where the issuer does not do it. May be cancelled."""
 
 
 def rendered(spec: CredentialSpec, secret: str) -> Secret:

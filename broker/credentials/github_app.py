@@ -34,8 +34,10 @@ class Permissions(Model):
 class GithubAppSettings(Issued):
     """A GitHub App, and where it is installed."""
 
-    secret: Reference = Field(description="The App's private key (PEM).")
-    app: Word = Field(description="The App's client ID, or its ID in quotes.")
+    secret: Reference = Field({"env": "GITHUB_APP_PRIVATE_KEY"}, description="The App's private key (PEM).")
+    app: Word | Reference = Field(  # type: ignore[assignment]  # of a union's dict, a literal key is text to mypy
+        {"env": "GITHUB_APP_ID"}, description="The App's client ID, or its ID in quotes; or where it is found."
+    )
     installation: int | None = Field(None, gt=0, description="The installation's ID; found by the owner if absent.")
     owner: Word | None = Field(
         None, description="The organisation or user that installed the App; if absent, the only `owner` that the manifest allows."
@@ -117,7 +119,8 @@ def _pinned_owner(occasion: Occasion) -> str:
 
 
 def _statement(settings: GithubAppSettings, tool: str, at: float) -> str:
-    claims = {"iss": settings.app, "iat": int(at) - _BACK_S, "exp": int(at) + _JWT_S}
+    app = settings.app if isinstance(settings.app, str) else referenced(settings.app, tool)
+    claims = {"iss": app, "iat": int(at) - _BACK_S, "exp": int(at) + _JWT_S}
     try:
         return jwt.encode(claims, referenced(settings.secret, tool), algorithm="RS256")
     except (ValueError, TypeError, jwt.PyJWTError):

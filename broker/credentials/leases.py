@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from broker import clock
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Source
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Renewing, Source
 from broker.credentials.outbox import Put, Revocation
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,13 @@ _Answer = Lease | CredentialUnavailable
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """What is known of one key; times by the steady clock. `ends` is when the issuer's own word of the lease is over."""
+    """What is known of one key; times by the steady clock.
+
+    `born` is when the credential was asked for, though its lease may have been renewed since; `ends` is its end by the issuer.
+    """
 
     lease: Lease | None = None
+    born: float = 0.0
     use_until: float = 0.0
     ahead: float = 0.0
     ends: float | None = None
@@ -109,7 +113,10 @@ class Leases:
         asked = self._steady()
         try:
             async with asyncio.timeout(FLIGHT_S):
-                lease = await self.source.fetch(occasion, now)
+                lease = await self._renewed(entry, occasion, now)
+                if lease is None:
+                    lease = await self.source.fetch(occasion, now)
+                    entry.born = asked
             return self._kept(key, entry, lease, occasion, now, asked)
         except CredentialUnavailable as error:
             failure = error
@@ -126,9 +133,18 @@ class Leases:
         entry.failure, entry.again = failure, self._steady() + FAILED_S
         return failure
 
+    async def _renewed(self, entry: _Entry, occasion: Occasion, now: float) -> Lease | None:
+        """The same credential for longer, where its source can and the platform still lets it; else None."""
+        steady, old = self._steady(), entry.lease
+        left = (entry.ends or 0.0) - steady
+        if old is None or not isinstance(self.source, Renewing) or entry.born + _most(occasion) - steady <= left + MARGIN_S:
+            return None
+        lease = await self.source.renew(old, occasion, now)
+        return lease if lease and lease.expires and lease.expires - now > left + MARGIN_S else None
+
     def _kept(self, key: _Key, entry: _Entry, lease: Lease, occasion: Occasion, now: float, asked: float) -> Lease:  # noqa: PLR0913, PLR0917 - what is known when it lands
         arrived = self._steady()
-        most = float(min(occasion.spec.settings.get("ttl") or occasion.max_ttl, occasion.max_ttl))
+        most = entry.born + _most(occasion) - asked
         left = most if lease.expires is None else lease.expires - now
         life = min(left, most)
         margin = min(MARGIN_S, life / 2)
@@ -145,6 +161,11 @@ class Leases:
         entry.ahead = max(entry.use_until - margin, (arrived + entry.use_until) / 2)
         entry.lease, entry.ends, entry.failure = replace(lease, expires=now + life), ends, None
         return entry.lease
+
+
+def _most(occasion: Occasion) -> float:
+    """How long one credential may be used, in seconds."""
+    return float(min(occasion.spec.settings.get("ttl") or occasion.max_ttl, occasion.max_ttl))
 
 
 _ENDED = "see how long its credentials live, and whether its clock is right"

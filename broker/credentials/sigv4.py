@@ -8,7 +8,7 @@ reads it otherwise refuses the call.
 import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from botocore.auth import SIGV4_TIMESTAMP, S3SigV4Auth, SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -54,6 +54,11 @@ class Signer:
         """`authorization`, `x-amz-date`, `x-amz-security-token` for a session, and `x-amz-content-sha256` for S3."""
         keys = Credentials(self.access_key, self.secret_key.reveal(), self.token.reveal() if self.token else None)
         url, _, query = outgoing.url.partition("?")
+        # AWS signs what a path means, so each octet in one spelling, however it was sent ("+" and "%2B" are the same object).
+        scheme, _, rest = url.partition("://")
+        host, slash, path = rest.partition("/")
+        segments = (quote(unquote_to_bytes(part), safe="-_.~") for part in path.split("/"))
+        url = f"{scheme}://{host}{slash}{'/'.join(segments)}"
         sent = {name: value for name, value in outgoing.headers if name == "content-type"}
         pairs = parse_qsl(query, keep_blank_values=True)
         request = AWSRequest(outgoing.method, url, headers=dict(sent), data=outgoing.body, params=pairs)

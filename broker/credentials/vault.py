@@ -1,7 +1,8 @@
 """`vault`: a dynamic secret of OpenBao or Vault, revoked there when it is no longer to be used.
 
 Laws: a secret without a lease has no end, and is not taken. It ends with its lease or with the token that it was read with,
-whichever is first. No lease is renewed, for that would keep one credential alive: asked again, Vault makes a new one.
+whichever is first. It is renewed within the life that the platform gives a credential, where its token outlives it: one that was
+read with a login's token ends with that, and another is read.
 https://developer.hashicorp.com/vault/docs/concepts/lease
 """
 
@@ -81,6 +82,17 @@ class VaultSource:
         handle = Secret(orjson.dumps([dict(occasion.spec.settings), tool, lease_id]).decode())
         value = bare(made.get(settings.field), self.name)
         return leased(spec, value, lease_id=lease_id, scopes=self.narrowed(occasion), expires=now + life, handle=handle)
+
+    async def renew(self, lease: Lease, occasion: Occasion, now: float) -> Lease | None:
+        """The same secret for as long as Vault makes it, if the broker's own token read it."""
+        settings, tool = parsed(VaultSettings, occasion.spec.settings), occasion.tool.name
+        if settings.login or lease.handle is None:
+            return None
+        token, end = await _token(settings, tool)
+        answer = await _ask(settings, "PUT", "sys/leases/renew", token, {"lease_id": orjson.loads(lease.handle.reveal())[-1]})
+        if not answer.ok:
+            return None
+        return replace(lease, expires=now + min(lifetime(answer.document.get("lease_duration"), None, self.name), end))
 
     async def revoke(self, handle: Secret) -> None:
         """Revoke the lease, and wait until Vault has done it. One that is gone already counts as revoked there."""

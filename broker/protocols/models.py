@@ -292,7 +292,7 @@ class _Metered:
         self._dialect, self._call, self._seen = dialect, call, Answer()
         self._events = Events() if stream else None
         self._held = None if stream else bytearray()
-        self._unread = not stream
+        self._whole = self._unread = not stream
         self._size = 0
 
     def feed(self, chunk: bytes, *, last: bool) -> bytes:  # noqa: ARG002 - what has ended says so itself
@@ -328,6 +328,9 @@ class _Metered:
         seen, call = self._read(), self._call
         if seen.told and seen.final:
             return seen.told
+        if self._unread and self._whole and call.max_output is not None:
+            # A whole answer is sent when all of it was generated: what is missing of it was used as well.
+            return Usage(call.input_tokens, call.max_output * call.choices, estimated=True)
         shown = self._size if self._unread else len(seen.text)
         output = max(seen.deltas, -(-shown // BYTES_A_TOKEN))
         if call.max_output is not None:

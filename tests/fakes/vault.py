@@ -16,7 +16,12 @@ class Token:
     children: set = field(default_factory=set)
 
 
-WORKS = {"database/creds/readonly": {"read"}, "aws/creds/deploy": {"update"}, "sys/leases/revoke": {"update"}}
+WORKS = {
+    "database/creds/readonly": {"read"},
+    "aws/creds/deploy": {"update"},
+    "sys/leases/revoke": {"update"},
+    "sys/leases/renew": {"update"},
+}
 
 
 class Vault(Server):
@@ -34,7 +39,9 @@ class Vault(Server):
         }
         self.token_ttl = 7200
         self.lease_ttl = 600
+        self.max_lease_ttl = 3600
         self.leases = {}
+        self.made = {}
         self.written = []
         self.changed = {}
 
@@ -55,6 +62,8 @@ class Vault(Server):
         capability = {"GET": "read", "PUT": "update", "POST": "update"}.get(method)
         if capability not in token.policy.get(path, ()):
             raise Refused(403, {"errors": ["1 error occurred:\n\t* permission denied\n\n"]})
+        if path == "sys/leases/renew":
+            return 200, self._renewed(asked.get("lease_id"))
         if path == "sys/leases/revoke":
             if not asked.get("lease_id"):
                 raise Refused(400, {"errors": ["lease_id must be specified"]})
@@ -71,9 +80,18 @@ class Vault(Server):
         self.tokens[name] = Token(ends, WORKS)
         return {"auth": {"client_token": name, "lease_duration": self.token_ttl, "renewable": True, "token_type": "service"}}
 
+    def _renewed(self, lease_id):
+        ends, data = self.leases.get(lease_id, (0, None))
+        if ends <= self.now:
+            raise Refused(400, {"errors": ["lease not found"]})
+        most = self.made[lease_id] + self.max_lease_ttl - self.now
+        self.leases[lease_id] = (self.now + min(self.lease_ttl, most), data)
+        return {"lease_id": lease_id, "lease_duration": int(min(self.lease_ttl, most)), "renewable": True}
+
     def _secret(self, path, token):
         lease_id = f"{path}/{len(self.seen):024d}"
         data = {"username": f"v-broker-{len(self.seen)}", "password": f"made-by-vault-{len(self.seen)}"}
         ends = self.now + self.lease_ttl
+        self.made[lease_id] = self.now
         self.leases[lease_id] = (ends if token.ends is None else min(ends, token.ends), data)
         return {"lease_id": lease_id, "lease_duration": self.lease_ttl, "renewable": True, "data": data} | self.changed

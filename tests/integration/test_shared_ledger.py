@@ -141,3 +141,35 @@ def again(broker):
             return ready(broker) and client.delete("/plain/items").status_code == 403
     except httpx.HTTPError:
         return False
+
+
+def test_where_the_platform_says_so_reads_pass_while_redis_is_away_counted_recorded_and_alerted():
+    redis, folder, upstream = RedisServer(), stack.short_folder(), stack.Upstream()
+    granted = {"plain": {"operations": {"items.list": {}, "items.create": {}}}}
+    stack.write_manifests(
+        folder / "manifests",
+        stack.tool("plain", f"http://127.0.0.1:{upstream.port}", OPERATIONS, upstream=LOOPBACK),
+        stack.agent("reader", granted, limits={"calls": "4/day"}),
+        stack.platform(ledger={"unsafe_reads_without_redis": True}),
+    )
+    broker = stack.Broker(folder / "manifests", folder / "state", {"BROKER_REDIS_URL": redis.url})
+    try:
+        stack.until(lambda: ready(broker), 15)
+        with broker.direct("reader") as client:
+            assert client.get("/plain/items").status_code == 200
+            redis.stop()
+            stack.until(lambda: not ready(broker), 5, "the broker notices")
+            assert [client.get("/plain/items").status_code for _ in range(2)] == [200, 200]
+            assert client.post("/plain/items").json()["code"] == "ledger_unavailable"
+            redis.start()
+            stack.until(lambda: ready(broker), 15, "the broker has joined again")
+            assert [client.get("/plain/items").status_code for _ in range(2)] == [200, 429]
+        degraded = [bool((record["limits"] or {}).get("degraded")) for record in broker.decisions(verdict="allow")]
+        assert degraded == [False, True, True, False]
+        alerts = [record["detail"] for record in broker.records() if record["event"] == "alert"]
+        assert [detail for detail in alerts if "reads pass on this broker's own limits" in detail]
+    finally:
+        broker.stop()
+        upstream.close()
+        redis.close()
+        shutil.rmtree(folder)

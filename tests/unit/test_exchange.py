@@ -492,6 +492,22 @@ def test_the_metrics_count_an_allow_that_is_not_in_the_record_as_what_became_of_
     assert [outside.metrics.registry.get_sample_value("broker_decisions_total", labels) for labels in told] == [1, 1]
 
 
+@pytest.mark.parametrize("ended", [pytest.param(False, id="taken back"), pytest.param(True, id="at its end")])
+def test_an_identity_that_goes_while_the_body_is_on_its_way_sends_nothing_and_gets_no_credential(ended):
+    now, desk = [NOW], Desk()
+    outside = limited(desk, now=lambda: now[0])
+    exchange = Exchange(outside)
+    assert isinstance(exchange.handle(POST), WantBody)
+    if ended:
+        now[0] += 3600
+    else:
+        outside.revocations.revoke_tokens("caller", NOW)
+    assert problem_of(exchange.handle(BODY))["code"] == "agent_unknown"
+    exchange.close()
+    assert desk.order == ["reserve", "refund", "decision"]
+    assert desk.standing() == (0, 0)
+
+
 def test_a_denial_that_can_not_be_recorded_is_a_denial_all_the_same():
     outside = services(audit=Records())
     outside.audit.full = frozenset({"decision"})

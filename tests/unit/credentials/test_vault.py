@@ -1,5 +1,6 @@
 """`vault`, against a Vault that checks tokens, policies, logins and leases."""
 
+import asyncio
 import base64
 import logging
 
@@ -9,6 +10,7 @@ from fakes.vault import WORKS, Token, Vault
 from issuing import FAULTS, NOW, done, fetched, occasion, problems_of, refused
 
 from broker.credentials.base import CredentialUnavailable
+from broker.credentials.leases import Leases
 from broker.credentials.vault import VaultSource
 from broker.policy.types import Effect
 
@@ -58,8 +60,42 @@ def test_a_lease_is_revoked_with_a_proof_of_that_time(vault, settings):
     done(VaultSource, lambda source: source.revoke(lease.handle))
 
 
-def test_asked_again_vault_makes_another_secret_and_renews_none(vault, settings):
-    assert len({secret(vault, occasion(settings))[0].lease_id for _ in range(2)}) == 2
+def test_a_lease_is_renewed_within_the_life_that_a_credential_may_have_and_then_another_is_made(vault, settings):
+    put, asked = [], occasion(settings | {"ttl": 1500})
+    leases = Leases(VaultSource(), put.extend, lambda: vault.now)
+
+    async def used_at(second):
+        vault.now = NOW + second
+        await leases.issue(asked, vault.now)
+        await asyncio.sleep(0)
+        if flights := [each.flight for each in leases._entries.values() if each.flight]:
+            await asyncio.wait(flights)
+        return leases.cached(asked, vault.now)
+
+    async def script():
+        first = await used_at(0)
+        for second in (550, 1120):
+            later = await used_at(second)
+            assert (later.lease_id, later.value) == (first.lease_id, first.value)
+            assert later.expires == vault.leases[first.lease_id][0] - (220 if second == 1120 else 0)
+        assert [(each.due, each.handle) for each in put] == [(NOW + 1500, first.handle)]
+        assert (await used_at(1460)).lease_id != first.lease_id
+
+    asyncio.run(script())
+    assert len(vault.leases) == 2
+
+
+@pytest.mark.parametrize("settings", ["approle"], indirect=True)
+def test_what_a_logins_token_has_read_ends_with_it_and_is_not_renewed(vault, settings):
+    lease, _ = secret(vault, occasion(settings))
+    assert done(VaultSource, lambda source: source.renew(lease, occasion(settings), NOW)) is None
+    assert secret(vault, occasion(settings))[0].lease_id != lease.lease_id
+
+
+def test_a_lease_that_vault_has_ended_is_not_renewed(vault, settings):
+    lease, _ = secret(vault, occasion(settings))
+    vault.leases.clear()
+    assert done(VaultSource, lambda source: source.renew(lease, occasion(settings), NOW)) is None
 
 
 def test_the_user_of_basic_authentication_may_be_made_too(vault, settings):

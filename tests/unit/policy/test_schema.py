@@ -43,6 +43,16 @@ def test_a_message_never_quotes_the_value(schema):
         assert "hunter2" not in violation.message
 
 
+def test_a_value_with_a_million_mistakes_holds_up_nobody():
+    schema = ParameterSchema({"items": {"type": "object"}}, RULE)
+    began = time.perf_counter()
+    [violation] = schema.violations([0] * 1_000_000, "body")
+    assert (violation.pointer, violation.rule, violation.message) == (
+        "/body/0", f"{RULE}/items/type", 'the value is not of type "object"',
+    )  # fmt: skip
+    assert time.perf_counter() - began < 1
+
+
 def test_a_hostile_pattern_and_value_take_linear_time():
     schema = ParameterSchema({"type": "string", "pattern": "^(a+)+$"}, RULE)
     started = time.process_time()
