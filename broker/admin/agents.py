@@ -8,13 +8,13 @@ from typing import Any
 
 from broker.audit.record import timestamp
 from broker.ledger.base import Balance, Ledger, LedgerUnavailable
+from broker.ledger.memory import PER_RUN
 from broker.policy.limits import NANO, TOKENS, Kind, Limit, Measure
 from broker.policy.snapshot import Agent, PolicySnapshot
 
 _DAY_S = 86_400
 _COUNTED = ("tokens", "usd")
 _UNITS = {**dict.fromkeys(TOKENS, "tokens"), Measure.USD: "usd", Measure.BYTES_OUT: "bytes", Measure.RUNS: "runs"}
-_PER_RUN = (Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL)
 
 
 async def shown(agent: Agent, ledger: Ledger, now: float) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _limit(limit: Limit, balance: Balance | None, now: float) -> dict[str, Any]:
         "left": _amount(limit, max(0, most - balance.spent)) if balance else None,
         "renews": timestamp(renews) if renews else None,
         "renews_in": round(max(0.0, renews - now), 3) if renews else None,
-        "per_run": limit.kind in _PER_RUN,
+        "per_run": limit.kind in PER_RUN,
     }
 
 

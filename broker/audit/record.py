@@ -167,12 +167,8 @@ def _used(usage: Usage, ending: Ending) -> dict[str, Any]:
 def _without_prompt(attempt: Attempt) -> dict[str, Json]:
     """The parameters of a model call without what was said in it: of the body, its model and its numbers and switches."""
     body = attempt.params.get("body")
-    kept = (
-        {name: value for name, value in body.items() if name == "model" or isinstance(value, (int, float))}
-        if isinstance(body, dict)
-        else {}
-    )
-    return {**attempt.params, "body": kept}
+    said = body.items() if isinstance(body, dict) else ()
+    return {**attempt.params, "body": {name: value for name, value in said if name == "model" or isinstance(value, (int, float))}}
 
 
 def config_record(now: float, mono_ns: int, detail: str, revision: str = "") -> dict[str, Any]:

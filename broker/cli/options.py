@@ -17,6 +17,7 @@ from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
 _PORTS = 65_535
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 REDIS = "BROKER_REDIS_URL"
 ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
@@ -50,8 +51,7 @@ def _together(*options: Decorator) -> Decorator:
 
 
 def _folder(name: str, default: str, what: str) -> Decorator:
-    kind = click.Path(path_type=Path, file_okay=False)
-    return click.option(name, type=kind, default=default, show_default=True, help=what)
+    return click.option(name, type=_FOLDER, default=default, show_default=True, help=what)
 
 
 def door(name: str, default: str, what: str) -> Decorator:
@@ -73,7 +73,7 @@ def _redis(_context: click.Context, _option: click.Parameter, url: str | None) -
     return parts.geturl()
 
 
-directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=click.Path(path_type=Path, file_okay=False))
+directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=_FOLDER)
 manifests = _folder("--manifests", "manifests", "The manifests folder.")
 state = _folder("--state", ".broker", "The broker's state folder.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

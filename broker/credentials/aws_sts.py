@@ -24,8 +24,7 @@ from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outg
 from broker.credentials.http import Answer, Url, ask
 from broker.credentials.settings import Issued, Lifetime, bare, chosen, lifetime, parsed
 from broker.credentials.sigv4 import Signer
-from broker.manifest.models import Model, Word, refusal
-from broker.manifest.models import Secret as Reference
+from broker.manifest.models import Model, Reference, Word, refusal
 
 _SHORTEST_S = 900
 # AWS takes a signature for five minutes; a clock that is off by less needs no second try.
@@ -93,16 +92,8 @@ class AwsStsSource:
         key, token = Secret(bare(told.get("SecretAccessKey"), self.name)), Secret(bare(told.get("SessionToken"), self.name))
         # What is signed later is signed by AWS's clock, as this answer tells it.
         sign = Signer(bare(told.get("AccessKeyId"), self.name), key, token, *occasion.spec.sigv4, (answer.date or now) - now)
-        return Lease(
-            f"{self.name}-{secrets.token_hex(8)}",
-            self.name,
-            "authorization",
-            token,
-            self.narrowed(occasion),
-            now + life,
-            (key, token),
-            sign,
-        )
+        lease_id, scopes = f"{self.name}-{secrets.token_hex(8)}", self.narrowed(occasion)
+        return Lease(lease_id, self.name, "authorization", token, scopes, now + life, (key, token), sign)
 
     async def revoke(self, handle: Secret) -> None:
         """Never asked: no lease has a handle."""
@@ -127,9 +118,8 @@ def _chain(session: Session) -> tuple[str, str, str | None]:
     except (BotoCoreError, ClientError) as error:
         what = f"AWS's chain of credentials failed ({type(error).__name__})"
         raise CredentialUnavailable(what, "see the broker's AWS configuration") from None
-    raise CredentialUnavailable(
-        "AWS's chain has no credentials for the broker", "give the broker a role, or write access_key and secret"
-    )
+    what = "AWS's chain has no credentials for the broker"
+    raise CredentialUnavailable(what, "give the broker a role, or write access_key and secret")
 
 
 def _policy(occasion: Occasion) -> bytes:

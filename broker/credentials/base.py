@@ -170,9 +170,8 @@ def leased(  # noqa: PLR0913 - a lease has as many parts
 def referenced(reference: object, tool: str) -> str:
     """The secret that `{env: NAME}` or `{file: PATH}` names, as it is now. Raises `CredentialUnavailable`."""
     if not isinstance(reference, Mapping) or len(reference) != 1:
-        raise CredentialUnavailable(
-            f"the credential of {tool!r} has no reference to a secret", "write {env: NAME} or {file: PATH}"
-        )
+        what = f"the credential of {tool!r} has no reference to a secret"
+        raise CredentialUnavailable(what, "write {env: NAME} or {file: PATH}")
     source, where = next(iter(reference.items()))
     return _from_environment(where, tool) if source == "env" else _from_file(where, tool)
 

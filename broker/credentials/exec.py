@@ -73,9 +73,8 @@ class ExecSource:
         answer = document(out)
         credential = answer.get("credential")
         if err:
-            said = err.decode(errors="replace").replace(
-                credential if isinstance(credential, str) and credential else "\0", "[redacted]"
-            )
+            hidden = credential if isinstance(credential, str) and credential else "\0"
+            said = err.decode(errors="replace").replace(hidden, "[redacted]")
             log.warning("%s says: %s", what, ascii(redacted(said[:_SHOWN])))
         if status:
             raise CredentialUnavailable(f"{what} ended with {status}", "see what it said in the broker's log")

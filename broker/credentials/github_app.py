@@ -15,8 +15,7 @@ from pydantic import Field
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, Url, ask
 from broker.credentials.settings import Issued, bare, chosen, lifetime, parsed
-from broker.manifest.models import Model, Word
-from broker.manifest.models import Secret as Reference
+from broker.manifest.models import Model, Reference, Word
 
 # The most that GitHub takes is ten minutes; it asks to begin a minute back, for clocks that differ.
 _JWT_S, _BACK_S = 540, 60
@@ -144,9 +143,8 @@ def _checked(answer: Answer, occasion: Occasion) -> tuple[str, float]:
     pinned = {name.lower() for name in occasion.pins.get("repo", ())}
     if pinned and (told.get("repository_selection") != "selected" or not set() < names <= pinned):
         raise _unusable("is a token for more repositories than were asked for, and it is not used")
-    return bare(told.get("token"), GithubAppSource.name), lifetime(
-        answer.left(told.get("expires_at")), None, GithubAppSource.name
-    )
+    issuer = GithubAppSource.name
+    return bare(told.get("token"), issuer), lifetime(answer.left(told.get("expires_at")), None, issuer)
 
 
 def _unusable(why: str) -> CredentialUnavailable:

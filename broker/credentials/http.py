@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
 from broker.manifest.addresses import parse_endpoint
-from broker.manifest.models import Word, refusal
+from broker.manifest.models import PemFile, Word, refusal
 
 _TIMEOUT_S = 10.0
 _REDIRECTS = range(300, 400)
@@ -41,10 +41,7 @@ def _url(text: str) -> str:
 
 
 Url = Annotated[Word, AfterValidator(_url)]
-Roots = Annotated[
-    dict[Literal["file"], Word],
-    Field(min_length=1, description="{file: PATH}: a PEM file of trust roots, in place of the system's."),
-]
+Roots = Annotated[PemFile, Field(description="{file: PATH}: a PEM file of trust roots, in place of the system's.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +82,8 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     try:
         context = await asyncio.to_thread(_context, file)
     except (OSError, ValueError) as error:
-        raise CredentialUnavailable(
-            f"the trust roots for {where} can't be read ({type(error).__name__})", f"see {file}"
-        ) from None
+        what = f"the trust roots for {where} can't be read ({type(error).__name__})"
+        raise CredentialUnavailable(what, f"see {file}") from None
     sent = {"accept": "application/json", "accept-encoding": "identity", **(headers or {})}
     client = httpx2.AsyncClient(verify=context, trust_env=False, follow_redirects=False, timeout=_TIMEOUT_S)
     try:
@@ -100,9 +96,8 @@ async def ask(  # noqa: PLR0913 - a request has as many parts
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         # Of these, the text of a failed connection alone can't hold what was to be sent.
         why = f"{type(error).__name__}{f': {error}' if isinstance(error, httpx2.ConnectError) else ''}"
-        raise CredentialUnavailable(
-            f"{where} can't be reached ({why})", "see whether it is up, and its certificate trusted"
-        ) from None
+        what = f"{where} can't be reached ({why})"
+        raise CredentialUnavailable(what, "see whether it is up, and its certificate trusted") from None
     if response.status_code in _REDIRECTS:
         raise CredentialUnavailable(f"{where} redirects, which is not followed", "write the URL that it leads to")
     return Answer(response.status_code, document(received), _date(response.headers.get("date", "")), received)

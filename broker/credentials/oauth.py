@@ -27,8 +27,7 @@ from broker import clock
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, Url, ask
 from broker.credentials.settings import Issued, bare, granted, lifetime, parsed, scopes_of
-from broker.manifest.models import Model, Word, refusal
-from broker.manifest.models import Secret as Reference
+from broker.manifest.models import Model, Reference, Word, refusal
 
 _TYPES = "urn:ietf:params:oauth:token-type:"
 _BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -141,12 +140,8 @@ class _Client:
     def asking(self, scopes: tuple[str, ...]) -> dict[str, Any]:
         """The request for a token."""
         settings, scope = self.settings, " ".join(scopes)
-        form = {
-            "grant_type": _GRANTS[settings.grant],
-            "scope": scope,
-            "audience": settings.audience,
-            "resource": settings.resource,
-        }
+        form: dict[str, str | None] = {"grant_type": _GRANTS[settings.grant], "scope": scope, "resource": settings.resource}
+        form["audience"] = settings.audience
         if settings.grant == "jwt-bearer":
             form["assertion"] = self._token() if settings.subject else self._signed({"scope": scope} if scope else {})
         if settings.grant == "token-exchange":
@@ -174,11 +169,9 @@ class _Client:
     def _token(self) -> str:
         """The subject's token."""
         how, what = next(iter((self.settings.subject or {}).items()))
-        return (
-            self.sign({"sub": self.subject, "aud": what, **self._times()})
-            if how == "minted"
-            else referenced({how: what}, self.tool)
-        )
+        if how == "minted":
+            return self.sign({"sub": self.subject, "aud": what, **self._times()})
+        return referenced({how: what}, self.tool)
 
     def _signed(self, more: Mapping[str, object]) -> str:
         """An assertion of the client's own (RFC 7523 section 3)."""

@@ -116,9 +116,8 @@ def lifetime(value: object, ttl: int | None, issuer: str) -> float:
 def bare(value: object, issuer: str) -> str:
     """The credential in an answer: one line of visible ASCII. Raises `CredentialUnavailable`."""
     if not isinstance(value, str) or not _VISIBLE.fullmatch(value):
-        raise CredentialUnavailable(
-            f"the issuer {issuer} answered without a credential that can be sent", "see its documentation"
-        )
+        what = f"the issuer {issuer} answered without a credential that can be sent"
+        raise CredentialUnavailable(what, "see its documentation")
     return value
 
 

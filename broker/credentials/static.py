@@ -6,14 +6,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, leased, referenced
-from broker.manifest.models import Model
-from broker.manifest.models import Secret as SecretReference
+from broker.manifest.models import Model, Reference
 
 
 class StaticSettings(Model):
     """A long-lived secret."""
 
-    secret: SecretReference = Field(description="Where the secret is: {env: NAME} or {file: PATH}.")
+    secret: Reference = Field(description="Where the secret is: {env: NAME} or {file: PATH}.")
 
 
 class StaticIssuer:

@@ -4,6 +4,8 @@ Law: `failure_mode_allow` is never set. ext_proc lets a request through when its
 the processor alone does not guard: the gate after it wants proof, per request, that the processor decided.
 """
 
+from dataclasses import replace
+
 import betterproto2
 import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
 import envoy_data_plane.envoy.config.core.v3 as core
@@ -37,6 +39,7 @@ OBSERVED = ext_proc.ProcessingMode(
     request_body_mode=_BODY.BUFFERED,
     response_header_mode=_SEND.SEND,
     response_body_mode=_BODY.STREAMED,
+    # Keeps the gRPC stream open while an answer streams unseen, at no cost per chunk, so that an abort cuts it.
     response_trailer_mode=_SEND.SEND,
 )
 """What the processor asks for to see an answer's body. Envoy ignores, without a word, an override that is not exactly this."""
@@ -80,15 +83,7 @@ def _ext_proc() -> HttpFilter:
         ext_proc.ExternalProcessor(
             grpc_service=to_processor(),
             failure_mode_allow=False,
-            processing_mode=ext_proc.ProcessingMode(
-                request_header_mode=_SEND.SEND,
-                request_body_mode=_BODY.BUFFERED,
-                request_trailer_mode=_SEND.SKIP,
-                response_header_mode=_SEND.SEND,
-                response_body_mode=_BODY.NONE,
-                # Keeps the gRPC stream open while the answer streams, at no cost per chunk, so that an abort cuts it.
-                response_trailer_mode=_SEND.SEND,
-            ),
+            processing_mode=replace(OBSERVED, request_header_mode=_SEND.SEND, response_body_mode=_BODY.NONE),
             allow_mode_override=True,
             allowed_override_modes=[OBSERVED],
             message_timeout=seconds(MESSAGE_TIMEOUT_S),

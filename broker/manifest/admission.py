@@ -16,6 +16,7 @@ from broker.manifest.models import Agent, Kind, Match, Params, Platform, Tool, T
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS, api_at
+from broker.policy.schema import json_pointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class Source:
     model: Kind
     cut: tuple[Pointer, ...] = ()
 
-    def rule(self, *pointer: str | int) -> str:
+    def rule(self, *place: str | int) -> str:
         """`file#pointer` (RFC 6901)."""
-        return f"{self.file}#" + "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in pointer)
+        return f"{self.file}#{json_pointer(*place)}"
 
 
 Problem = tuple[Pointer, str, str]

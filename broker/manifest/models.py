@@ -18,7 +18,7 @@ from broker.manifest.addresses import parse_endpoint, parse_spiffe
 from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS
-from broker.policy.schema import ParameterSchema, SchemaError
+from broker.policy.schema import ParameterSchema, SchemaError, json_pointer
 from broker.policy.snapshot import Endpoint
 from broker.policy.types import Code, Effect, Verdict
 from broker.redaction import REMEDY, redacted
@@ -145,7 +145,7 @@ def _literals(value: object, pointer: str) -> Iterator[str]:
     """Where in an issuer's fields a secret stands, by its form or by its field's name."""
     if isinstance(value, dict):
         for name, part in value.items():
-            here = f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}"
+            here = pointer + json_pointer(name)
             yield from (here,) if isinstance(part, str) and _SECRET_BY_NAME.fullmatch(name) else _literals(part, here)
     elif isinstance(value, list):
         for index, part in enumerate(value):
@@ -194,7 +194,7 @@ Money = Annotated[
     PlainValidator(_amount({"": 1}, "2.50", NANO), json_schema_input_type=float | Annotated[str, Field(pattern=_MONEY + "$")]),
 ]
 Params = dict[str, Annotated[ParameterSchema, PlainValidator(_schema, json_schema_input_type=dict[str, JsonValue])]]
-Secret = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
+Reference = Annotated[dict[Literal["env", "file"], Word], BeforeValidator(_reference)]
 ServerTool = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 # RFC 9110 section 5.1, in lower case.
 Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), AfterValidator(_header)]
@@ -250,7 +250,7 @@ class Credential(Model):
     __pydantic_extra__: dict[str, JsonValue]
 
     issuer: Word = Field(description="Who makes it: static, jwt, or another issuer that this broker has.")
-    secret: Secret | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
+    secret: Reference | None = Field(None, description="Where the issuer finds its secret. Never the secret itself.")
     scopes: JsonValue = Field(None, description="What the credential is narrowed to; its shape is the issuer's.")
     audience: Word | None = Field(None, description="Whom a minted credential is for; the tool's name unless given.")
     ttl: Seconds | None = Field(None, description="How long a minted credential lives; the platform's max_ttl is the bound.")
@@ -499,10 +499,8 @@ class PlatformIdentity(Model):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.spire and self.trust_bundles:
-            raise refusal(
-                "SPIRE gives the bundles itself; take trust_bundles out, and federate other domains in SPIRE",
-                pointer="/trust_bundles",
-            )
+            why = "SPIRE gives the bundles itself; take trust_bundles out, and federate other domains in SPIRE"
+            raise refusal(why, pointer="/trust_bundles")
         return self
 
 

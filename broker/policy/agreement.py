@@ -86,9 +86,8 @@ def _tunnel_mismatch(wire: Wire, tools: tuple[Tool, ...]) -> Decision | None:
     host, port = split_authority(wire.scheme, wire.authority)
     shown = f"[{host}]" if ":" in host else host
     if wire.connect_host != f"{shown}:{port}":
-        return deny(
-            Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}"
-        )
+        what = f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}"
+        return deny(Code.AUTHORITY_MISMATCH, what)
     if wire.scheme == "https" and wire.sni != host and not (wire.sni == "" and tools and is_address(host)):
         return deny(Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but TLS was opened to {wire.sni!r}")
     return None
@@ -120,8 +119,6 @@ def _by_name(snapshot: PolicySnapshot, wire: Wire) -> tuple[Tool, str] | Decisio
 
 def _agreed(wire: Wire, tool: Tool, relative: str) -> tuple[Tool, str] | Decision:
     if wire.route_tool is not None and wire.route_tool != tool.name:
-        return deny(
-            Code.AUTHORITY_MISMATCH,
-            f"this is a request for {tool.name!r}, but its route leads to {wire.route_tool or 'nowhere'!r}",
-        )
+        what = f"this is a request for {tool.name!r}, but its route leads to {wire.route_tool or 'nowhere'!r}"
+        return deny(Code.AUTHORITY_MISMATCH, what)
     return tool, relative

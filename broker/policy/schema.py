@@ -51,8 +51,8 @@ class ParameterSchema:
             return ()
         return tuple(
             Violation(
-                pointer=_pointer(location, error.instance_path),
-                rule=self.rule + _pointer("", error.schema_path),
+                pointer=json_pointer(location, *error.instance_path),
+                rule=self.rule + json_pointer(*error.schema_path),
                 message=error.message if len(error.message) <= _MESSAGE else f"{error.message[:_MESSAGE]}…",
             )
             for error in self._errors(value)
@@ -68,10 +68,9 @@ class ParameterSchema:
         return ()
 
 
-def _pointer(start: str, path: list[str | int]) -> str:
-    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in path)
-    head = f"/{start}" if start else ""
-    return head + "".join(f"/{part}" for part in escaped)
+def json_pointer(*parts: str | int) -> str:
+    """The JSON pointer (RFC 6901) of these keys and indices."""
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
 
 
 def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
@@ -83,7 +82,7 @@ def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
             if key in ("$id", "$schema"):
                 why = f"{key} is not used here: every schema is JSON Schema 2020-12; take it out"
             if why:
-                raise SchemaError(_pointer("", list(here)), why)
+                raise SchemaError(json_pointer(*here), why)
             if key not in ("const", "enum", "default", "examples"):
                 _refuse_references(value, here)
     elif isinstance(node, list):
@@ -101,7 +100,7 @@ def _compile(source: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
             message = "the pattern is not a regular expression that runs in linear time; avoid look-around and back-references"
         elif better := jsonschema.exceptions.best_match(_META.iter_errors(source)):
             path, message = list(better.absolute_path), better.message
-        raise SchemaError(_pointer("", path), message) from None
+        raise SchemaError(json_pointer(*path), message) from None
 
 
 def _property_types(source: Mapping[str, Any]) -> Mapping[str, str]:

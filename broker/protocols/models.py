@@ -24,6 +24,7 @@ import orjson
 
 from broker.policy.match import split_path
 from broker.policy.providers import PROVIDERS, api_at
+from broker.policy.schema import json_pointer
 from broker.policy.snapshot import Grant, Operation, Tool
 from broker.policy.types import Code, Decision, Json, ModelCall, Refusal, Request, ToolCall, Usage
 from broker.protocols import strict
@@ -44,7 +45,6 @@ BYTES_A_TOKEN = 3
 UNNAMED = "(unnamed)"
 """The word of what has no proper name; no manifest can write it."""
 
-_REST = Rest()
 _MOST_WORDS = 32
 _MOST_NODES = 50_000  # a fifth of a second
 _ABSURD = 2**40  # tokens; no answer used that many, and what they cost is still a number of 64 bits
@@ -71,8 +71,7 @@ class Node(NamedTuple):
     @property
     def pointer(self) -> str:
         """RFC 6901, from the body; a part is shown up to 64 characters, for it may be as long as the agent likes."""
-        shown = str(self.part)[:64].replace("~", "~0").replace("/", "~1")
-        return f"{self.parent.pointer if self.parent else '/body'}/{shown}"
+        return (self.parent.pointer if self.parent else "/body") + json_pointer(str(self.part)[:64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +119,9 @@ class Answer:
         return b"".join(self.texts[place] for place in sorted(self.texts))
 
 
-class Dialect(ABC):
+class Dialect(Rest, ABC):
     """An adapter for one provider's APIs. Holds no state."""
 
-    name: str
-    locations: frozenset[str] = Rest.locations
     bodies: Mapping[str, Body]
     inert: frozenset[str]
     """The types of tools, messages and content that run and fetch nothing."""
@@ -136,13 +133,9 @@ class Dialect(ABC):
     """Whether a tool without a type is the agent's own."""
     errors: Mapping[int, str]
 
-    def body_limit(self, tool: Tool, request: Request) -> int | Refusal | None:
-        """As REST has it."""
-        return _REST.body_limit(tool, request)
-
     def recognise(self, tool: Tool, request: Request, body: bytes) -> ToolCall | Refusal:
         """The operation as REST recognises it; of a call of a model, what it asks for."""
-        call = _REST.recognise(tool, request, body)
+        call = super().recognise(tool, request, body)
         if isinstance(call, Refusal) or call.operation is None:
             return call
         api = api_at(self.name, request.method, "/" + "/".join(split_path(request.path)))

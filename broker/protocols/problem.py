@@ -13,6 +13,8 @@ TYPE_PREFIX = "urn:broker:code:"
 """The problem's `type` is this and the code: an identifier to compare, not an address to fetch."""
 
 _WIDEN = "Ask for it by a pull request to the manifest of {agent}, and to the catalog if it is not there."
+_ENTRY = "Ask for a catalog entry by a pull request to the catalog."
+_APPROVER = "Tell your user that a person must approve it."
 _RULE = "If the call is right, widen the violated rule by a pull request to the file that it names."
 _LIMIT = "If the work needs more, raise the limit in the manifest of {agent} by a pull request."
 _LATER = "Try again later with growing pauses; nothing was sent to the tool."
@@ -22,12 +24,7 @@ _TOKEN = "Send a valid agent token (`broker token NAME`): in the proxy's address
 _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
     Code.AGENT_UNKNOWN: (401, "Unknown agent", _TOKEN, "Renew the token if it is over an hour old."),
     Code.AGENT_REVOKED: (403, "Agent revoked", "Stop working.", "Ask a human to review and release the agent."),
-    Code.HOST_NOT_DECLARED: (
-        403,
-        "Host not declared",
-        "Use a declared tool.",
-        "Ask for a catalog entry by a pull request to the catalog.",
-    ),
+    Code.HOST_NOT_DECLARED: (403, "Host not declared", "Use a declared tool.", _ENTRY),
     Code.AUTHORITY_MISMATCH: (403, "Destinations disagree", "Name one host, as in the catalog, in CONNECT, TLS and the request."),
     Code.TOOL_NOT_DECLARED: (403, "Tool not in the manifest", "Use a tool that the manifest lists.", _WIDEN),
     Code.OPERATION_NOT_DECLARED: (403, "Operation not allowed", "Use an operation that the manifest lists.", _WIDEN),
@@ -37,12 +34,7 @@ _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
     Code.ENCODING_NOT_ALLOWED: (415, "Encoding not allowed", "Send it uncompressed, in UTF-8, by a content-type the tool takes."),
     Code.PROTOCOL_VIOLATION: (400, "Not readable in one way", "Correct what the detail names; don't repeat it unchanged."),
     Code.FLOW_FORBIDDEN: (403, "Forbidden after what this run has read", "Do this in a new run.", "Ask a human to approve it."),
-    Code.APPROVAL_REQUIRED: (
-        403,
-        "A human must approve",
-        "Tell your user that a person must approve it.",
-        "Go on with other work.",
-    ),
+    Code.APPROVAL_REQUIRED: (403, "A human must approve", _APPROVER, "Go on with other work."),
     Code.APPROVAL_REJECTED: (403, "A human said no", "Don't repeat this call.", "Tell your user that it was rejected."),
     Code.RATE_LIMITED: (429, "Too many calls", "Wait for Retry-After, then go on more slowly.", _LIMIT),
     Code.CONCURRENCY_LIMITED: (429, "Too many calls at once", "Wait for open calls to end before the next one.", _LIMIT),

@@ -7,12 +7,14 @@ it is JSON or a form, it must be a proper one.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from broker.policy.match import PathError, split_path
 from broker.policy.schema import ParameterSchema, typed
 from broker.policy.snapshot import Operation, Tool
 from broker.policy.types import Code, Json, Refusal, Request, ToolCall
 from broker.protocols import strict
+from broker.protocols.base import Reply, ResponseFilter
 from broker.protocols.strict import Unreadable, must
 
 _JSON = "application/json"
@@ -48,11 +50,13 @@ class Rest:
             return replace(error.refusal, operation=operation.name if operation else None)
         return ToolCall(tool.name, operation.name, params, label=label)
 
-    def denial(self, *_: object) -> None:
+    def denial(self, *_: Any) -> Reply | None:
         """The plain problem body is what a REST client expects."""
+        return None
 
-    def response_filter(self, *_: object) -> None:
+    def response_filter(self, *_: Any) -> ResponseFilter | None:
         """REST answers pass untouched."""
+        return None
 
 
 def _matched(tool: Tool, request: Request) -> tuple[Operation | None, dict[str, str]]:
