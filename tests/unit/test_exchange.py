@@ -29,6 +29,7 @@ from broker.events import (
     Mark,
     Observe,
     Pass,
+    Replace,
     RequestBody,
     RequestHead,
     Reserve,
@@ -355,6 +356,15 @@ def test_a_header_that_shows_the_credential_is_passed_without_it_and_that_is_rec
     assert (alert["event"], alert["decision_id"]) == ("alert", decision["decision_id"])
     assert outcome["masked"] == ["x-echo"]
     assert SECRET not in str(outside.audit)
+
+
+def test_of_a_signed_request_the_time_and_the_bodys_hash_are_no_secrets():
+    public = (("x-amz-date", Secret("20270115T080000Z")), ("x-amz-content-sha256", Secret("e3b0c44298fc1c149afb")))
+    signed = replace(LEASE, sign=lambda *_: (*public, ("authorization", Secret("AWS4 Signature=abcdef0123"))))
+    answer = f"made 20270115T080000Z, e3b0c44298fc1c149afb, AWS4 Signature=abcdef0123, {SECRET}".encode()
+    commands = play(services(issuers={"static": Issues(signed)}), head(), OK, ResponseChunk(answer, last=True))
+    marks = "[credential removed], [credential removed]"
+    assert commands[-1] == Replace(f"made 20270115T080000Z, e3b0c44298fc1c149afb, {marks}".encode())
 
 
 @pytest.mark.parametrize("at", [1, len(SECRET) // 2, len(SECRET) - 1])
