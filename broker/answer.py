@@ -19,6 +19,7 @@ from broker.policy.types import Code, ToolCall, Usage, deny
 from broker.protocols.base import Adapter, Meter, Reply, ResponseBlocked, ResponseFilter
 
 _ERROR, _SERVER_ERROR = 400, 500
+_TIMED_OUT = (408, 504, 524)  # what was asked for may have been generated all the same
 
 # What Envoy says (response code details) when the upstream itself was refused.
 _UNTRUSTED = {
@@ -172,7 +173,8 @@ class Answer:
         model = self._call.model
         if self._meter:
             return self._meter.usage
-        if model is None or self._unreached or self._ending.status >= _ERROR:
+        failed = self._ending.status >= _ERROR and self._ending.status not in _TIMED_OUT
+        if model is None or self._unreached or failed:
             return Usage()
         return Usage(model.input_tokens, (model.max_output or 0) * model.choices, estimated=True)
 

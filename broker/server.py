@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,9 @@ class Server:
             self._shared.unsafe_reads = loaded.snapshot.unsafe_reads
         if loaded.snapshot.revision != self._snapshot.revision or self._broken:
             self._record("configuration in force", loaded.snapshot.revision)
+            gone = self._snapshot.agents.keys() - loaded.snapshot.agents.keys()
             self._snapshot = loaded.snapshot
+            self._drop_leases(gone)
             self._broken = False
             self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             log.info("revision %s is in force", loaded.snapshot.revision)
@@ -266,8 +268,7 @@ class Server:
         record = revocation_record(now, clock.mono_ns(), {"name": agent}, "tokens revoked by an operator")
         self._audit.append({**record, "revoked": {"tokens_until": now}})
         self._revocations.revoke_tokens(agent, now)
-        for each in self._leases():
-            each.drop(agent)
+        self._drop_leases((agent,))
 
     async def _sync(self) -> None:
         while True:
@@ -284,6 +285,11 @@ class Server:
         log.log(logging.INFO if healthy else logging.ERROR, "%s", what)
         with contextlib.suppress(AuditUnavailable):
             self._audit.append(alert_record(clock.now(), clock.mono_ns(), what))
+
+    def _drop_leases(self, agents: Iterable[str]) -> None:
+        for agent in agents:
+            for each in self._leases():
+                each.drop(agent)
 
     def _leases(self) -> list[Leases]:
         return [each for each in self._services.issuers.values() if isinstance(each, Leases)]

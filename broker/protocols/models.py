@@ -91,7 +91,6 @@ class Answer:
         self.told: Usage | None = None
         self.raw: dict[str, Any] = {}  # as the provider spells it, where it comes in pieces
         self.final = False
-        self.deltas = 0
         self.texts: dict[tuple[int, ...], bytearray] = {}
         self._size = 0
 
@@ -99,7 +98,6 @@ class Answer:
         """More text that was generated at this place. Raises `ValueError` when it is too much to keep."""
         if not text:
             return
-        self.deltas += 1
         data = text.encode() if isinstance(text, str) else orjson.dumps(text, option=orjson.OPT_SORT_KEYS)
         self._size += len(data) + 64 * (place not in self.texts)
         if self._size > MAX_READ:
@@ -343,12 +341,9 @@ class _Metered:
         if self._unread and self._whole and call.max_output is not None:
             # A whole answer is sent when all of it was generated: what is missing of it was used as well.
             return Usage(call.input_tokens, call.max_output * call.choices, estimated=True)
-        shown = self._size if self._unread else len(seen.text)
-        output = max(seen.deltas, -(-shown // BYTES_A_TOKEN))
-        if call.max_output is not None:
-            output = min(output, call.max_output * call.choices)
+        # An agent may leave just before the count, and it doesn't see all that was generated (reasoning): so the most it may be.
         told = seen.told or Usage(-(-call.input_tokens // BYTES_A_TOKEN))
-        return replace(told, output=max(told.output, output), estimated=True)
+        return replace(told, output=max(told.output, (call.max_output or 0) * call.choices), estimated=True)
 
     @property
     def completion_hash(self) -> str:

@@ -98,7 +98,7 @@ def test_settled_calls_make_room_and_open_ones_take_it(models):
         started = threading.Barrier(3)
 
         def first_part():
-            stream = chat(client, stream=True)
+            stream = chat(client, stream=True, stream_options={"include_usage": True})
             part = next(iter(stream)).choices[0].delta.content
             started.wait(10)
             return part, stream
@@ -127,7 +127,7 @@ def test_a_stream_that_the_client_leaves_is_estimated_once_and_makes_room_again(
         stream.close()
         left = ended(models, "spender-3")
         assert left["tokens"]["estimated"] is True
-        assert 0 < left["tokens"]["output"] < 50
+        assert left["tokens"]["output"] == 4096  # all that it may have generated; most of the input comes back
         for _ in range(5):
             chat(client)
     assert len([r for r in models.broker.records() if r.get("decision_id") == left["decision_id"]]) == 2

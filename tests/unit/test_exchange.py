@@ -29,6 +29,7 @@ from broker.events import (
     Mark,
     Observe,
     Pass,
+    Replace,
     RequestBody,
     RequestHead,
     Reserve,
@@ -355,6 +356,14 @@ def test_a_header_that_shows_the_credential_is_passed_without_it_and_that_is_rec
     assert (alert["event"], alert["decision_id"]) == ("alert", decision["decision_id"])
     assert outcome["masked"] == ["x-echo"]
     assert SECRET not in str(outside.audit)
+
+
+def test_of_a_signed_request_nothing_is_a_secret_but_what_signed_it():
+    public = (("x-amz-date", Secret("20270115T080000Z")), ("authorization", Secret("AWS4 Signature=abcdef0123")))
+    signed = replace(LEASE, sign=lambda *_: public)
+    answer = f"made 20270115T080000Z, AWS4 Signature=abcdef0123, {SECRET}".encode()
+    commands = play(services(issuers={"static": Issues(signed)}), head(), OK, ResponseChunk(answer, last=True))
+    assert commands[-1] == Replace(b"made 20270115T080000Z, AWS4 Signature=abcdef0123, [credential removed]")
 
 
 @pytest.mark.parametrize("at", [1, len(SECRET) // 2, len(SECRET) - 1])

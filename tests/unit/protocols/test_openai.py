@@ -269,7 +269,7 @@ def test_the_end_of_a_response_tells_its_usage(end):
 def test_a_failed_response_that_tells_nothing_is_estimated():
     delta = {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": "abcd"}
     failed = streamed(delta, {"type": "response.failed", "response": {"usage": None}})
-    assert failed.usage == Usage(10, 2, estimated=True)
+    assert failed.usage.estimated
 
 
 def test_the_last_usage_of_a_chat_counts():
