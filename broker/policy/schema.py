@@ -5,7 +5,7 @@ automaton, others are refused), and its messages never quote the value it judged
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
@@ -47,25 +47,20 @@ class ParameterSchema:
 
     def violations(self, value: Json, location: str) -> tuple[Violation, ...]:
         """Every rule that `value` breaks, or of a long one the first; empty when it is valid. `location` begins each pointer."""
-        if self._validator.is_valid(value):
-            return ()
-        return tuple(
-            Violation(
-                pointer=json_pointer(location, *error.instance_path),
-                rule=self.rule + json_pointer(*error.schema_path),
-                message=error.message if len(error.message) <= _MESSAGE else f"{error.message[:_MESSAGE]}…",
-            )
-            for error in self._errors(value)
-        )
-
-    def _errors(self, value: Json) -> Iterable[jsonschema_rs.ValidationError]:
-        if len(orjson.dumps(value)) <= _ALL_OF:
-            return self._validator.iter_errors(value)
-        try:  # the engine lists all before it gives one; this stops at the first
+        try:
             self._validator.validate(value)
         except jsonschema_rs.ValidationError as first:
-            return (first,)
+            # The engine lists all mistakes before it gives one, and of a long value there may be millions.
+            few = len(orjson.dumps(value)) <= _ALL_OF
+            return tuple(self._violation(each, location) for each in (self._validator.iter_errors(value) if few else (first,)))
         return ()
+
+    def _violation(self, error: jsonschema_rs.ValidationError, location: str) -> Violation:
+        return Violation(
+            pointer=json_pointer(location, *error.instance_path),
+            rule=self.rule + json_pointer(*error.schema_path),
+            message=error.message if len(error.message) <= _MESSAGE else f"{error.message[:_MESSAGE]}…",
+        )
 
 
 def json_pointer(*parts: str | int) -> str:
