@@ -34,9 +34,9 @@ docs: .venv/test ## everything that is generated and checked in
 
 lock: .venv/test ## the newest versions of all dependencies, with their hashes
 	.venv/bin/uv pip compile pyproject.toml requirements.in --upgrade --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-header --output-file requirements.txt
+	  --generate-hashes --no-strip-extras --no-emit-index-url --no-header --output-file requirements.txt
 	.venv/bin/uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-header --constraints requirements.txt --output-file requirements-dev.txt
+	  --generate-hashes --no-strip-extras --no-emit-index-url --no-header --constraints requirements.txt --output-file requirements-dev.txt
 
 clean:
 	rm -rf .venv .broker build dist *.egg-info
