@@ -21,10 +21,10 @@ from botocore.session import Session
 from pydantic import Field, JsonValue, model_validator
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, referenced
-from broker.credentials.http import Answer, Url, ask
+from broker.credentials.http import Answer, ask
 from broker.credentials.settings import Issued, Lifetime, bare, chosen, lifetime, parsed
 from broker.credentials.sigv4 import Signer
-from broker.manifest.models import Model, Reference, Word, refusal
+from broker.manifest.models import Model, Reference, Url, Word, refusal
 
 _SHORTEST_S = 900
 # AWS takes a signature for five minutes; a clock that is off by less needs no second try.

@@ -12,35 +12,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
-from broker.manifest.addresses import parse_endpoint
-from broker.manifest.models import PemFile, Word, refusal
+from broker.manifest.models import PemFile
 
 _TIMEOUT_S = 10.0
 _REDIRECTS = range(300, 400)
 
 
-def _url(text: str) -> str:
-    try:
-        endpoint = parse_endpoint(text.rstrip("/"))
-    except ValueError as error:
-        raise refusal(str(error)) from None
-    local = endpoint.host == "localhost" or (endpoint.host[-1:].isdigit() and ip_address(endpoint.host).is_loopback)
-    if endpoint.scheme == "http" and not (local or endpoint.host == "::1"):
-        raise refusal("secrets would travel in plain text; write an https URL")
-    return text
-
-
-Url = Annotated[Word, AfterValidator(_url)]
 Roots = Annotated[PemFile, Field(description="{file: PATH}: a PEM file of trust roots, in place of the system's.")]
 
 

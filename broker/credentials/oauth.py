@@ -25,9 +25,9 @@ from pydantic import Field, model_validator
 
 from broker import clock
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
-from broker.credentials.http import Answer, Roots, Url, ask
+from broker.credentials.http import Answer, Roots, ask
 from broker.credentials.settings import Issued, bare, granted, lifetime, parsed, scopes_of
-from broker.manifest.models import Model, Reference, Word, refusal
+from broker.manifest.models import Model, Reference, Url, Word, refusal
 
 _TYPES = "urn:ietf:params:oauth:token-type:"
 _BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"

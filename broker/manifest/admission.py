@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.manifest.findings import Finding
-from broker.manifest.models import Agent, Kind, Match, Params, Platform, Tool, ToolSpec
+from broker.manifest.models import Agent, Alerts, Containment, Honeytoken, Kind, Match, Params, Platform, Tool, ToolSpec
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS, api_at
@@ -53,7 +53,7 @@ _WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "u
 _AT_VALUE = frozenset(
     {
         "name_duplicate", "platform_duplicate", "spiffe_duplicate", "namespace_duplicate", "protocol_unknown", "issuer_unknown",
-        "endpoint_plaintext", "endpoint_overlap", "file_unreadable", "pem_invalid",
+        "endpoint_plaintext", "endpoint_overlap", "file_unreadable", "pem_invalid", "sink_unknown", "decoy_in_use",
     }
 )  # fmt: skip
 # What may only follow from a part below that was left out because it was wrong.
@@ -75,6 +75,8 @@ def admit(sources: Sequence[Source], words: Vocabulary, read: Callable[[str], by
             problems += [*_tool(source.model.spec, words), *_neighbours(source.model, sources)]
         if isinstance(source.model, Agent):
             problems += _grants(source.model, catalog, words)
+        if isinstance(source.model, Platform):
+            problems += [*_sinks(source.model.spec.alerts), *_decoys(source.model.spec.containment, sources)]
         findings += [_finding(source, *problem) for problem in problems if not _follows(source, *problem)]
     return findings, pems
 
@@ -136,15 +138,7 @@ def _not_built(source: Source) -> Iterator[Problem]:
         yield ("spec", "ledger", "unsafe_reads_without_redis"), "unsafe_reads_without_redis", why
 
 
-_APPROVAL = "approvals are not built yet and this operation is always denied, whatever `when` says; take approval out to allow it"
-_NOT_BUILT = {
-    "Agent spec/callers": ("callers_not_built", "calls between agents are not built yet; take callers out"),
-    "Agent spec/tools/*/operations/*/approval": ("not_enforced", _APPROVAL),
-    **{
-        f"Platform spec/{part}": ("not_enforced", f"{part} is not enforced yet; don't rely on it")
-        for part in ("containment", "flow", "alerts")
-    },
-}
+_NOT_BUILT = {"Agent spec/callers": ("callers_not_built", "calls between agents are not built yet; take callers out")}
 
 
 def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -> Iterator[Problem]:
@@ -238,6 +232,34 @@ def _params(here: Pointer, params: Params, protocol: str, template: PathTemplate
                 if name not in variables:
                     why = f"the path {template.text} has no variable {name!r}; correct the name here or in match.path"
                     yield (*here, "path", word, name if word == "properties" else index), "schema_param_unknown", why
+
+
+def _sinks(spec: Alerts) -> Iterator[Problem]:
+    """Names of sinks that there are not."""
+    here: Pointer = ("spec", "alerts")
+    named: list[tuple[Pointer, str]] = [((*here, "routes", index, "to"), route.to) for index, route in enumerate(spec.routes)]
+    for pointer, name in (*named, ((*here, "fallback"), spec.fallback)):
+        if name and name not in spec.sinks:
+            why = f"alerts can't go to {name!r}; write one of: {', '.join(sorted(spec.sinks)) or 'pagerduty, once it is set up'}"
+            yield pointer, "sink_unknown", why
+
+
+def _decoys(spec: Containment, sources: Iterable[Source]) -> Iterator[Problem]:
+    """Decoys that an honest call could touch, and those that are not there to be touched."""
+    here: Pointer = ("spec", "containment", "honeytoken")
+    found = spec.honeytoken or Honeytoken.model_construct()
+    every = [source.model for source in sources]
+    hosts = {tool.spec.endpoint.host for tool in every if isinstance(tool, Tool)}
+    listed = {name for agent in every if isinstance(agent, Agent) for name in agent.spec.tools}
+    catalog = {tool.metadata.name for tool in every if isinstance(tool, Tool)}
+    for index, host in enumerate(found.hosts):
+        if host in hosts:
+            yield (*here, "hosts", index), "decoy_in_use", f"{host!r} is a tool's host; name a host that no tool has"
+    for index, name in enumerate(found.tools):
+        if name not in catalog:
+            yield (*here, "tools", index), "tool_unknown", f"the catalog has no tool {name!r}; correct the name, or add the decoy"
+        if name in listed:
+            yield (*here, "tools", index), "decoy_in_use", f"a manifest lists {name!r}; take it out there, or here"
 
 
 def _neighbours(tool: Tool, sources: Iterable[Source]) -> Iterator[Problem]:

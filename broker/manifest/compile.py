@@ -4,19 +4,33 @@ Law: whoever calls this has found no error, so nothing is checked here and nothi
 """
 
 import hashlib
+import ipaddress
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from broker.manifest import models
 from broker.manifest.admission import Source, named_models
+from broker.manifest.containment import alerting, decoys, rules
 from broker.manifest.limits import bearing, limits, prices
 from broker.policy.limits import Limit
 from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Spire, Tool, Upstream
+from broker.policy.snapshot import (
+    DEFAULT_SVID,
+    Agent,
+    Approval,
+    CredentialSpec,
+    Grant,
+    Operation,
+    PolicySnapshot,
+    Spire,
+    Tool,
+    Upstream,
+)
 
 _Kind = TypeVar("_Kind", bound=models.Kind)
 
@@ -33,7 +47,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     above = _ceilings(*policy) if policy else {}
     agents = {model.metadata.name: _agent(source, model, tools, above) for source, model in _of(sources, models.Agent)}
     bundles = {name: pems[part["file"]] for name, part in platform.identity.trust_bundles.items()}
-    spire = platform.identity.spire
+    spire, anchored = platform.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
     return PolicySnapshot(
         revision="sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -48,6 +62,9 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         environment=platform.environment,
         prices=prices(platform),
         unsafe_reads=platform.ledger.get("unsafe_reads_without_redis", False),
+        rules=rules(policy[0] if policy else None, platform.containment),
+        decoys=decoys(platform.containment, anchored),
+        alerting=alerting(platform.alerts, anchored),
     )
 
 
@@ -93,7 +110,14 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
         MappingProxyType(operations),
         upstream,
         _credential(spec.credential, base) if spec.credential else None,
+        external=_is_external(spec),
     )
+
+
+def _is_external(spec: models.ToolSpec) -> bool:
+    ranges = [ipaddress.ip_network(cidr) for cidr in spec.upstream.addresses]
+    inside = bool(ranges) and not any(each.is_loopback for each in ranges)
+    return spec.egress == "external" if spec.egress else not inside
 
 
 def _credential(spec: models.Credential, base: Path) -> CredentialSpec:
@@ -153,13 +177,19 @@ def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protoco
     return Grant(
         rule,
         schemas,
-        approval=spec.approval is not None,
+        approval=approval(f"{rule}/approval", spec.approval) if spec.approval else None,
         limits=bounds,
         models=named_models(spec.params),
         server_tools=frozenset(spec.server_tools),
         max_output=min(_maxima(protocol, declared, schemas), default=MAX_OUTPUT),
         pins=_pins(declared, schemas),
     )
+
+
+def approval(rule: str, spec: models.Approvers) -> Approval:
+    """Who must say yes, as written at `rule`."""
+    when = _placed(spec.when, f"{rule}/when") if isinstance(spec, models.Approval) and spec.when else {}
+    return Approval(rule, spec.approvers, frozenset(spec.groups), spec.expires, when)
 
 
 def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterSchema]) -> Iterator[int]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from broker.manifest.addresses import parse_endpoint, parse_spiffe
+from broker.policy.containment import PAGERDUTY, Action, Severity
 from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS
@@ -165,6 +166,17 @@ def _header(value: str) -> str:
     return value
 
 
+def _url(text: str) -> str:
+    try:
+        endpoint = parse_endpoint(text.rstrip("/"))
+    except ValueError as error:
+        raise refusal(str(error)) from None
+    local = endpoint.host == "localhost" or (endpoint.host[-1:].isdigit() and ipaddress.ip_address(endpoint.host).is_loopback)
+    if endpoint.scheme == "http" and not (local or endpoint.host == "::1"):
+        raise refusal("secrets would travel in plain text; write an https URL")
+    return text
+
+
 # Also a label of DNS and a segment of a path.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62})$")]
 # Wide enough for every MCP tool name.
@@ -201,6 +213,8 @@ Header = Annotated[str, Field(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,128}$"), Afte
 Spiffe = Annotated[str, _text(parse_spiffe, "spiffe_invalid")]
 TrustDomain = Annotated[str, Field(pattern="^[a-z0-9._-]{1,255}$")]
 PemFile = Annotated[dict[Literal["file"], Word], Field(min_length=1)]
+# To which the broker itself sends secrets: https, or loopback.
+Url = Annotated[Word, AfterValidator(_url)]
 
 
 class Metadata(Model):
@@ -318,6 +332,11 @@ class ToolSpec(Model):
         description="Scheme, host, port and base path: the only destination.", examples=["https://api.github.com"]
     )
     upstream: UpstreamSpec = Field(UpstreamSpec.model_construct(), description="How the endpoint is reached.")
+    egress: Literal["external", "internal"] | None = Field(
+        None,
+        description="Whether its calls leave the organisation, which flow rules ask. Unless said, it is internal if "
+        "upstream.addresses lists ranges and none of them is loopback, since what listens there may lead anywhere.",
+    )
     unsafe_plaintext: bool = Field(
         default=False,
         description="Lets an http:// endpoint elsewhere carry calls and credentials that anyone on the way can read.",
@@ -403,10 +422,17 @@ class Identity(Model):
         return self
 
 
-class Approval(Model):
+class Approvers(Model):
+    """Who must say yes to exactly this call."""
+
+    approvers: int = Field(1, ge=1, le=9, description="How many different people must approve.")
+    groups: tuple[Word, ...] = Field((), description="Only people in one of these groups count; anyone's word if absent.")
+    expires: Seconds = Field(3600, description="How long an approval may be waited for, and then used.")
+
+
+class Approval(Approvers):
     """Asks a human before each call."""
 
-    approvers: int = Field(1, ge=1, le=9, description="How many people must approve.")
     when: Params | None = Field(None, description="Only calls whose parameters fit these schemas, by location, need it.")
 
 
@@ -504,8 +530,122 @@ class PlatformIdentity(Model):
         return self
 
 
+class InstantRule(Model):
+    """What happens when a detector fires, which this one does at once."""
+
+    action: Action | None = Field(None, description="What then happens; the detector's default if absent.")
+    cooldown: Seconds = Field(600, description="How long it is then quiet about the same agent.")
+    shadow: bool = Field(default=False, description="Record and alert what would have been done, and don't do it.")
+
+
+class CountedRule(InstantRule):
+    """When a detector fires, and what then happens."""
+
+    count: Annotated[int, Field(ge=1, le=100_000)] | None = Field(None, description="How many; the detector's default if absent.")
+    window: Seconds | None = Field(None, description="Within which time; the detector's default if absent. A streak has none.")
+
+
+class Honeytoken(InstantRule):
+    """Decoys, which no honest call touches, and what happens when one is."""
+
+    hosts: tuple[Word, ...] = Field((), description="Host names, without a port; none of them may be a tool's.")
+    tools: tuple[Name, ...] = Field((), description="Tools of the catalog that no manifest may list.")
+    credentials: tuple[Reference, ...] = Field((), description="Planted credentials, by reference.")
+
+
+Counted = CountedRule | tuple[CountedRule, ...] | None
+Instant = InstantRule | tuple[InstantRule, ...] | None
+
+
+class Containment(Model):
+    """What is looked for in each agent's calls, and what happens then: a rule or a list; [] turns a detector off."""
+
+    denied_burst: Counted = Field(None, description="Calls that the manifest does not permit, or that can't be read.")
+    probing: Counted = Field(None, description="Different hosts, tools and operations that are not declared.")
+    upstream_failures: Counted = Field(None, description="Calls of one tool, one after the other, that failed there.")
+    identical_calls: Counted = Field(None, description="Calls with the same operation and parameters.")
+    write_spike: Counted = Field(None, description="Calls with effect write or destructive.")
+    destructive_spike: Counted = Field(None, description="Calls with effect destructive.")
+    budget_exhausted: Instant = Field(None, description="A budget has no room left.")
+    undeclared_host: Instant = Field(None, description="The first sight of each host that is not declared.")
+    secret_in_request: Instant = Field(None, description="Something in a request has the shape of a known kind of secret.")
+    credential_in_request: Instant = Field(None, description="A request holds a credential that the broker injected.")
+    honeytoken: Honeytoken | None = Field(None, description="Decoys, which no honest call touches.")
+
+
+class FlowDeny(Model):
+    """Which calls; what is not written fits all."""
+
+    effect: Effect | None = Field(None, description="Calls with this effect; write stands for destructive too.")
+    egress: Literal["external", "internal"] | None = Field(
+        None, description="Calls to tools outside, or inside, the organisation."
+    )
+
+
+class FlowRule(Model):
+    """What a run may no longer do after it touched certain data."""
+
+    after: tuple[Word, ...] = Field(
+        min_length=1, description="Labels (data classes); the rule holds once the run has all of them."
+    )
+    deny: FlowDeny = Field(description="The calls that are then denied.")
+    unless: Literal["approval"] | Approvers | None = Field(
+        None, description="approval, or how many approvers: such a call passes when people approved it."
+    )
+
+
+class PagerDuty(Model):
+    """PagerDuty's Events API v2."""
+
+    routing_key: Reference = Field(description="The integration key of the service that is paged, by reference.")
+    oncall: dict[Word, Reference] = Field({}, description="Other keys by on-call contact: those of manifests and teams.")
+    url: Url = Field("https://events.pagerduty.com/v2/enqueue", description="Where events go.")
+
+
+class Webhook(Model):
+    """A receiver of signed alerts (Standard Webhooks 1.0)."""
+
+    url: Url = Field(description="Where alerts are posted.")
+    secret: Reference = Field(description="What signs them, by reference: whsec_ and base64.")
+    ca: PemFile | None = Field(None, description="{file: PATH}: trust roots in place of the system's.")
+
+
+class AlertMatch(Model):
+    """Which alerts; what is not written fits all."""
+
+    severity: Severity = Field(Severity.LOW, description="Alerts at least this severe.")
+    team: Word = Field("", description="Alerts about agents of this team.")
+    oncall: Word = Field("", description="Alerts about agents with this on-call contact.")
+    agent: Word = Field("", description="Alerts about this agent.")
+    kind: Word = Field("", description="Alerts of this kind: a detector's name, revocation, release, approval, self_test, …")
+
+
+class AlertRoute(Model):
+    """Alerts that fit go to one sink; the first route that fits counts."""
+
+    match: AlertMatch = Field(AlertMatch.model_construct(), description="Which alerts.")
+    to: Word = Field(description="pagerduty, or the name of a webhook.")
+
+
+class Alerts(Model):
+    """Who hears of what. Each alert is recorded, whether or not a route fits it."""
+
+    routes: tuple[AlertRoute, ...] = Field((), description="In order; the first that fits counts.")
+    pagerduty: PagerDuty | None = Field(None, description="PagerDuty's Events API v2.")
+    webhooks: dict[Name, Webhook] = Field({}, description="Receivers of signed alerts, by name.")
+    fallback: Word = Field("", description="The sink for what can't be delivered: pagerduty, or the name of a webhook.")
+    per_minute: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        30, description="Alerts that one sink gets in a minute; what is more is told as one number."
+    )
+
+    @property
+    def sinks(self) -> frozenset[str]:
+        """The names that routes may say."""
+        return frozenset(self.webhooks) | ({PAGERDUTY} if self.pagerduty else set())
+
+
 class PlatformSpec(Model):
-    """What manifests may ask for at all; every part is optional. The parts of any shape are not built yet."""
+    """What manifests may ask for at all; every part is optional."""
 
     teams: dict[Word, Team] = Field({}, description="The teams that own agents (their metadata.owner).")
     environment: Word = Field("", description="The name of this environment, such as production.")
@@ -520,9 +660,11 @@ class PlatformSpec(Model):
     prices: dict[Word, dict[Word, ModelPrice]] = Field(
         {}, description="What models cost, by provider (the tool's name, or else its protocol) and model."
     )
-    containment: JsonValue = Field(None, description="When an agent is cut off without waiting for a human.")
-    flow: JsonValue = Field(None, description="What a run may no longer do after it touched certain data.")
-    alerts: JsonValue = Field(None, description="Who hears of what.")
+    containment: Containment = Field(
+        Containment.model_construct(), description="When an agent is cut off without waiting for a human."
+    )
+    flow: tuple[FlowRule, ...] = Field((), description="What a run may no longer do after it touched certain data.")
+    alerts: Alerts = Field(Alerts.model_construct(), description="Who hears of what.")
 
 
 class Platform(Kind):

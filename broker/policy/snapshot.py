@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.policy.containment import DEFAULTS, NO_ALERTING, NO_DECOYS, Alerting, Decoys, Rule
 from broker.policy.limits import Limit, Price
 from broker.policy.match import PathTemplate
 from broker.policy.providers import MAX_OUTPUT
@@ -102,11 +103,27 @@ class Tool:
     operations: Mapping[str, Operation]
     upstream: Upstream = Upstream()
     credential: CredentialSpec | None = None
+    external: bool = True
+    """Whether its calls leave the organisation."""
 
     @property
     def max_body(self) -> int:
         """The largest body that any of its operations takes, in bytes."""
         return max((operation.max_body for operation in self.operations.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Who must say yes to exactly this call: so many people, of one of these groups if any; good for `expires` seconds.
+
+    `when` maps locations to schemas: only calls whose parameters fit all of them need it. `rule` is where it stands.
+    """
+
+    rule: str
+    approvers: int = 1
+    groups: frozenset[str] = frozenset()
+    expires: int = 3600
+    when: Mapping[str, ParameterSchema] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +139,7 @@ class Grant:
 
     rule: str
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
-    approval: bool = False
+    approval: Approval | None = None
     limits: tuple[Limit, ...] = ()
     models: frozenset[str] = frozenset()
     server_tools: frozenset[str] = frozenset()
@@ -173,7 +190,8 @@ class PolicySnapshot:
     `hosts` maps (scheme, host, port) to the tools there (several only when their base paths don't nest). `trust_bundles` maps a
     SPIFFE trust domain to its X.509 authorities (PEM), unless `spire` has them. `max_ttl` bounds every issued credential, in
     seconds. `prices` is by provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger
-    is away. `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off.
+    is away. `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off. `rules` are those of
+    all detectors, `decoys` what no honest call touches, `alerting` who hears of it.
     """
 
     revision: str
@@ -188,6 +206,9 @@ class PolicySnapshot:
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
     unsafe_reads: bool = False
     refuse_own: bool = False
+    rules: tuple[Rule, ...] = DEFAULTS
+    decoys: Decoys = NO_DECOYS
+    alerting: Alerting = NO_ALERTING
 
     def price(self, tool: Tool, model: str) -> tuple[str, Price | None]:
         """The provider that a tool's models are priced under, and the model's price if it has one."""
