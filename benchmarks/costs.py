@@ -26,6 +26,7 @@ from benchmarks import world
 from broker import clock
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, decision_record
+from broker.containment.response import Containment, Surroundings
 from broker.credentials.base import Lease, Occasion, Secret
 from broker.credentials.leases import Leases
 from broker.credentials.scrub import Scrubber
@@ -36,7 +37,6 @@ from broker.exchange import Exchange
 from broker.identity import TokenAuthority
 from broker.ledger.base import Granted, Spend
 from broker.ledger.memory import MemoryLedger
-from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
 from broker.metrics import Metrics
 from broker.policy.evaluate import evaluate
@@ -270,7 +270,7 @@ def _services(*, limits: bool = False) -> Iterator[Services]:
             audit=log,
             ledger=MemoryLedger(),
             tokens=TokenAuthority(key),
-            revocations=Revocations(),
+            containment=Containment(Surroundings(log, clock.now, clock.mono_ns, lambda: f"{next(numbers):020x}")),
             now=clock.now,
             steady=clock.steady,
             mono_ns=clock.mono_ns,

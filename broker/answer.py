@@ -139,6 +139,10 @@ class Answer:
         self._ending = replace(self._ending, code=code, detail=why)
         return self._case.reply(deny(code, why), self._adapter, self._call)
 
+    def revoke(self, why: str) -> None:
+        """The agent was revoked; the answer is cut."""
+        self._ending = replace(self._ending, code=Code.AGENT_REVOKED, detail=why)
+
     def fault(self) -> None:
         """The broker failed on the answer, which is cut."""
         self._ending = replace(self._ending, code=Code.INTERNAL_FAULT)
@@ -157,10 +161,9 @@ class Answer:
             self._masked["body"] = self._stream.found
         if self._masked:
             ending = replace(ending, masked=tuple(sorted(self._masked)))
-            self._case.alert(
-                f"{self._tool.name} showed a credential in its answer ({', '.join(ending.masked)}); it was taken out"
-            )
-        self._case.record_outcome(ending)
+            what = f"{self._tool.name} showed a credential in its answer ({', '.join(ending.masked)}); it was taken out"
+            self._case.alert("credential_shown", what)
+        self._case.record_outcome(ending, self._error_type())
         model = self._call.model.name if self._call.model else ""
         self._case.services.metrics.ended(self._agent.name, self._tool.name, model, ending, self._error_type())
         return spent

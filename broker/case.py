@@ -1,16 +1,17 @@
 """One decision in the making: what is known of the attempt so far, its record, and its words for the agent."""
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, Ending, alert_record, args_hash, decision_record, outcome_record
+from broker.audit.record import Attempt, Ending, args_hash, decision_record, outcome_record
+from broker.containment.alerts import Alert
 from broker.credentials.base import Lease
 from broker.events import Services
 from broker.identity import Evidence, Principal, identify
 from broker.ledger.base import Spend
+from broker.policy.containment import Severity
 from broker.policy.evaluate import View, admit
 from broker.policy.limits import Limit, Measure
 from broker.policy.snapshot import Agent
@@ -48,13 +49,21 @@ class Case:
         principal = identify(evidence, self.snapshot, services.tokens, services.now())
         if isinstance(principal, Decision):
             return principal
-        if services.revocations.taken_back(principal):
+        view = self.view(principal.agent)
+        if not view.revoked and services.containment.standing.taken_back(principal):
             return deny(Code.AGENT_UNKNOWN, "the token was taken back")
-        agent = admit(self.snapshot, principal.agent, View())
+        agent = admit(self.snapshot, principal.agent, view)
         if isinstance(agent, Decision):
+            known = self.snapshot.agents.get(principal.agent)
+            self.note(agent=known.described if known else {"name": principal.agent} if view.revoked else {})
             return agent
         self.note(agent=agent.described)
         return principal, agent
+
+    def view(self, agent: str) -> View:
+        """How the agent stands now, in the run that the request names; a tunnel belongs to none."""
+        run = None if self.attempt.method == "CONNECT" else self.attempt.run_id
+        return self.services.containment.standing.view(agent, run)
 
     def waited(self, since: int) -> None:
         """What passed since then was the wait for somebody else, and is no part of the decision's time."""
@@ -68,18 +77,19 @@ class Case:
         told = decision if written or not decision.allowed else UNRECORDED
         took = None if self.began is None else self.services.mono_ns() - self.began
         self.services.metrics.decided(told.verdict, told.code or "", took)
+        self.services.containment.decided(self.attempt, told)
         return written
 
-    def record_outcome(self, ending: Ending) -> None:
-        """Write down how an allowed call ended."""
+    def record_outcome(self, ending: Ending, error: str) -> None:
+        """Write down how an allowed call ended; `error` is a word for what failed upstream, empty for nothing."""
         self._append(outcome_record, ending)
+        self.services.containment.ended(self.attempt, ending, error)
 
-    def alert(self, what: str) -> None:
-        """Record something that people should look at."""
-        log.warning("decision %s: %s", self.attempt.decision_id, what)
-        with contextlib.suppress(AuditUnavailable):
-            alert = alert_record(self.services.now(), self.services.mono_ns(), what)
-            self.services.audit.append({**alert, "decision_id": self.attempt.decision_id})
+    def alert(self, kind: str, what: str) -> None:
+        """Tell people of something that they should look at now."""
+        about = self.attempt
+        key = f"{about.agent.get('name', '')}/{kind}/{about.tool}"
+        self.services.containment.alert(Alert(kind, Severity.HIGH, what, key, about.agent, (about.decision_id,)))
 
     def _append(self, build: Any, *what: object) -> bool:
         services = self.services

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 
 from broker.audit import AuditSink
+from broker.containment.response import Containment
 from broker.credentials.base import CredentialUnavailable, Issuer, Lease, Occasion
 from broker.identity import Evidence, TokenAuthority
 from broker.ledger.base import Granted, Ledger, LedgerUnavailable, Refused
-from broker.ledger.revocations import Revocations
 from broker.metrics import Metrics
 from broker.policy.agreement import Wire
 from broker.policy.snapshot import PolicySnapshot
@@ -31,7 +31,7 @@ class Services:
     audit: AuditSink
     ledger: Ledger
     tokens: TokenAuthority
-    revocations: Revocations
+    containment: Containment
     now: Callable[[], float]
     steady: Callable[[], float]
     mono_ns: Callable[[], int]
@@ -77,12 +77,16 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """An answer's head. `details` is Envoy's word for where it came from; `via_upstream` for a real answer."""
+    """An answer's head. `details` is Envoy's word for where it came from; `via_upstream` for a real answer.
+
+    `agent` is who opened the tunnel, of the 200 that opens one and of what comes through it; the former comes without a request.
+    """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     details: str
     has_body: bool
+    agent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,24 @@ exception is a fault, and a fault is a denial. However a call ends, its reservat
     RequestBody           Reserve · Issue · Send · Reply
     Reserved              Issue · Send · Reply
     Issued                Send · Reply
-    ResponseHead          Pass · Mark · Observe · Reply
+    ResponseHead          Pass · Mark · Observe · Reply · Cut
     ResponseChunk         Pass · Replace · Cut
     close()               (the call is over, however it ended)
+
+When its agent is revoked, an exchange that is still open says so to whoever carries it (`interrupt`), which then cuts it.
 """
 
 import logging
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 from broker.answer import Answer, hidden
+from broker.asking import Asking
+from broker.audit import AuditUnavailable
 from broker.case import UNRECORDED, Case
+from broker.containment.standing import Opened
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing
 from broker.events import (
     Command,
@@ -58,20 +63,28 @@ from broker.redaction import redacted
 log = logging.getLogger(__name__)
 
 _HTTP_10 = "HTTP/1.0"
+_VIA_UPSTREAM = "via_upstream"
 _DECISION_HEADER = "x-broker-decision-id"
 _OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it was whole
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 _TRACEPARENT_PARTS = 4
+# By these an agent proves itself to the broker, so they hold a token that is no secret kept from it.
+_PROOFS = ("proxy-authorization", "x-broker-token")
 _PARTIAL = ("range", "if-range", "request-range")
 
 
 class Exchange:
     """One call. `handle` takes an event and gives a command; `close` says that the call is over."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, interrupt: Callable[[], object] = lambda: None) -> None:
         self._case = Case(services)
+        self._interrupt = interrupt
+        self.revoked = ""
+        """Why it must be cut, once the agent is revoked."""
+        self._opened: Opened | None = None
         self._reserved = False
+        self._asking: Asking | None = None
         self._answer: Answer | None = None
         self._steps: Steps | None = None
 
@@ -81,7 +94,7 @@ class Exchange:
             if self._steps is not None:
                 return self._steps.send(event)
             if not isinstance(event, RequestHead):
-                return self._mark(event)
+                return self._without_request(event)
             self._steps = self._run(event)
             return next(self._steps)
         except StopIteration:
@@ -92,6 +105,7 @@ class Exchange:
 
     def close(self) -> None:
         """The call is over: its outcome is recorded and its reservation settled, once."""
+        self._leave()
         answer, self._answer = self._answer, None
         try:
             self._end_reservation(answer.end() if answer else None)
@@ -106,9 +120,36 @@ class Exchange:
             self._case.end_reservation(spent)
             self._reserved = False
 
+    def _without_request(self, event: Event) -> Command:
+        """What comes without a request of its own: a tunnel was opened, or Envoy gave an answer before it asked."""
+        if not isinstance(event, ResponseHead):
+            return Pass()
+        if event.agent and event.details == _VIA_UPSTREAM:
+            self._enter(event.agent, None)
+            return Cut() if self._case.services.containment.standing.view(event.agent, None).revoked else Pass()
+        named = any(name == _DECISION_HEADER for name, _ in event.headers)
+        return Pass() if named else Mark(self._case.attempt.decision_id)
+
+    def _enter(self, agent: str, run_id: str | None) -> None:
+        self._opened = self._case.services.containment.open.enter(Opened(agent, run_id, self._revoke))
+
+    def _leave(self) -> None:
+        if self._opened:
+            self._case.services.containment.open.leave(self._opened)
+
+    def _revoke(self, why: str) -> None:
+        self.revoked = why
+        self._interrupt()
+        if self._answer:
+            self._answer.revoke(why)
+        elif self._steps:
+            self._case.record(deny(Code.AGENT_REVOKED, f"the agent was revoked while the call was decided on: {why}"))
+
     def _run(self, head: RequestHead) -> Steps:
         verdict = yield from self._decide(head)
         if isinstance(verdict, _Denied):
+            # It has its answer; what the record of it sets off is about other calls.
+            self._leave()
             self._end_reservation(None)
             if verdict.record:
                 self._case.record(verdict.decision)
@@ -128,6 +169,7 @@ class Exchange:
         if isinstance(who, Decision):
             return _Denied(who)
         _, agent = who
+        self._enter(agent.name, case.attempt.run_id)
 
         # recognise
         found = _destination(snapshot, head)
@@ -139,18 +181,19 @@ class Exchange:
         clean = strip(tool, head.request, path)
         call, body = yield from self._recognise(adapter, tool, clean, has_body=head.has_body)
         self._note_call(tool, call)
+        if isinstance(gone := self._inspect(head, body), Decision):
+            return _Denied(gone, adapter, call)
         if isinstance(call, Refusal):
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
 
         # evaluate
-        decision = evaluate(snapshot, agent, call)
+        decision = evaluate(snapshot, agent, call, case.view(agent.name))
         if not decision.allowed:
             return _Denied(decision, adapter, call)
         call, sent = _bounded(agent, call, body)
 
         # reserve
-        size = len(case.attempt.path) + len(clean.request.query) + len(sent)
-        no_room = yield from self._reserve(agent, tool, call, size)
+        no_room = yield from self._reserve(agent, tool, call, clean.request, sent)
         if no_room:
             return _Denied(no_room, adapter, call)
 
@@ -162,7 +205,7 @@ class Exchange:
         injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
 
         # record
-        if not case.record(decision, lease):
+        if not self._consume() or not case.record(decision, lease):
             return _Denied(UNRECORDED, adapter, call, record=False)
         send = Send(
             set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
@@ -200,10 +243,41 @@ class Exchange:
             return _too_large(adapter, tool, request, limit), b""
         return adapter.recognise(tool, request, event.body), event.body
 
-    def _reserve(self, agent: Agent, tool: Tool, call: ToolCall, size: int) -> Generator[Command, Event, Decision | None]:
+    def _inspect(self, head: RequestHead, body: bytes) -> Decision | None:
+        """Look through all that the request holds, as it was sent; the denial, if it revokes its own agent."""
+        request, case = head.request, self._case
+        said = (value for name, value in request.headers if name not in _PROOFS)
+        whole = "\n".join((request.path, request.query, *said)).encode("latin-1", "replace")
+        if not (findings := case.services.containment.inspect(case.attempt, whole, body)):
+            return None
+        # Its own fate is decided here: it must not be cut by what it sets off.
+        self._leave()
+        case.services.containment.act(findings)
+        self._enter(case.attempt.agent["name"], case.attempt.run_id)
+        who = case.identify(head.evidence)
+        return who if isinstance(who, Decision) else None
+
+    def _consume(self) -> bool:
+        """Whether the approval, if the call has one, is written down as used."""
+        try:
+            if self._asking and self._asking.approved:
+                self._case.services.containment.use(self._asking.approved)
+        except AuditUnavailable as error:
+            log.error("decision %s: its approval can't be used: %s", self._case.attempt.decision_id, error)  # noqa: TRY400
+            return False
+        return True
+
+    def _reserve(
+        self, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes
+    ) -> Generator[Command, Event, Decision | None]:
         case = self._case
         limits = agent.housekeeping[tool.name] if call.operation is None else agent.tools[tool.name][call.operation].limits
-        amounts = called(size)
+        asking = Asking(case, agent, tool, call, request, sent)
+        limits = asking.limits(limits)
+        if asking.refusal:
+            return asking.refusal
+        self._asking = asking
+        amounts = called(len(case.attempt.path) + len(request.query) + len(sent))
         if call.model:
             provider, price = case.snapshot.price(tool, call.model.name)
             if price is None and (unknown := unpriced(limits, call.model.name)):
@@ -216,7 +290,8 @@ class Exchange:
         if isinstance(answer, Refused):
             self._reserved = False
             case.note(limits=refused(answer))
-            return answer.limit.refusal(answer.spent, answer.needed, answer.retry_after)
+            refusal = answer.limit.refusal(answer.spent, answer.needed, answer.retry_after, answer.trail)
+            return asking.ask(answer.limit, refusal)
         case.note(step=answer.step, limits=reserved(amounts, degraded=answer.degraded))
         return None
 
@@ -259,15 +334,12 @@ class Exchange:
             event = yield Issue(issuer, occasion, now)
             lease = event.lease if isinstance(event, Issued) else CredentialUnavailable("the issuer gave no answer")
         if isinstance(lease, Lease):
+            secrets = (value.reveal().encode() for value in lease.secrets)
+            services.containment.injected(agent.name, secrets)
             return lease
         # The advice is for whoever runs the broker: it names variables and files, so it goes to the log, not to the agent.
         log.warning("no credential: %s", lease)
         return deny(Code.CREDENTIAL_UNAVAILABLE, "no credential for this tool can be had now")
-
-    def _mark(self, event: Event) -> Command:
-        """An answer that Envoy gave by itself, before this filter saw the request."""
-        named = isinstance(event, ResponseHead) and any(name == _DECISION_HEADER for name, _ in event.headers)
-        return Pass() if named else Mark(self._case.attempt.decision_id)
 
     def _fault(self) -> Command:
         if self._answer:

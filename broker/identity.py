@@ -1,7 +1,7 @@
 """Who is calling: agent tokens and SPIFFE IDs. What an agent says of itself in any other way is never believed.
 
-Law: a token is signed, lives at most an hour, is never stored, and can be taken back: the ledger of revocations knows, for each
-agent, the moment before which its tokens no longer count.
+Law: a token is signed, lives at most an hour, is never stored, and can be taken back: `Standing` knows, for each agent, the
+moment before which its tokens no longer count. An operator's token is of another type, so that neither passes as the other.
 """
 
 import base64
@@ -20,6 +20,8 @@ from broker.policy.types import Code, Decision, Door, deny
 MAX_TOKEN_S = 3600
 _AUDIENCE = "envoy-tool-broker"
 _TYPE = "broker-agent+jwt"  # RFC 8725 section 3.11: explicit typing, so that no other JWT of ours passes as a token
+_OPERATOR = "broker-operator+jwt"
+MAX_OPERATOR_S = 43_200  # a working day
 _CACHED = 4096
 
 
@@ -42,6 +44,14 @@ class Principal:
         return cls(agent, float(issued or 0), float(expires or 0))
 
 
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Who does something about agents: a name, and the groups that the proof says."""
+
+    name: str
+    groups: tuple[str, ...] = ()
+
+
 class TokenAuthority:
     """Signs and checks agent tokens (JWT, RFC 7519, EdDSA). Checking costs about 0.1 ms, so results are cached."""
 
@@ -52,16 +62,22 @@ class TokenAuthority:
 
     def mint(self, agent: str, now: float, ttl: int = MAX_TOKEN_S) -> str:
         """A token for `agent`, valid for `ttl` seconds, at most an hour."""
-        claims = {
-            "iss": _AUDIENCE,
-            "aud": _AUDIENCE,
-            "sub": agent,
-            # With its fraction (RFC 7519 section 2, NumericDate): a token made right after a revocation counts.
-            "iat": now,
-            "exp": int(now) + min(ttl, MAX_TOKEN_S),
-            "jti": secrets.token_hex(8),
-        }
-        return jwt.encode(claims, self._key, algorithm="EdDSA", headers={"typ": _TYPE})
+        return self._sign(_TYPE, now, {"sub": agent, "exp": int(now) + min(ttl, MAX_TOKEN_S)})
+
+    def mint_operator(self, person: Person, now: float, ttl: int = MAX_OPERATOR_S) -> str:
+        """A token by which this person may act on agents over the admin API; valid for `ttl` seconds, at most twelve hours."""
+        claims = {"sub": person.name, "groups": list(person.groups), "exp": int(now) + min(ttl, MAX_OPERATOR_S)}
+        return self._sign(_OPERATOR, now, claims)
+
+    def operator(self, token: str, now: float) -> Person | None:
+        """Whose operator token this is, or None when it proves nothing."""
+        claims = self._claims(token, _OPERATOR)
+        return Person(str(claims["sub"]), tuple(map(str, claims.get("groups", ())))) if claims and now < claims["exp"] else None
+
+    def _sign(self, kind: str, now: float, claims: dict[str, Any]) -> str:
+        # `iat` with its fraction (RFC 7519 section 2, NumericDate): a token made right after a revocation counts.
+        known = {"iss": _AUDIENCE, "aud": _AUDIENCE, "iat": now, "jti": secrets.token_hex(8), **claims}
+        return jwt.encode(known, self._key, algorithm="EdDSA", headers={"typ": kind})
 
     def check(self, token: str, now: float) -> Principal | None:
         """Who the token speaks for, or None when it proves nothing."""
@@ -74,16 +90,22 @@ class TokenAuthority:
         return principal if principal and principal.issued - 1 <= now < principal.expires else None
 
     def _verify(self, token: str) -> Principal | None:
+        if not (claims := self._claims(token, _TYPE)):
+            return None
+        principal = Principal(str(claims["sub"]), claims["iat"], claims["exp"])
+        return principal if principal.expires - principal.issued <= MAX_TOKEN_S else None
+
+    def _claims(self, token: str, kind: str) -> dict[str, Any] | None:
+        """The claims of a token of this kind that is ours; its times are numbers, for the caller to check."""
         try:
-            if jwt.get_unverified_header(token).get("typ") != _TYPE:
+            if jwt.get_unverified_header(token).get("typ") != kind:
                 return None
-            # Times are checked by `check`, against the caller's clock and also for cached tokens.
+            # Times are checked against the caller's clock, and also for cached tokens.
             options: Any = {"require": ["sub", "iat", "exp", "aud", "iss"], "verify_exp": False, "verify_iat": False}
             claims = jwt.decode(token, self._public, algorithms=["EdDSA"], audience=_AUDIENCE, issuer=_AUDIENCE, options=options)
-            principal = Principal(str(claims["sub"]), float(claims["iat"]), float(claims["exp"]))
+            return {**claims, "iat": float(claims["iat"]), "exp": float(claims["exp"])}
         except (jwt.PyJWTError, ValueError, TypeError):
             return None
-        return principal if principal.expires - principal.issued <= MAX_TOKEN_S else None
 
 
 def proxy_credentials(header: str | None) -> tuple[str, str] | None:

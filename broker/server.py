@@ -6,22 +6,26 @@ import logging
 import secrets
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-import orjson
 from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
 from envoy.service.auth.v3.external_auth_pb2_grpc import add_AuthorizationServicer_to_server
 from envoy.service.discovery.v3.ads_pb2_grpc import add_AggregatedDiscoveryServiceServicer_to_server
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
 
 from broker import clock
-from broker.admin import agents, api
+from broker.admin import api
+from broker.admin.operators import Operators, by_token, local
 from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
-from broker.audit.record import alert_record, config_record, revocation_record
+from broker.audit.record import config_record
+from broker.containment.alerts import Alert, Alerts
+from broker.containment.response import Containment, Surroundings
 from broker.credentials import issuers
+from broker.credentials.base import CredentialUnavailable, referenced
 from broker.credentials.jwt import jwks, key_id
 from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
@@ -36,15 +40,16 @@ from broker.ledger.base import RENEW_S, Balance, Ledger
 from broker.ledger.checkpoint import rebuild
 from broker.ledger.memory import MemoryLedger
 from broker.ledger.redis import RedisLedger
-from broker.ledger.revocations import Revocations
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
 from broker.metrics import Metrics, Standing, windows
 from broker.pki import PlatformCA, declared_hosts
+from broker.policy.containment import Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.processor.access_log import AccessLog
 from broker.processor.ext_authz import ExtAuthz
 from broker.processor.ext_proc import ExtProc
+from broker.processor.self_test import SelfTest
 from broker.processor.xds import Ads
 from broker.protocols.registry import ADAPTERS
 from broker.state import State
@@ -86,10 +91,11 @@ class Server:
         self._own = MemoryLedger()
         self._shared = RedisLedger(redis, key_id(audit_key), self._own, on_change=self._ledger_changed) if redis else None
         self._ledger: Ledger = self._shared or self._own
-        self._outbox = Outbox(state.outbox, fernet(state.keys / "outbox.key"))
-        self._revocations = Revocations()
-        self._revocations.replay(_revocation_records(state.audit))
+        seal = fernet(state.keys / "outbox.key")
+        self._outbox = Outbox(state.outbox, seal)
+        self._alerts = Alerts(state.alerts, seal, lambda: self._snapshot.alerting)
         self._metrics = Metrics()
+        self._containment = self._contained()
         self._budgets = windows(EMPTY)
         self._services = Services(
             snapshot=lambda: self._snapshot,
@@ -98,15 +104,34 @@ class Server:
             audit=self._audit,
             ledger=self._ledger,
             tokens=TokenAuthority(ed25519(state.keys / "tokens.key")),
-            revocations=self._revocations,
+            containment=self._containment,
             now=clock.now,
             steady=clock.steady,
             mono_ns=clock.mono_ns,
-            random_id=lambda: secrets.token_hex(10),
+            random_id=_random_id,
             metrics=self._metrics,
         )
+        self._self_test = SelfTest(self._services, str(state.processor_socket), self._tested)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
+
+    def _contained(self) -> Containment:
+        around = Surroundings(
+            self._audit,
+            clock.now,
+            clock.mono_ns,
+            _random_id,
+            later=lambda what: asyncio.get_running_loop().call_soon(what),
+            send=self._alerts.send,
+            drop_leases=lambda agent: self._drop_leases((agent,)),
+        )
+        if shared := self._shared:
+            around = replace(around, share=shared.share, unshare=shared.unshare)
+        contained = Containment(around)
+        contained.replay(chain.notices(self._state.audit))
+        if shared:
+            shared.notices, shared.on_notices = lambda: contained.notices, contained.learn
+        return contained
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain. Raises `BrokerError` where it can't start."""
@@ -122,10 +147,15 @@ class Server:
     async def _serve(self, stop: asyncio.Event) -> None:
         server = await self._listen()
         host, port = self._admin
-        public = api.public(self._readiness, self._exposition, self._jwks)
-        control = api.control(self._agents, self._agent, self._revoke_tokens)
+        acts = Operators(lambda: self._snapshot, self._ledger, self._containment, clock.steady).acts
+        public = [
+            *api.public(self._readiness, self._exposition, self._jwks),
+            *api.acting(acts, by_token(self._services.tokens, clock.now)),
+        ]
+        control = api.acting(acts, local)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            background = [asyncio.create_task(each) for each in (self._watch(), self._sync(), self._keep(), self._take_back())]
+            work = (self._watch(), self._sync(), self._keep(), self._take_back(), self._alerts.run(), self._self_test.run())
+            background = [asyncio.create_task(each) for each in work]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
             for task in background:
@@ -197,10 +227,18 @@ class Server:
             self._record("configuration in force", loaded.snapshot.revision)
             gone = self._snapshot.agents.keys() - loaded.snapshot.agents.keys()
             self._snapshot = loaded.snapshot
+            self._containment.apply_policy(loaded.snapshot, tuple(self._decoys(loaded.snapshot)))
             self._drop_leases(gone)
             self._broken = False
             self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             log.info("revision %s is in force", loaded.snapshot.revision)
+
+    def _decoys(self, snapshot: PolicySnapshot) -> Iterator[str]:
+        for reference in snapshot.decoys.credentials:
+            try:
+                yield referenced(reference, "honeytoken")
+            except CredentialUnavailable as error:
+                log.error("a decoy is not looked for: %s", error)  # noqa: TRY400 - it says all there is
 
     def _report(self, what: str) -> None:
         self._broken = True
@@ -232,6 +270,8 @@ class Server:
             reasons.append(f"Envoy: {self._refused}")
         if self._shared and self._shared.away:
             reasons.append(f"the shared ledger: {self._shared.away}")
+        if self._self_test.failure:
+            reasons.append(f"the self-test of revocation: {self._self_test.failure}")
         return reasons, self._snapshot.revision
 
     async def _exposition(self) -> bytes:
@@ -256,19 +296,10 @@ class Server:
             await asyncio.sleep(0)
         return found
 
-    async def _agents(self) -> dict[str, Any]:
-        return await agents.listed(self._snapshot, self._ledger, clock.steady())
-
-    async def _agent(self, name: str) -> dict[str, Any]:
-        agent = self._snapshot.agents.get(name)
-        return await agents.shown(agent, self._ledger, clock.steady()) if agent else {}
-
-    def _revoke_tokens(self, agent: str) -> None:
-        now = clock.now()
-        record = revocation_record(now, clock.mono_ns(), {"name": agent}, "tokens revoked by an operator")
-        self._audit.append({**record, "revoked": {"tokens_until": now}})
-        self._revocations.revoke_tokens(agent, now)
-        self._drop_leases((agent,))
+    def _tested(self, failure: str) -> None:
+        """The self-test's result has changed."""
+        what = f"an agent that is revoked is not cut off: {failure}" if failure else "revocation works again"
+        self._containment.alert(Alert("self_test", Severity.HIGH, what, "self-test", resolves=not failure))
 
     async def _sync(self) -> None:
         while True:
@@ -282,9 +313,7 @@ class Server:
         self._metrics.ledger_up = healthy
         passing = ", and reads pass on this broker's own limits" if self._snapshot.unsafe_reads else ""
         what = "limits can be checked again" if healthy else f"limits can't be checked{passing}: {why}"
-        log.log(logging.INFO if healthy else logging.ERROR, "%s", what)
-        with contextlib.suppress(AuditUnavailable):
-            self._audit.append(alert_record(clock.now(), clock.mono_ns(), what))
+        self._containment.alert(Alert("ledger", Severity.HIGH, what, "ledger", resolves=healthy))
 
     def _drop_leases(self, agents: Iterable[str]) -> None:
         for agent in agents:
@@ -302,6 +331,7 @@ class Server:
             await asyncio.sleep(RENEW_S)
             try:
                 self._ledger.renew(clock.steady())
+                self._containment.sweep()
                 await self._checkpoint()
             except Exception:  # open calls must keep their places, whatever this round's fault was
                 log.exception("the ledger could not be kept up; it is tried again in %.0f s", RENEW_S)
@@ -325,6 +355,5 @@ def _day() -> int:
     return int(clock.now() // _RECERTIFY_S)
 
 
-def _revocation_records(folder: Path) -> Iterator[dict[str, Any]]:
-    lines = (line for path, _ in chain.segments(folder) for line in chain.lines(path))
-    return (orjson.loads(line) for line in lines if b'"event":"revocation"' in line)
+def _random_id() -> str:
+    return secrets.token_hex(10)

@@ -32,6 +32,7 @@ class State:
     audit: Path
     ledger: Path
     outbox: Path
+    alerts: Path
     run: Path
     processor_socket: Path  # ext_proc, ext_authz, ADS and access logs
     control_socket: Path  # the admin API's changing half
@@ -46,7 +47,8 @@ class State:
             digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
             run = Path(tempfile.gettempdir()) / f"broker-{os.getuid()}-{digest}"
         sockets = (run / "processor.sock", run / "control.sock", run / "envoy-admin.sock")
-        state = cls(root, root / "ca.pem", root / "keys", root / "audit", root / "ledger.json", root / "outbox", run, *sockets)
+        keys, audit, ledger, outbox, alerts = (root / name for name in ("keys", "audit", "ledger.json", "outbox", "alerts"))
+        state = cls(root, root / "ca.pem", keys, audit, ledger, outbox, alerts, run, *sockets)
         try:
             root.mkdir(parents=True, exist_ok=True)
             for path in (state.keys, state.audit, run):

@@ -4,9 +4,11 @@ Law: a ledger that can't be asked takes nothing away of the rest; its numbers ar
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from broker.audit.record import timestamp
+from broker.containment.standing import EVERYONE, Standing
 from broker.ledger.base import Balance, Ledger, LedgerUnavailable
 from broker.ledger.memory import PER_RUN
 from broker.policy.limits import NANO, TOKENS, Kind, Limit, Measure
@@ -17,7 +19,7 @@ _COUNTED = ("tokens", "usd")
 _UNITS = {**dict.fromkeys(TOKENS, "tokens"), Measure.USD: "usd", Measure.BYTES_OUT: "bytes", Measure.RUNS: "runs"}
 
 
-async def shown(agent: Agent, ledger: Ledger, now: float) -> dict[str, Any]:
+async def shown(agent: Agent, ledger: Ledger, standing: Standing, now: float) -> dict[str, Any]:
     """One agent. `now` is the ledger's time, in seconds since the epoch.
 
     Each of `limits` has `amount`, `spent`, `left` in its `unit` (`calls`, `runs`, `tokens`, `usd`, `bytes`, `seconds`), `renews`
@@ -30,12 +32,16 @@ async def shown(agent: Agent, ledger: Ledger, now: float) -> dict[str, Any]:
         "namespace": agent.namespace,
         "tools": {tool: list(grants) for tool, grants in agent.tools.items()},
         "limits": [_limit(limit, balances.get(limit.key), now) for limit in agent.limits],
+        "restrictions": [asdict(each) for each in (*standing.of(agent.name), *standing.of(EVERYONE))],
         "unavailable": unavailable,
     }
 
 
-async def listed(snapshot: PolicySnapshot, ledger: Ledger, now: float) -> dict[str, Any]:
-    """All agents: `name`, `owner`, `tools`, and what they used today of `tokens` and `usd` where a limit counts it."""
+async def listed(snapshot: PolicySnapshot, ledger: Ledger, standing: Standing, now: float) -> dict[str, Any]:
+    """All agents: `name`, `owner`, `tools`, `standing`, and what they used today of `tokens` and `usd` where a limit counts it.
+
+    `standing` has each kind of restriction that holds: `revoke_agent`, `revoke_run`, `hold`, `read_only`; none is free.
+    """
     every = snapshot.agents.values()
     daily = {agent.name: _daily(agent) for agent in every}
     balances, unavailable = await _balances((limit for limits in daily.values() for limit in limits.values()), ledger, now)
@@ -45,7 +51,15 @@ async def listed(snapshot: PolicySnapshot, ledger: Ledger, now: float) -> dict[s
     }
     unknown = dict.fromkeys(_COUNTED)
     agents = [
-        {"name": agent.name, "owner": agent.owner, "tools": [*agent.tools], **unknown, **used[agent.name]} for agent in every
+        {
+            "name": agent.name,
+            "owner": agent.owner,
+            "tools": [*agent.tools],
+            "standing": sorted({str(each.action) for each in (*standing.of(agent.name), *standing.of(EVERYONE))}),
+            **unknown,
+            **used[agent.name],
+        }
+        for agent in every
     ]
     return {"agents": agents, "unavailable": unavailable}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from broker.errors import BrokerError
+from broker.errors import BrokerError, UsageError
+from broker.identity import Person
 
 
 def public(
     readiness: Callable[[], tuple[list[str], str]], exposition: Callable[[], Awaitable[bytes]], jwks: Mapping[str, Any]
-) -> Starlette:
+) -> list[Route]:
     """What reads. `readiness` gives each reason not to be ready (none when ready), and the revision in force."""
 
     async def metrics() -> Response:
@@ -40,42 +42,68 @@ def public(
     )
 
 
-Document = Awaitable[Mapping[str, Any]]
+Act = Callable[[Mapping[str, str], Mapping[str, Any], Person], Any]
+"""What the path names, what the body says, and who asks → a document, at once or awaited."""
 
 
-def control(agents: Callable[[], Document], agent: Callable[[str], Document], revoke_tokens: Callable[[str], None]) -> Starlette:
-    """What changes, or says who there is. A `BrokerError` that a callable raises is answered with 503."""
+def acting(acts: Mapping[str, Act], person: Callable[[Request, Mapping[str, Any]], Person | None]) -> list[Route]:
+    """What changes, or says who there is, for whom `person` makes out; nobody else is told what there is.
 
-    def revoke(name: str) -> dict[str, str]:
-        revoke_tokens(name)
-        return {"agent": name, "revoked": "tokens"}
+    A `UsageError` is answered with 404, a `ValueError` with 409, and another `BrokerError` with 503.
+    """
 
-    return _answering({"GET /agents": agents, "GET /agents/{name:path}": agent, "POST /agents/{name:path}/tokens/revoke": revoke})
-
-
-def _answering(answers: Mapping[str, Callable[..., Any]]) -> Starlette:
-    """Each answers with a response or a document, at once or awaited."""
-
-    def route(where: str, answer: Callable[..., Any]) -> Route:
+    def route(where: str, act: Act) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
-                answered = answer(*request.path_params.values())
-                answered = await answered if isinstance(answered, Awaitable) else answered
+                said = json.loads(await request.body() or b"{}")
+            except ValueError:
+                said = None
+            if not isinstance(said, dict):
+                return JSONResponse({"error": "the body is no JSON object"}, 400)
+            who = person(request, said)
+            if who is None:
+                words = {
+                    "error": "only operators may ask this; send an operator token (`broker token NAME --operator`) as Bearer"
+                }
+                return JSONResponse(words, 401, {"www-authenticate": "Bearer"})
+            try:
+                answered = act(request.path_params, said, who)
+                return JSONResponse(await answered if isinstance(answered, Awaitable) else answered)
+            except UsageError as error:
+                return JSONResponse({"error": str(error)}, 404)
+            except ValueError as error:
+                return JSONResponse({"error": str(error)}, 409)
             except BrokerError as error:
                 return JSONResponse({"error": str(error)}, 503)
+
+        method, path = where.split()
+        return Route(path, endpoint, methods=[method])
+
+    return [route(where, act) for where, act in acts.items()]
+
+
+def _answering(answers: Mapping[str, Callable[[], Any]]) -> list[Route]:
+    """Each answers anyone with a response or a document, at once or awaited."""
+
+    def route(where: str, answer: Callable[[], Any]) -> Route:
+        async def endpoint(_: Request) -> Response:
+            answered = answer()
+            answered = await answered if isinstance(answered, Awaitable) else answered
             return answered if isinstance(answered, Response) else JSONResponse(answered)
 
         method, path = where.split()
         return Route(path, endpoint, methods=[method])
 
-    return Starlette(routes=[route(where, answer) for where, answer in answers.items()])
+    return [route(where, answer) for where, answer in answers.items()]
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Starlette, **where: Any) -> AsyncIterator[None]:
+async def serving(routes: list[Route], **where: Any) -> AsyncIterator[None]:
     """Serve on `host` and `port`, or on the Unix socket `uds` (mode 0600), for as long as the body of the `async with` runs."""
     sockets = [_private(where.pop("uds"))] if "uds" in where else None
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", **where))
+    server = uvicorn.Server(
+        uvicorn.Config(Starlette(routes=routes), log_level="warning", access_log=False, lifespan="off", **where)
+    )
     # Signals are the composition root's: it stops what serves calls first.
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
     task = asyncio.create_task(server.serve(sockets))

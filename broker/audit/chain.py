@@ -106,6 +106,12 @@ def lines(path: Path) -> Iterator[bytes]:
                 return
 
 
+def notices(directory: Path) -> Iterator[dict[str, Any]]:
+    """The records that hold a notice, oldest first: what was done about agents, and said of calls that wait."""
+    found = (line for path, _ in segments(directory) for line in lines(path))
+    return (orjson.loads(line) for line in found if b'"notice":{' in line and line.endswith(b"\n"))
+
+
 def backwards(found: Sequence[tuple[Path, int]]) -> Iterator[bytes]:
     """Whole lines of these segments from the last one on, without their newlines."""
     for path, _ in reversed(found):

@@ -8,7 +8,7 @@ whose parameters are sensitive declares the data class `pii` or `secret`.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -65,7 +65,8 @@ class Attempt:
     """Who tried what, as far as it is known by now; empty means not known.
 
     `agent` holds `name`, `spiffe`, `owner`, `oncall`. `path` is raw and without query. `data` are the operation's data classes.
-    `limits` is what was reserved, or which limit refused. `model` and what follows are those of a model call.
+    `limits` is what was reserved, or which limit refused. `model` and what follows are those of a model call. `approval` is the
+    one that the call waits for, or that it used.
     """
 
     decision_id: str
@@ -88,6 +89,7 @@ class Attempt:
     model: str = ""
     provider: str = ""
     prompt_hash: str = ""
+    approval: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ def decision_record(
         # A pointer holds names that the agent chose.
         "violations": [{"pointer": _text(v.pointer), "rule": v.rule, "message": _text(v.message, _MAX_NAME)} for v in violations],
         "credential": dict(credential) if credential else None,
+        "approval": attempt.approval or None,
     }
 
 
@@ -176,14 +179,22 @@ def config_record(now: float, mono_ns: int, detail: str, revision: str = "") -> 
     return {**_event("config", now, mono_ns), "detail": _text(detail, _MAX_NAME), "revision": revision or None}
 
 
-def revocation_record(now: float, mono_ns: int, agent: Mapping[str, str], detail: str) -> dict[str, Any]:
-    """The record of an agent's revocation. `detail` says by whom and why."""
-    return {**_event("revocation", now, mono_ns), "agent": dict(agent), "detail": _text(detail, _MAX_NAME)}
+def notice_record(  # noqa: PLR0913, PLR0917 - what a record of a notice holds
+    event: str, now: float, mono_ns: int, agent: Mapping[str, str], detail: str, notice: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The record of what was done about an agent, or said of a call that waits (`revocation`, `release` or `approval`).
+
+    `notice` is the whole of it, for replay; `detail` says by whom and why.
+    """
+    return {**_event(event, now, mono_ns), "agent": dict(agent), "detail": _text(detail, _MAX_NAME), "notice": dict(notice)}
 
 
-def alert_record(now: float, mono_ns: int, detail: str) -> dict[str, Any]:
-    """The record of something that people should look at."""
-    return {**_event("alert", now, mono_ns), "detail": _text(detail, _MAX_NAME)}
+def alert_record(
+    now: float, mono_ns: int, detail: str, about: Mapping[str, Any] | None = None, decision_ids: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The record of something that people should look at; `about` says what kind of thing it is, and of which agent."""
+    known = {**_event("alert", now, mono_ns), **(about or {}), "detail": _text(detail, _MAX_NAME)}
+    return {**known, "decision_id": decision_ids[-1] if decision_ids else None, "decision_ids": list(decision_ids)}
 
 
 def timestamp(now: float) -> str:

@@ -1,4 +1,4 @@
-"""`broker agents`: who the agents are, and what each has left to spend; asked of the running broker."""
+"""`broker agents`: who the agents are, how they and their limits stand; and the kill switch."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,17 +9,19 @@ from typing import Any
 import click
 import orjson
 
-from broker.admin.client import ask
+from broker.admin.client import Refused, ask
 from broker.cli import options
+from broker.containment.standing import EVERYONE
 from broker.errors import BrokerError, UsageError
+from broker.manifest.findings import printable
 
-_AGENTS = ("NAME", "OWNER", "TOKENS TODAY", "USD TODAY", "TOOLS")
+_AGENTS = ("NAME", "OWNER", "STANDING", "TOKENS TODAY", "USD TODAY", "TOOLS")
 _LIMITS = ("LIMIT", "SCOPE", "SPENT", "LEFT", "RENEWS")
 
 
 @click.group()
 def agents() -> None:
-    """Show the agents of a running broker and how their limits stand."""
+    """Show the agents and how they and their limits stand; revoke and release them."""
 
 
 @agents.command("list")
@@ -49,6 +51,64 @@ def show(*, name: str, state: Path, as_json: bool) -> None:
     _tell(found, described(found), as_json=as_json)
 
 
+_reason = click.option("--reason", required=True, help="Why; it is recorded, and told to whoever is paged.")
+_by = click.option("--as", "by", metavar="PERSON", default="", help="Who does it; the user of this terminal unless given.")
+
+
+@agents.command()
+@click.argument("name", required=False)
+@_reason
+@click.option("--run", "run_id", metavar="ID", help="Only this run; an empty ID is for the agent's calls without one.")
+@click.option("--all", "everyone", is_flag=True, help="All agents: break-glass.")
+@_by
+@options.state
+@options.as_json
+def revoke(*, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, state: Path, as_json: bool) -> None:
+    """Revoke the agent NAME, now: new calls are denied, open ones cut, its credentials and tokens taken back.
+
+    It holds until `broker agents release`, also over restarts, and on all brokers that share a Redis. Where no broker runs on
+    this state, it holds from the next start.
+    """
+    who, said = _target(name, reason, run_id, everyone=everyone)
+    folder = options.broker_state(state)
+    done = options.act(folder, f"/agents/{who}/revoke", said, lambda held, me: held.revoke(who, run_id, reason, me), by)
+    words = "all agents are" if everyone else f"{who} is" if run_id is None else f"run {run_id!r} of {who} is"
+    click.echo(orjson.dumps(done or {"agent": who, "revoked": said}) if as_json else f"{words} revoked")
+    if done is None:
+        click.echo("no broker runs on this state: it holds from the next start", err=True)
+
+
+@agents.command()
+@click.argument("name", required=False)
+@_reason
+@click.option("--run", "run_id", metavar="ID", help="Only what holds for this run.")
+@click.option("--all", "everyone", is_flag=True, help="What holds for all agents at once; not what holds for one by its name.")
+@_by
+@options.state
+@options.as_json
+def release(*, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, state: Path, as_json: bool) -> None:
+    """Let the agent NAME go on: lift what holds for it and for its runs. It needs a new token."""
+    who, said = _target(name, reason, run_id, everyone=everyone)
+    gone: list[Any] = []
+    folder = options.broker_state(state)
+    done = options.act(
+        folder, f"/agents/{who}/release", said, lambda held, me: gone.extend(held.release(who, run_id, reason, me)), by
+    )
+    if done is None and not gone:
+        raise Refused(f"nothing holds for {who!r} by its name")
+    shown = "all agents are" if everyone else f"{who} is"
+    click.echo(orjson.dumps(done or {"agent": who, "released": len(gone)}) if as_json else f"{shown} released")
+
+
+def _target(name: str | None, reason: str, run_id: str | None, *, everyone: bool) -> tuple[str, dict[str, Any]]:
+    """Whom it is about, and what the broker is told."""
+    if bool(name) is everyone or (everyone and run_id is not None):
+        raise UsageError("it is about one agent, perhaps one of its runs, or about all", "write a NAME, or --all")
+    if not reason.strip():
+        raise UsageError("a reason is needed; it is recorded", "write --reason")
+    return EVERYONE if everyone else name or "", {"reason": reason, **({} if run_id is None else {"run_id": run_id})}
+
+
 def _asked(state: Path, target: str) -> dict[str, Any]:
     folder = options.broker_state(state)
     if (answer := ask(folder.control_socket, "GET", target)) is None:
@@ -63,7 +123,15 @@ def _tell(found: dict[str, Any], lines: Iterable[str], *, as_json: bool) -> None
 
 
 def _agent(each: dict[str, Any]) -> tuple[str, ...]:
-    return each["name"], each["owner"], amount(each["tokens"], ""), amount(each["usd"], "usd"), ", ".join(each["tools"]) or "-"
+    standing = ", ".join(each["standing"]) or "-"
+    return (
+        each["name"],
+        each["owner"],
+        standing,
+        amount(each["tokens"], ""),
+        amount(each["usd"], "usd"),
+        ", ".join(each["tools"]) or "-",
+    )
 
 
 def described(found: dict[str, Any]) -> Iterator[str]:
@@ -76,6 +144,9 @@ def described(found: dict[str, Any]) -> Iterator[str]:
     yield f"identity  {', '.join(proof for proof, has in zip(proofs, held, strict=True) if has)}"
     tools = [f"{tool}: {', '.join(operations) or 'no operations'}" for tool, operations in found["tools"].items()]
     yield "tools     " + ("\n" + " " * 10).join(tools or ["none"])
+    for held in found["restrictions"]:
+        of = "" if held["run_id"] is None else f" {held['run_id'] or '(calls without a run ID)'}"
+        yield printable(f"standing  {held['action']}{of}: {held['reason']} (by {held['by']})")
     if found["limits"]:
         yield ""
         yield from table(_LIMITS, [_limit(limit) for limit in found["limits"]])

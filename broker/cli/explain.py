@@ -17,7 +17,7 @@ from broker.credentials.leases import Leases
 from broker.errors import UsageError
 from broker.manifest.findings import printable
 from broker.policy.agreement import Wire, destination
-from broker.policy.evaluate import View, admit, evaluate
+from broker.policy.evaluate import View, admit, approval_for, evaluate
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.strip import strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, deny
@@ -84,8 +84,11 @@ def decided(snapshot: PolicySnapshot, name: str, wire: Wire, request: Request, b
     call = limit if isinstance(limit, Refusal) and body else adapter.recognise(tool, clean.request, body)
     if isinstance(call, Refusal):
         return deny(call.code, call.detail, violations=call.violations)
-    decision = evaluate(snapshot, agent, call)
     operation = tool.operations.get(call.operation or "")
+    decision = evaluate(snapshot, agent, call)
+    if decision.allowed and (need := approval_for(agent, call, operation.effect if operation else None)):
+        people = "a person" if need.approvers == 1 else f"{need.approvers} people"
+        decision = deny(Code.APPROVAL_REQUIRED, f"{tool.name}/{call.operation} waits for {people} to approve it", rule=need.rule)
     steps["operation"] = f"{operation.name} ({operation.effect}), {operation.rule}" if operation else call.label
     if decision.allowed and tool.credential:
         pins = agent.tools[tool.name][operation.name].pins if operation else {}

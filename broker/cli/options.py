@@ -1,16 +1,25 @@
 """What several verbs share: their options, and what they make of them."""
 
+import contextlib
+import getpass
 import os
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import click
 
+from broker import clock
+from broker.admin.client import ask
+from broker.audit import chain
+from broker.audit.log import AuditLog
+from broker.containment.response import Containment, Surroundings
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, UsageError, counted
+from broker.keys import ed25519
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import load
 from broker.policy.snapshot import PolicySnapshot
@@ -104,6 +113,32 @@ def broker_state(folder: Path) -> State:
             f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
         )
     return State.at(folder)
+
+
+def me() -> str:
+    """The name of whoever runs this, as the system knows it; with sudo, of whoever asked for root's rights."""
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    return f"user {os.getuid()}"
+
+
+def act(
+    folder: State, target: str, said: Mapping[str, Any], offline: Callable[[Containment, str], object], by: str = ""
+) -> dict[str, Any] | None:
+    """Have the running broker do it by its control API; where none runs, `offline` does it in the record, for the next start.
+
+    Gives the running broker's answer, None where there is none. Raises what `ask` raises.
+    """
+    by = by or me()
+    answer = ask(folder.control_socket, "POST", target, {**said, "by": by})
+    if answer is None:
+        now = clock.now()
+        with AuditLog(folder.audit, ed25519(folder.keys / "audit.key"), now, clock.mono_ns()) as log:
+            held = Containment(Surroundings(log, clock.now, clock.mono_ns, lambda: secrets.token_hex(10)))
+            held.replay(chain.notices(folder.audit))
+            offline(held, by)
+            log.sync(now)
+    return answer
 
 
 def command(verb: str, **chosen: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""`broker token NAME`: an agent token, printed alone; or all of an agent's tokens taken back."""
+"""`broker token NAME`: an agent's or a person's token, printed alone; or all of an agent's tokens taken back."""
 
 from pathlib import Path
 
@@ -7,11 +7,9 @@ import orjson
 
 from broker import clock
 from broker.admin.client import ask
-from broker.audit.log import AuditLog
-from broker.audit.record import revocation_record
 from broker.cli import options
 from broker.errors import UsageError
-from broker.identity import MAX_TOKEN_S, TokenAuthority
+from broker.identity import MAX_OPERATOR_S, MAX_TOKEN_S, Person, TokenAuthority
 from broker.keys import ed25519
 from broker.state import State
 
@@ -19,18 +17,30 @@ from broker.state import State
 @click.command()
 @click.argument("name")
 @options.state
-@click.option("--ttl", type=click.IntRange(1, MAX_TOKEN_S), default=MAX_TOKEN_S, show_default=True, help="Its life, in seconds.")
+@click.option("--ttl", type=click.IntRange(1, MAX_OPERATOR_S), help="Its life, in seconds: an hour at most, a person's twelve.")
 @click.option("--revoke", is_flag=True, help="Take back every token of this agent that was issued until now.")
+@click.option("--operator", is_flag=True, help="For the person NAME, who acts on agents and approvals over the admin API.")
+@click.option("--group", "groups", multiple=True, metavar="GROUP", help="With --operator: a group that this person is in.")
 @options.as_json
-def token(*, name: str, state: Path, ttl: int, revoke: bool, as_json: bool) -> None:
+def token(
+    *, name: str, state: Path, ttl: int | None, revoke: bool, operator: bool, groups: tuple[str, ...], as_json: bool
+) -> None:
     """Print a token with which the agent NAME proves itself to the broker."""
     folder = options.broker_state(state)
+    authority = TokenAuthority(ed25519(folder.keys / "tokens.key"))
+    if groups and not operator:
+        raise UsageError("only people are in groups", "write --operator too")
+    if operator:
+        made = authority.mint_operator(Person(name, groups), clock.now(), ttl := ttl or MAX_OPERATOR_S)
+        document = {"operator": name, "groups": groups, "token": made, "expires_in": ttl}
+        click.echo(orjson.dumps(document) if as_json else made)
+        return
     _refuse_unknown(folder, name)
     if revoke:
-        _revoke(folder, name)
+        options.act(folder, f"/agents/{name}/tokens/revoke", {}, lambda held, me: held.revoke_tokens(name, me))
         click.echo(orjson.dumps({"agent": name, "revoked": "tokens"}) if as_json else f"the tokens of {name} no longer count")
         return
-    made = TokenAuthority(ed25519(folder.keys / "tokens.key")).mint(name, clock.now(), ttl)
+    made = authority.mint(name, clock.now(), ttl := min(ttl or MAX_TOKEN_S, MAX_TOKEN_S))
     click.echo(orjson.dumps({"agent": name, "token": made, "expires_in": ttl}) if as_json else made)
 
 
@@ -44,14 +54,3 @@ def _refuse_unknown(folder: State, name: str) -> None:
         raise UsageError(f"no manifest names an agent {name!r}", "see `broker check` for the agents' files")
     if not answer["token"]:
         raise UsageError(f"the manifest of {name!r} takes no tokens", "write `token: true` under its identity")
-
-
-def _revoke(folder: State, name: str) -> None:
-    if ask(folder.control_socket, "POST", f"/agents/{name}/tokens/revoke") is not None:
-        return
-    # No broker runs, so the log is free: the revocation is in force when the next one starts.
-    now = clock.now()
-    with AuditLog(folder.audit, ed25519(folder.keys / "audit.key"), now, clock.mono_ns()) as log:
-        record = revocation_record(now, clock.mono_ns(), {"name": name}, "tokens revoked by an operator")
-        log.append({**record, "revoked": {"tokens_until": now}})
-        log.sync(now)

@@ -44,6 +44,9 @@ OBSERVED = ext_proc.ProcessingMode(
 )
 """What the processor asks for to see an answer's body. Envoy ignores, without a word, an override that is not exactly this."""
 
+TUNNEL = replace(OBSERVED, request_header_mode=_SEND.SKIP, request_body_mode=_BODY.NONE, response_body_mode=_BODY.NONE)
+"""Of a tunnel, only that it is open: whoever may cut it holds its gRPC stream, which carries nothing until it ends."""
+
 _UNAVAILABLE = HttpStatus(code=StatusCode.ServiceUnavailable)
 
 

@@ -10,12 +10,12 @@ from itertools import groupby
 import envoy_data_plane.envoy.config.route.v3 as route_v3
 from envoy_data_plane.envoy.config.route.v3 import Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost
 from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthzPerRoute
-from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcOverrides, ExtProcPerRoute
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatchAndSubstitute, RegexMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane import site
-from broker.dataplane.filters import EXT_PROC
+from broker.dataplane.filters import EXT_PROC, TUNNEL
 from broker.dataplane.proto import inline, seconds
 from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot, Tool
@@ -87,7 +87,7 @@ def _tunnel(tool: Tool) -> Route:
     action = _to(inner_listener(tool))
     ended_here = route_v3.RouteActionUpgradeConfigConnectConfig()
     action.upgrade_configs = [route_v3.RouteActionUpgradeConfig(upgrade_type="CONNECT", connect_config=ended_here)]
-    judged_inside = {EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True))}
+    judged_inside = {EXT_PROC: Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=TUNNEL)))}
     return Route(name=f"{site.PROXY}/{tool.name}", match=_CONNECT, route=action, typed_per_filter_config=judged_inside)
 
 

@@ -32,7 +32,8 @@ ATTRIBUTES = (
     "connection.uri_san_peer_certificate",
     *CARRIED,
 )
-RESPONSE_ATTRIBUTES = ("response.code_details",)
+# Of a tunnel the processor hears with its 200 only: for whom it was opened must come along.
+RESPONSE_ATTRIBUTES = ("response.code_details", CARRIED[0])
 
 # Headers by which a door proves an agent's identity.
 TOKEN_HEADER = "x-broker-token"  # noqa: S105 - a header's name

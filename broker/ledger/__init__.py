@@ -1,1 +1,1 @@
-"""What was spent and what was taken back, embedded or shared by several brokers."""
+"""What was spent, embedded or shared by several brokers."""

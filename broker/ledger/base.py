@@ -61,12 +61,16 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Nothing was reserved: `limit` has no room for `needed` beside what is `spent`. `retry_after` is in seconds, 0 for never."""
+    """Nothing was reserved: `limit` has no room for `needed` beside what is `spent`. `retry_after` is in seconds, 0 for never.
+
+    `trail` says by which calls the run came under a flow rule.
+    """
 
     limit: Limit
     spent: int
     needed: int
     retry_after: float
+    trail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def take(ledger: MemoryLedger, link: Link) -> bytes:
     """The picture, of this moment, after the record `link`."""
-    runs = [[*key, run.started, run.last, run.steps, run.counts] for key, run in ledger.runs.items()]
+    runs = [[*key, run.started, run.last, run.steps, run.counts, run.trail] for key, run in ledger.runs.items()]
     counted = {"now": ledger.now, "windows": ledger.windows, "full_at": ledger.full_at, "runs": runs}
     content = canonical({"after": link.hash, "seq": link.seq, **counted})
     return b'{"hash":"%s","ledger":%s}' % (hashlib.sha256(content).hexdigest().encode(), content)

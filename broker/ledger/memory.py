@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Balance, Granted, Refused, Spend
-from broker.policy.limits import Kind, Limit, Measure
+from broker.policy.limits import Kind, Limit, Measure, label
 
 RUNS_KEPT = 10_000
 """How many runs of one agent are remembered, the most recent: else an agent that names a new one with each call fills the memory.
@@ -24,18 +24,22 @@ COUNTS_KEPT = 10_000
 _FORGET_S = 7200.0  # twice the longest call: what is older will never be settled
 _EPSILON_S = 1e-6  # what a double of this size can't hold of a second
 
-PER_RUN = frozenset({Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL})
+PER_RUN = frozenset({Kind.RUN, Kind.RUN_TIME, Kind.IDENTICAL, Kind.FLOW})
 """What only steps of a run are held to."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One run of an agent: its first call, its last, how many, and what was counted in it, by limit key or fingerprint."""
+    """One run of an agent: its first call, its last, how many, and what was counted in it, by limit key or fingerprint.
+
+    `trail` has, by label, the first call that this broker let go which gave the run that label.
+    """
 
     started: float
     last: float
     steps: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    trail: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -112,9 +116,14 @@ class MemoryLedger:
                 return None
             case Kind.RUN_TIME:
                 spent, need, wait = math.ceil(now - run.started), 0, run.last + idle(spend.run) - now
+            case Kind.FLOW:
+                spent, need, wait = int(all(run.counts.get(label(name).key, 0) > 0 for name in limit.after)), 0, 0.0
             case Kind.RUN | Kind.IDENTICAL:
                 spent, wait = run.counts.get(counted(limit, spend), 0), run.last + idle(spend.run) - now
-        return Refused(limit, spent, need, wait if need <= limit.amount else 0) if spent + need > limit.amount else None
+        if spent + need <= limit.amount:
+            return None
+        trail = self.trail(limit, spend) if limit.kind is Kind.FLOW else ""
+        return Refused(limit, spent, need, wait if need <= limit.amount else 0, trail)
 
     def _window(self, limit: Limit, now: float) -> tuple[int, int]:
         window = int(now // limit.per)
@@ -167,6 +176,8 @@ class MemoryLedger:
             case Kind.RUN | Kind.IDENTICAL if run:
                 name = counted(limit, spend)
                 run.counts[name] = run.counts.get(name, 0) + need
+                if limit.word == "label":
+                    run.trail.setdefault(name, f"{spend.fingerprint.rpartition('/')[0]} (decision {spend.decision_id})")
                 if len(run.counts) > COUNTS_KEPT:
                     _forget_calls(run)
         return 0
@@ -205,6 +216,14 @@ class MemoryLedger:
                 name = counted(limit, grant.spend)
                 if name in grant.run.counts:
                     grant.run.counts[name] += change
+                    if grant.run.counts[name] <= 0:
+                        grant.run.trail.pop(name, None)
+
+    def trail(self, limit: Limit, spend: Spend) -> str:
+        """By which calls the run got the labels of a flow rule, as far as they went through this broker."""
+        known = self.runs.get((spend.agent, spend.run or ""))
+        calls = known.trail if known else {}
+        return ", ".join(f"{name} by {calls.get(label(name).key, 'a call through another broker')}" for name in limit.after)
 
     def renew(self, now: float) -> None:
         """See `Ledger.renew`. Forgets what can't matter any more."""
@@ -264,7 +283,9 @@ def _forget_calls(run: Run) -> None:
 
 
 def counted(limit: Limit, spend: Spend) -> str:
-    """Under which name a run counts it."""
+    """Under which name a run counts it; of a flow rule, under which names it counts the labels, a line each."""
+    if limit.kind is Kind.FLOW:
+        return "\n".join(label(name).key for name in limit.after)
     return f"{limit.key}:{spend.fingerprint}" if limit.kind is Kind.IDENTICAL else limit.key
 
 

@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from broker.errors import UsageError
 from broker.ledger.base import LEASE_S, Balance, Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.memory import PER_RUN, MemoryLedger, counted, idle
-from broker.ledger.said import MEMBERS, Words, chunks, ended, key_of, mine, pieces, run_key
+from broker.ledger.said import MEMBERS, NOTICES, Words, chunks, ended, key_of, mine, pieces, run_key
 from broker.policy.limits import Kind, Limit, Measure
 
 SLOW_S = 0.05
@@ -34,10 +34,11 @@ SLOW_S = 0.05
 GRACE_S = 3.0
 """For how long nobody is served after Redis lost its data, so that every broker can notice and say what it spent."""
 
-_BEAT_S = 1.0  # a third of the grace
+_BEAT_S = 0.4  # well within the grace; and a notice is known everywhere after at most so long
 _CONNECT_S = 1.0
 _RETRY_S = 0.2
 _BATCH = 128  # reservations in one round trip: about 5 ms of Redis's time
+_NOTICES_AT_ONCE = 16  # each at most some 64 KiB
 _DOUBTS = 10_000  # beyond that, all is said again
 
 _BEGIN, *_TEXTS = (
@@ -61,10 +62,14 @@ class RedisLedger:
     """See `Ledger`. `async with` it, once `own` is rebuilt: it has then joined, or will as soon as it can.
 
     `url` is redis-py's: `redis://`, `rediss://` (verified TLS; `?ssl_ca_certs=FILE`), with USER:PASSWORD of an ACL user: keys
-    `~{broker}:*`, commands info, evalsha, script|load, time, hget, hmget, hset, hincrby, del, get, set, expire, zadd, zrem,
-    zcard, zcount, zscore, zrange, zremrangebyscore. `replica` names this broker's state folder for good. `on_change` hears
-    whether limits can be checked, and if not, why. While `unsafe_reads` is set and Redis is away, reads are let through on what
-    this broker alone has spent. Before it joins, `callers_clock` may be set, to count by the caller's `now`, and `grace`, in s.
+    `~{broker}:*`, commands info, evalsha, script|load, time, hget, hmget, hset, hkeys, hdel, hincrby, del, get, set, expire,
+    zadd, zrem, zcard, zcount, zscore, zrange, zremrangebyscore. `replica` names this broker's state folder for good. `on_change`
+    hears whether limits can be checked, and if not, why. While `unsafe_reads` is set and Redis is away, reads are let through on
+    what this broker alone has spent. Before it joins, `callers_clock` may be set, to count by the caller's `now`, and `grace`, in
+    seconds.
+
+    Beside what is spent, brokers share notices: documents by ID that all must know. `notices` gives this broker's, `on_notices`
+    hears those of all when there are new ones; nobody is served before it has heard them.
     """
 
     def __init__(
@@ -83,6 +88,9 @@ class RedisLedger:
             ) from None
         self.own, self._on_change = own, on_change
         self.unsafe_reads, self.callers_clock, self.grace = False, False, GRACE_S
+        self.notices: Callable[[], Mapping[str, bytes]] = dict
+        self.on_notices: Callable[[Mapping[str, bytes]], None] = lambda _notices: None
+        self._heard_of = b""  # the number of the last notice
         self._replica, self._token = f"@{replica}", ""
         self._healthy: bool | None = None
         self._why = "not yet connected"
@@ -164,6 +172,16 @@ class RedisLedger:
         await asyncio.gather(*waiting)
         return await told.balances(limits, now)
 
+    def share(self, notice_id: str, document: bytes) -> None:
+        """Tell the other brokers. While Redis is away nothing is sent: when it is back, all that it lacks is."""
+        if self._healthy:
+            self._apply([(NOTICES, "note", notice_id, document)], None, 0)
+
+    def unshare(self, notice_ids: Iterable[str]) -> None:
+        """These are over; they come back where a broker that still has them joins, until that lets go of them too."""
+        for items in chunks((NOTICES, "unnote", *ids) for ids in pieces(list(notice_ids)) if ids) if self._healthy else ():
+            self._apply(items, None, 0)
+
     async def drained(self) -> None:
         """Wait until Redis knows all that was settled so far, or is away."""
         if self._healthy:
@@ -195,7 +213,8 @@ class RedisLedger:
         said, *rest = answer
         if said == b"refused":
             index, spent, needed, wait = rest
-            return Refused(asked[index], int(float(spent)), int(float(needed)), float(wait))
+            trail = self.own.trail(asked[index], spend) if asked[index].kind is Kind.FLOW else ""
+            return Refused(asked[index], int(float(spent)), int(float(needed)), float(wait), trail)
         now, began, step, *full = rest
         self._heard(float(now))
         granted, times = self.own.take(spend, float(now), step if spend.run is not None else 0, float(began)), iter(full)
@@ -253,9 +272,27 @@ class RedisLedger:
 
     def _beaten(self, answer: list[Any]) -> float:
         """In how many seconds reservations are served."""
-        _, now, wait = answer
+        _, now, wait, last_notice = answer
         self._heard(float(now))
+        if last_notice != self._heard_of:
+            self._heard_of = last_notice
+            self._queue.append(_Sent(("HKEYS", NOTICES), self._missed))
         return float(wait)
+
+    def _named(self, names: list[bytes]) -> list[list[str]]:
+        """Of these notices, in batches, those that this broker lacks; what Redis lacks is told to it."""
+        there, mine = {name.decode() for name in names if name}, self.notices()
+        for notice_id in mine.keys() - there:
+            self._apply([(NOTICES, "note", notice_id, mine[notice_id])], None, 0)
+        new = sorted(there - mine.keys())
+        return [new[start : start + _NOTICES_AT_ONCE] for start in range(0, len(new), _NOTICES_AT_ONCE)]
+
+    def _missed(self, names: list[bytes]) -> None:
+        for ids in self._named(names):
+            self._queue.append(_Sent(("HMGET", NOTICES, *ids), partial(self._told, ids)))
+
+    def _told(self, ids: list[str], documents: list[bytes | None]) -> None:
+        self.on_notices({notice_id: document for notice_id, document in zip(ids, documents, strict=True) if document})
 
     def _ask(self, sent: _Sent) -> "asyncio.Future[Any]":
         sent.waiting = asyncio.get_running_loop().create_future()
@@ -298,10 +335,17 @@ class RedisLedger:
         self.own.now = float(now)
         self._heard(float(now))
         wait = float(left)
+        # Heard last, and looked at doubts after that: what ends while this waits is in doubt as well.
+        await self._hear_all(connection)
         while self._everything or self._doubts or wait > 0:
             wait = await self._say_again(connection)
             await asyncio.sleep(max(0.0, min(wait, _BEAT_S)))
+            await self._hear_all(connection)
         self._tell(healthy=True, why="")
+
+    async def _hear_all(self, connection: AbstractConnection) -> None:
+        for ids in self._named((await _round(connection, [("HKEYS", NOTICES)]))[0]):
+            self._told(ids, (await _round(connection, [("HMGET", NOTICES, *ids)]))[0])
 
     async def _say_again(self, connection: AbstractConnection) -> float:
         doubts, everything, wait = self._doubts, self._everything, 0.0
@@ -317,14 +361,17 @@ class RedisLedger:
         return wait
 
     async def _serve(self, connection: AbstractConnection) -> None:
+        loop, beat = asyncio.get_running_loop(), 0.0
         while True:
+            if loop.time() - beat >= _BEAT_S:
+                # Also where calls come without a pause: what others say must be heard.
+                beat = loop.time()
+                self._apply([], None, 0)
             if not self._queue:
                 self._wake.clear()
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(_BEAT_S):
                         await self._wake.wait()
-                except TimeoutError:
-                    self._apply([], None, 0)
             while self._queue and len(self._flying) < _BATCH:
                 self._flying.append(self._queue.popleft())
             for answer in await _round(connection, [sent.command for sent in self._flying]):

@@ -14,6 +14,7 @@ from broker.policy.limits import Kind, Limit
 Words = tuple[Any, ...]
 
 MEMBERS = "{broker}:members"
+NOTICES = "{broker}:notices"
 _CHUNK = 1000  # words that are said in one step: about 1 ms of Redis's time, and within what Lua's `unpack` takes
 
 
@@ -65,7 +66,7 @@ def mine(own: MemoryLedger, doubts: Collection[Spend], *, everything: bool) -> I
     runs: dict[tuple[str, str], dict[str, int]] = {}
     for spend in doubts:
         if spend.run is not None:
-            zeros = {counted(limit, spend): 0 for limit in spend.limits if limit.kind in PER_RUN}
+            zeros = {counted(limit, spend): 0 for limit in spend.limits if limit.kind in PER_RUN - {Kind.FLOW}}
             runs.setdefault((spend.agent, spend.run), {}).update(zeros)
         for limit in spend.limits:
             keys[limit.kind].add(limit.key)

@@ -12,7 +12,7 @@ from typing import Any
 
 from broker.ledger.base import Refused, Spend
 from broker.ledger.memory import MemoryLedger
-from broker.policy.limits import NANO, Limit, Measure, called, used
+from broker.policy.limits import NANO, Limit, Measure, called, label, used
 from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import Effect, Json, Usage, Verdict
 
@@ -57,7 +57,9 @@ def replay(ledger: MemoryLedger, records: Iterable[Mapping[str, Any]], snapshot:
 def _by_scope(snapshot: PolicySnapshot) -> dict[str, dict[Limit, None]]:
     found: dict[str, dict[Limit, None]] = {}
     for agent in snapshot.agents.values():
-        for limit in agent.limits:
+        grants = (grant.limits for tool in agent.tools.values() for grant in tool.values())
+        labels = (limit for limits in grants for limit in limits if limit.word == "label")
+        for limit in (*agent.limits, *labels):
             found.setdefault(limit.scope, {})[limit] = None
     return found
 
@@ -65,7 +67,8 @@ def _by_scope(snapshot: PolicySnapshot) -> dict[str, dict[Limit, None]]:
 def _spend(record: Mapping[str, Any], limits: Mapping[str, Iterable[Limit]], environment: str) -> Spend:
     agent, tool, operation = record["agent"], record["tool"], f"{record['tool']}/{record['operation']}"
     own = f"agent/{agent['name']}"
-    scopes = (f"{own}/{operation}", f"{own}/{tool}", own, f"team/{agent['owner']}", f"environment/{environment}")
+    given = (label(name).scope for name in record["data"])
+    scopes = (f"{own}/{operation}", f"{own}/{tool}", own, f"team/{agent['owner']}", f"environment/{environment}", *given)
     # A protocol's own traffic has no effect, and is no step of a run.
     effect = Effect(record["effect"]) if record["effect"] else None
     model = record.get("model") is not None

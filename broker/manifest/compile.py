@@ -16,21 +16,12 @@ from broker.manifest import models
 from broker.manifest.admission import Source, named_models
 from broker.manifest.containment import alerting, decoys, rules
 from broker.manifest.limits import bearing, limits, prices
-from broker.policy.limits import Limit
+from broker.policy.approval import Approval
+from broker.policy.limits import Limit, label
 from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import (
-    DEFAULT_SVID,
-    Agent,
-    Approval,
-    CredentialSpec,
-    Grant,
-    Operation,
-    PolicySnapshot,
-    Spire,
-    Tool,
-    Upstream,
-)
+from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Spire, Tool, Upstream
+from broker.policy.types import Effect
 
 _Kind = TypeVar("_Kind", bound=models.Kind)
 
@@ -45,7 +36,8 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     policy = next(_of(sources, models.Platform), None)
     platform = policy[1].spec if policy else models.PlatformSpec.model_construct()
     above = _ceilings(*policy) if policy else {}
-    agents = {model.metadata.name: _agent(source, model, tools, above) for source, model in _of(sources, models.Agent)}
+    flows = _flows(*policy) if policy else ()
+    agents = {model.metadata.name: _agent(source, model, tools, above, flows) for source, model in _of(sources, models.Agent)}
     bundles = {name: pems[part["file"]] for name, part in platform.identity.trust_bundles.items()}
     spire, anchored = platform.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
@@ -138,7 +130,38 @@ def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
     return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
 
 
-def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], ceilings: Mapping[str, tuple[Limit, ...]]) -> Agent:
+_Flow = tuple[models.FlowDeny, Limit]
+
+
+def _flows(source: Source, model: models.Platform) -> tuple[_Flow, ...]:
+    """The flow rules, each as which calls it denies and as a limit of their run."""
+    found = []
+    for index, each in enumerate(model.spec.flow):
+        rule = source.rule("spec", "flow", index)
+        lifted = models.Approvers.model_construct() if each.unless == "approval" else each.unless
+        unless = approval(f"{rule}/unless", lifted) if lifted else None
+        found.append((each.deny, Limit("flow", f"flow/{index}", 0, rule, after=each.after, unless=unless)))
+    return tuple(found)
+
+
+def _flowing(flows: tuple[_Flow, ...], tool: Tool, operation: Operation) -> Iterator[Limit]:
+    """The flow rules that bear on an operation's calls, and the labels that these give their run."""
+    for denied, limit in flows:
+        effects = {Effect.WRITE, Effect.DESTRUCTIVE} if denied.effect is Effect.WRITE else {denied.effect}
+        where = "external" if tool.external else "internal"
+        if (not denied.effect or operation.effect in effects) and denied.egress in (None, where):
+            yield limit
+    asked = {name for _, limit in flows for name in limit.after}
+    yield from (label(name) for name in operation.data if name in asked)
+
+
+def _agent(
+    source: Source,
+    model: models.Agent,
+    catalog: Mapping[str, Tool],
+    ceilings: Mapping[str, tuple[Limit, ...]],
+    flows: tuple[_Flow, ...],
+) -> Agent:
     spec, name = model.spec, model.metadata.name
     above = ceilings.get(model.metadata.owner, ceilings.get("", ()))
     common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
@@ -155,7 +178,10 @@ def _agent(source: Source, model: models.Agent, catalog: Mapping[str, Tool], cei
             own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
             every |= dict.fromkeys((*own, *shared))
             declared = catalog[tool].operations[operation]
-            bounds = bearing((*own, *shared), declared.effect, catalog[tool].protocol)
+            bounds = (
+                *_flowing(flows, catalog[tool], declared),
+                *bearing((*own, *shared), declared.effect, catalog[tool].protocol),
+            )
             grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
         tools[tool] = MappingProxyType(grants)
     return Agent(

@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass
 
+from broker.policy.approval import Approval
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot
-from broker.policy.types import ALLOW, Code, Decision, ToolCall, Violation, deny
+from broker.policy.types import ALLOW, Code, Decision, Effect, ToolCall, Violation, deny
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the ledger knows that bears on one call."""
+    """How the agent and its run stand: why each of these was done to it, empty where it was not."""
 
-    revoked: bool = False
+    revoked: str = ""
+    read_only: str = ""
+    hold: str = ""
+
+
+_FREE = View()
 
 
 def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Decision:
@@ -21,15 +27,15 @@ def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Deci
     2. no manifest of that name → `agent_unknown`
     """
     if view.revoked:
-        return deny(Code.AGENT_REVOKED, f"agent {agent_name!r} is revoked")
+        return deny(Code.AGENT_REVOKED, f"agent {agent_name!r} is revoked: {view.revoked}")
     agent = snapshot.agents.get(agent_name)
     if agent is None:
         return deny(Code.AGENT_UNKNOWN, "no manifest names this agent" if agent_name else "the request carries no valid identity")
     return agent
 
 
-def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision:
-    """Decide on a recognised call of an admitted agent.
+def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, view: View = _FREE) -> Decision:
+    """Decide on a recognised call of an admitted agent, but for what people or the ledger have to say of it.
 
     First that applies, after the steps of `admit`:
 
@@ -38,8 +44,8 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
     5. the operation is not in the catalog or not in the manifest → `operation_not_declared`
     6. the parameters break the catalog's schema, then the manifest's → `params_invalid`
     7. the manifest does not name the model, or what the provider would do by itself → `params_invalid`
-    8. the manifest asks for approval → `approval_required`
-    9. allow
+    8. the agent was made read-only, and this is no read → `agent_read_only`
+    9. allow; the ledger then asks the flow rules (`Kind.FLOW`), and `approval_for` says whether people must approve
     """
     tool, grants = snapshot.tools[call.tool], agent.tools.get(call.tool)
     listed = f"{agent.rule}/spec/tools"
@@ -57,9 +63,22 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall) -> Decision
         return deny(Code.OPERATION_NOT_DECLARED, what, rule=f"{listed}/{tool.name}/operations")
     if violations := _violations(call, operation, grant) or _of_model(call, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
-    if grant.approval:
-        return deny(Code.APPROVAL_REQUIRED, f"{name} waits for a human's approval", rule=grant.rule)
+    if view.read_only and operation.effect is not Effect.READ:
+        return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read: {view.read_only}")
     return ALLOW
+
+
+def approval_for(agent: Agent, call: ToolCall, effect: Effect | None, view: View = _FREE) -> Approval | None:
+    """Who must say yes to this allowed call, whatever its run has done.
+
+    First that applies: the manifest asks for approval of such calls; the agent is held, and this is no read.
+    """
+    if effect is None:
+        return None
+    grant = agent.tools[call.tool][call.operation or ""]
+    if grant.approval and grant.approval.bears_on(call):
+        return grant.approval
+    return Approval(f"held: {view.hold}") if view.hold and effect is not Effect.READ else None
 
 
 def _violations(call: ToolCall, operation: Operation, grant: Grant) -> tuple[Violation, ...]:

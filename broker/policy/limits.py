@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 
+from broker.policy.approval import Approval
 from broker.policy.types import Code, Decision, Effect, ModelCall, Usage, deny
 
 NANO = 1_000_000_000
@@ -31,6 +33,8 @@ class Kind(StrEnum):
     """No call later than `amount` seconds after the run's first."""
     IDENTICAL = "identical"
     """At most `amount` calls of one run with the same operation and parameters."""
+    FLOW = "flow"
+    """No call once the run has all labels in `after`: a flow rule. It counts nothing."""
 
 
 class Measure(StrEnum):
@@ -61,8 +65,11 @@ WORDS: Mapping[str, tuple[Kind, Measure]] = {
     "usd_per_run": (Kind.RUN, Measure.USD),
     "time_per_run": (Kind.RUN_TIME, Measure.CALLS),
     "identical_per_run": (Kind.IDENTICAL, Measure.CALLS),
+    "approval": (Kind.WINDOW, Measure.CALLS),
+    "label": (Kind.RUN, Measure.CALLS),
+    "flow": (Kind.FLOW, Measure.CALLS),
 }
-"""What manifests may write under `limits`, and how each is counted."""
+"""What manifests may write under `limits`, and how each is counted; the last three are the broker's own: `once`, `labels`."""
 
 
 _PER = {0: "", 1: "/s", 60: "/minute", 3600: "/hour", 86400: "/day"}
@@ -74,7 +81,8 @@ class Limit:
 
     `word` is the field that it was written in, `scope` whose it is (`agent/NAME`, `agent/NAME/TOOL`, `agent/NAME/TOOL/OPERATION`,
     `team/NAME`, `environment/NAME`), `rule` where it stands (`file#pointer`). `amount` is in the measure's unit (dollars in
-    billionths, a run's time in seconds), `per` in seconds; `burst` is a rate's alone. `key` is what the ledger counts under.
+    billionths, a run's time in seconds), `per` in seconds; `burst` is a rate's alone, `after` (labels) and `unless` (who may
+    lift it) a flow rule's. `key` is what the ledger counts under.
     """
 
     word: str
@@ -83,6 +91,8 @@ class Limit:
     rule: str
     per: int = 0
     burst: int = 0
+    after: tuple[str, ...] = ()
+    unless: Approval | None = None
     kind: Kind = field(init=False)
     measure: Measure = field(init=False)
     key: str = field(init=False)
@@ -96,6 +106,10 @@ class Limit:
     @property
     def code(self) -> Code:
         """What a call over it is denied with."""
+        if self.kind is Kind.FLOW:
+            return Code.FLOW_FORBIDDEN
+        if self.word == "approval":
+            return Code.APPROVAL_REQUIRED
         if self.kind is Kind.CONCURRENCY:
             return Code.CONCURRENCY_LIMITED
         if self.measure in _BUDGETS:
@@ -115,8 +129,12 @@ class Limit:
         """The limit as a manifest writes it: `calls: 20/hour`."""
         return f"{self.word}: {self.said(self.amount)}{_PER.get(self.per, f'/{self.per} s')}"
 
-    def refusal(self, spent: int, needed: int, retry_after: float) -> Decision:
-        """The denial of a call for which there is no room."""
+    def refusal(self, spent: int, needed: int, retry_after: float, trail: str = "") -> Decision:
+        """The denial of a call for which there is no room; `trail` says how the run came under a flow rule."""
+        if self.kind is Kind.FLOW:
+            return deny(
+                self.code, f"this run may not do that after it touched {' and '.join(self.after)}: {trail}", rule=self.rule
+            )
         needs = f", and this call may need {self.said(needed)}" if needed > 1 else ""
         detail = f"no room under {self.written} of {self.scope}: {self.said(spent)} spent{needs}"
         return deny(self.code, detail, rule=self.rule, retry_after=math.ceil(retry_after))
@@ -133,6 +151,21 @@ class Limit:
         if self.measure is Measure.DESTRUCTIVE:
             return effect is Effect.DESTRUCTIVE
         return model or self.measure not in _OF_MODELS
+
+
+_FOREVER_S = 10**10  # in one window since the epoch, until the year 2286
+_UNBOUNDED = 2**53
+
+
+def once(approval_id: str, rule: str) -> Limit:
+    """That an approval is good for one call: consumed like any limit, in the same step."""
+    return Limit("approval", f"approval/{approval_id}", 1, rule, _FOREVER_S)
+
+
+@cache
+def label(name: str) -> Limit:
+    """That a call gives its run this label: a counter that bounds nothing, so that a call given back takes its label along."""
+    return Limit("label", f"label/{name}", _UNBOUNDED, "")
 
 
 def _bytes(amount: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.policy.approval import Approval
 from broker.policy.containment import DEFAULTS, NO_ALERTING, NO_DECOYS, Alerting, Decoys, Rule
 from broker.policy.limits import Limit, Price
 from broker.policy.match import PathTemplate
@@ -110,20 +111,6 @@ class Tool:
     def max_body(self) -> int:
         """The largest body that any of its operations takes, in bytes."""
         return max((operation.max_body for operation in self.operations.values()), default=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Approval:
-    """Who must say yes to exactly this call: so many people, of one of these groups if any; good for `expires` seconds.
-
-    `when` maps locations to schemas: only calls whose parameters fit all of them need it. `rule` is where it stands.
-    """
-
-    rule: str
-    approvers: int = 1
-    groups: frozenset[str] = frozenset()
-    expires: int = 3600
-    when: Mapping[str, ParameterSchema] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class Code(StrEnum):
 
     AGENT_UNKNOWN = "agent_unknown"
     AGENT_REVOKED = "agent_revoked"
+    AGENT_READ_ONLY = "agent_read_only"
     HOST_NOT_DECLARED = "host_not_declared"
     AUTHORITY_MISMATCH = "authority_mismatch"
     TOOL_NOT_DECLARED = "tool_not_declared"
@@ -150,7 +151,8 @@ class ToolCall:
     methods by which a protocol keeps itself alive (MCP `initialize`, `ping`, …): they pass for every agent that holds the tool.
     `params` maps a location (`path`, `query`, `body`, `arguments`) to its value. `label` names what was tried for people
     ("POST /repos/acme/web/issues", "tools/call search_pages"). `correlation` is the protocol's own request ID, for its denial.
-    `model` is there for calls of model providers.
+    `model` is there for calls of model providers. `exact` is all that the body says but for what differs each time (a message's
+    ID); None where that is the body itself.
     """
 
     tool: str
@@ -160,6 +162,7 @@ class ToolCall:
     label: str = ""
     correlation: Json = None
     model: ModelCall | None = None
+    exact: Json = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,8 @@ class Decision:
     """The broker's word on one call, with its reason.
 
     `rule` is where the decisive rule stands (`file#pointer`), empty for an allow that no single rule decided. `detail` is one
-    sentence for people. `code` is None exactly when the verdict is `allow`. `retry_after` is in seconds, 0 if none.
+    sentence for people. `code` is None exactly when the verdict is `allow`. `retry_after` is in seconds, 0 if none. `approval`
+    is there where people may still say yes: `id`, `status`, `approvers`, `approved_by`, `expires`.
     """
 
     verdict: Verdict
@@ -192,6 +196,7 @@ class Decision:
     rule: str = ""
     violations: tuple[Violation, ...] = ()
     retry_after: int = 0
+    approval: Mapping[str, Json] | None = None
 
     @property
     def allowed(self) -> bool:
@@ -202,6 +207,14 @@ class Decision:
 ALLOW = Decision(Verdict.ALLOW)
 
 
-def deny(code: Code, detail: str, *, rule: str = "", violations: tuple[Violation, ...] = (), retry_after: int = 0) -> Decision:
+def deny(  # noqa: PLR0913 - as many as a denial may say
+    code: Code,
+    detail: str,
+    *,
+    rule: str = "",
+    violations: tuple[Violation, ...] = (),
+    retry_after: int = 0,
+    approval: Mapping[str, Json] | None = None,
+) -> Decision:
     """A denial with its stable code and one sentence of reason."""
-    return Decision(Verdict.DENY, code, detail, rule, violations, retry_after)
+    return Decision(Verdict.DENY, code, detail, rule, violations, retry_after, approval)

@@ -100,11 +100,13 @@ def _request_head(message: Any) -> RequestHead:
 def _response_head(message: Any) -> ResponseHead:
     headers = _headers(message.response_headers)
     status = next((value for name, value in headers if name == ":status"), "")
+    attributes = _attributes(message)
     return ResponseHead(
         status=int(status) if status.isdigit() else 0,
         headers=tuple(headers),
-        details=_attributes(message).get("response.code_details", ""),
+        details=attributes.get("response.code_details", ""),
         has_body=not message.response_headers.end_of_stream,
+        agent=attributes.get(site.CARRIED[0], ""),
     )
 
 

@@ -1,7 +1,8 @@
 """The driver of exchanges: one gRPC stream of Envoy's ext_proc is one exchange."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -17,14 +18,18 @@ log = logging.getLogger(__name__)
 
 
 class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
-    """Feeds what Envoy sends to the exchange and writes what it commands. Holds no state between streams."""
+    """Feeds what Envoy sends to the exchange and writes what it commands. Holds no state between streams.
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    `own_task` gives the task that a stream is carried by, which is cancelled when its agent is revoked.
+    """
+
+    def __init__(self, services: Services, own_task: Callable[[], "asyncio.Task[Any] | None"] = asyncio.current_task) -> None:
+        self._services, self._own_task = services, own_task
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
         """One HTTP request, from its headers to the end of its answer."""
-        exchange = Exchange(self._services)
+        task = self._own_task()
+        exchange = Exchange(self._services, task.cancel if task else lambda: None)
         try:
             async for message in request_iterator:
                 event = event_of(message)
@@ -37,6 +42,11 @@ class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated wit
                 if isinstance(command, Cut):
                     await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
                 await context.write(response_of(command, message))
+        except asyncio.CancelledError:
+            # An idle stream sends no messages: what waits for one is woken when the agent is revoked. Else Envoy has hung up.
+            if not exchange.revoked:
+                raise
+            await context.abort(grpc.StatusCode.ABORTED, "the agent is revoked")
         finally:
             exchange.close()
 

@@ -144,7 +144,15 @@ def _call(tool: Tool, request: Request, params: dict[str, Json], correlation: Js
     if operation and size > operation.max_body:
         raise Unreadable(Code.BODY_TOO_LARGE, f"the body is over the {operation.max_body} bytes that {operation.name} takes")
     found = operation.name if operation else None
-    return ToolCall(tool.name, found, {"arguments": arguments}, label=f"tools/call {name[:_SHOWN]}", correlation=correlation)
+    label = f"tools/call {name[:_SHOWN]}"
+    return ToolCall(tool.name, found, {"arguments": arguments}, label=label, correlation=correlation, exact=_exact(params))
+
+
+def _exact(params: Mapping[str, Json]) -> Json:
+    """What a call says but for its progress token, by which its answers are told apart."""
+    meta = params.get("_meta")
+    rest: Json = {name: value for name, value in meta.items() if name != "progressToken"} if isinstance(meta, dict) else meta
+    return {**params, "_meta": rest or None}
 
 
 def _result(problem: Mapping[str, Json]) -> Json:

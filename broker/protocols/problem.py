@@ -14,7 +14,9 @@ TYPE_PREFIX = "urn:broker:code:"
 
 _WIDEN = "Ask for it by a pull request to the manifest of {agent}, and to the catalog if it is not there."
 _ENTRY = "Ask for a catalog entry by a pull request to the catalog."
-_APPROVER = "Tell your user that a person must approve it."
+_APPROVER = "Tell your user the approval's ID, so that a person can approve it (`broker approvals`)."
+_AGAIN = "Once it is approved, make exactly this call again, in the same run; until then go on with other work."
+_APPROVABLE = "If this names an approval, a person can approve it; then make exactly this call again, in the same run."
 _RULE = "If the call is right, widen the violated rule by a pull request to the file that it names."
 _LIMIT = "If the work needs more, raise the limit in the manifest of {agent} by a pull request."
 _LATER = "Try again later with growing pauses; nothing was sent to the tool."
@@ -24,6 +26,12 @@ _TOKEN = "Send a valid agent token (`broker token NAME`): in the proxy's address
 _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
     Code.AGENT_UNKNOWN: (401, "Unknown agent", _TOKEN, "Renew the token if it is over an hour old."),
     Code.AGENT_REVOKED: (403, "Agent revoked", "Stop working.", "Ask a human to review and release the agent."),
+    Code.AGENT_READ_ONLY: (
+        403,
+        "Agent may only read",
+        "Don't repeat this call; reads still pass.",
+        "Ask a human to release the agent.",
+    ),
     Code.HOST_NOT_DECLARED: (403, "Host not declared", "Use a declared tool.", _ENTRY),
     Code.AUTHORITY_MISMATCH: (403, "Destinations disagree", "Name one host, as in the catalog, in CONNECT, TLS and the request."),
     Code.TOOL_NOT_DECLARED: (403, "Tool not in the manifest", "Use a tool that the manifest lists.", _WIDEN),
@@ -33,8 +41,8 @@ _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
     Code.BODY_TOO_LARGE: (413, "Body too large", "Send less in one call.", "Ask for a larger max_body by a pull request."),
     Code.ENCODING_NOT_ALLOWED: (415, "Encoding not allowed", "Send it uncompressed, in UTF-8, by a content-type the tool takes."),
     Code.PROTOCOL_VIOLATION: (400, "Not readable in one way", "Correct what the detail names; don't repeat it unchanged."),
-    Code.FLOW_FORBIDDEN: (403, "Forbidden after what this run has read", "Do this in a new run.", "Ask a human to approve it."),
-    Code.APPROVAL_REQUIRED: (403, "A human must approve", _APPROVER, "Go on with other work."),
+    Code.FLOW_FORBIDDEN: (403, "Forbidden after what this run has read", "Do this in a new run.", _APPROVABLE),
+    Code.APPROVAL_REQUIRED: (403, "A human must approve", _APPROVER, _AGAIN),
     Code.APPROVAL_REJECTED: (403, "A human said no", "Don't repeat this call.", "Tell your user that it was rejected."),
     Code.RATE_LIMITED: (429, "Too many calls", "Wait for Retry-After, then go on more slowly.", _LIMIT),
     Code.CONCURRENCY_LIMITED: (429, "Too many calls at once", "Wait for open calls to end before the next one.", _LIMIT),
@@ -80,6 +88,7 @@ def problem(decision_id: str, agent: str, tool: str, operation: str, decision: D
         "violations": [{"pointer": v.pointer, "rule": v.rule, "message": v.message} for v in decision.violations],
         "next_steps": [step.format_map(names) for step in steps],
         **({"retry_after": decision.retry_after} if isinstance(decision, Decision) and decision.retry_after else {}),
+        **({"approval": dict(decision.approval)} if isinstance(decision, Decision) and decision.approval else {}),
     }
 
 

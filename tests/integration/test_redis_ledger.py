@@ -379,6 +379,8 @@ def test_an_acl_user_with_these_commands_and_keys_is_enough_and_its_password_is_
         "+hget",
         "+hmget",
         "+hset",
+        "+hkeys",
+        "+hdel",
         "+hincrby",
     ]
     user += ["+del", "+get", "+set", "+expire", "+zadd", "+zrem", "+zcard", "+zcount", "+zscore", "+zrange", "+zremrangebyscore"]

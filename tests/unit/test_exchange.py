@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from broker.audit import AuditUnavailable
 from broker.audit.record import canonical
+from broker.containment.response import Containment, Surroundings
 from broker.credentials.base import CredentialUnavailable, Lease, Secret
 from broker.events import (
     Cut,
@@ -45,7 +47,6 @@ from broker.exchange import Exchange, run_id
 from broker.identity import Evidence, TokenAuthority
 from broker.ledger.base import Granted, LedgerUnavailable
 from broker.ledger.memory import MemoryLedger
-from broker.ledger.revocations import Revocations
 from broker.manifest.load import load_texts
 from broker.metrics import Metrics
 from broker.policy.agreement import Wire
@@ -161,14 +162,23 @@ def services(**changed: Any) -> Services:
         audit=Records(),
         ledger=MemoryLedger(),
         tokens=TOKENS,
-        revocations=Revocations(),
         now=lambda: NOW,
         steady=lambda: NOW,
         mono_ns=lambda: next(clock),
         random_id=lambda: f"d{next(ids)}",
         metrics=Metrics(),
+        containment=None,
     )
-    return replace(base, **changed)
+    outside = replace(base, **changed)
+    return outside if outside.containment else replace(outside, containment=contained(outside))
+
+
+def contained(outside: Services, **around: Any) -> Containment:
+    """A real one on the same record; what it sets off happens at once."""
+    ids = count(1)
+    found = Containment(Surroundings(outside.audit, outside.now, lambda: 1, lambda: f"n{next(ids)}", **around))
+    found.apply_policy(outside.snapshot(), ())
+    return found
 
 
 def head(
@@ -419,8 +429,11 @@ def test_a_platform_may_refuse_credentials_of_the_agents_own_instead_of_taking_t
 
 # Refused.
 
-REVOKED = Revocations()
-REVOKED.revoke_tokens("caller", NOW)
+
+def _taken_back(agent: str, at: float) -> Containment:
+    found = contained(services())
+    found.standing.revoke_tokens(agent, at)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -429,7 +442,7 @@ REVOKED.revoke_tokens("caller", NOW)
         pytest.param([head(token="")], {}, 401, "agent_unknown", id="nobody"),
         pytest.param([head(token=TOKENS.mint("ghost", NOW))], {}, 401, "agent_unknown", id="an agent without a manifest"),
         pytest.param([head(token=TOKENS.mint("caller", NOW - 7200))], {}, 401, "agent_unknown", id="a token that has ended"),
-        pytest.param([head()], {"revocations": REVOKED}, 401, "agent_unknown", id="a token that was taken back"),
+        pytest.param([head()], {"containment": _taken_back("caller", NOW)}, 401, "agent_unknown", id="a token taken back"),
         pytest.param([head(path="/other/items")], {}, 403, "tool_not_declared", id="no such tool"),
         pytest.param([head(token=TOKENS.mint("nobody", NOW))], {}, 403, "tool_not_declared", id="a tool of others"),
         pytest.param([head("DELETE")], {}, 403, "operation_not_declared", id="no such operation"),
@@ -519,7 +532,7 @@ def test_an_identity_that_goes_while_the_body_is_on_its_way_sends_nothing_and_ge
     if ended:
         now[0] += 3600
     else:
-        outside.revocations.revoke_tokens("caller", NOW)
+        outside.containment.standing.revoke_tokens("caller", NOW)
     assert problem_of(exchange.handle(BODY))["code"] == "agent_unknown"
     exchange.close()
     assert desk.order == ["reserve", "refund", "decision"]
@@ -563,7 +576,7 @@ class Broken(Rest):
         pytest.param({"issuers": {}}, id="no such issuer"),
         pytest.param({"adapters": {}}, id="no such adapter"),
         pytest.param({"tokens": SimpleNamespace(check=_raises)}, id="checking the token"),
-        pytest.param({"revocations": SimpleNamespace(taken_back=_raises)}, id="looking for revocations"),
+        pytest.param({"containment": SimpleNamespace(standing=SimpleNamespace(view=_raises))}, id="looking for revocations"),
     ],
 )
 def test_a_fault_before_the_request_left_is_a_recorded_denial(changed):
@@ -1011,7 +1024,7 @@ def _conversation(body: bytes = BODY.body) -> Stream:
 
 def suspensions(outside: Services, stream: Stream) -> list[Any]:
     """Where the driver suspends. No event loop runs here, so a new task, a timer or a thread would be an error."""
-    coroutine, found = ExtProc(outside).Process(stream, stream), []
+    coroutine, found = ExtProc(outside, lambda: None).Process(stream, stream), []
     try:
         while True:
             found.append(coroutine.send(None))
@@ -1071,7 +1084,7 @@ def test_a_ledger_that_fails_gets_the_call_a_recorded_503(error):
 
 def test_a_stream_that_is_gone_while_the_ledger_is_asked_gives_back_what_it_took():
     desk, stream = Desk(waits=True), _conversation()
-    coroutine = ExtProc(limited(desk)).Process(stream, stream)
+    coroutine = ExtProc(limited(desk), lambda: None).Process(stream, stream)
     while coroutine.send(None) != "reserve":
         pass
     assert desk.standing() == (1, 1)

@@ -6,8 +6,8 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from broker.containment.standing import Standing
 from broker.identity import MAX_TOKEN_S, Evidence, Principal, TokenAuthority, identify, proxy_credentials
-from broker.ledger.revocations import Revocations
 from broker.policy.snapshot import Agent, PolicySnapshot
 from broker.policy.types import Code, Decision, Door
 
@@ -138,23 +138,17 @@ def test_times_survive_the_way_through_a_tunnel():
 
 
 def test_revoked_tokens_are_those_issued_up_to_that_moment():
-    revocations = Revocations()
-    revocations.revoke_tokens("bot", NOW)
-    assert revocations.taken_back(Principal("bot", NOW, NOW + 60))
-    assert not revocations.taken_back(Principal("bot", NOW + 1, NOW + 60))
-    assert not revocations.taken_back(Principal("other", NOW, NOW + 60))
-    assert not revocations.taken_back(Principal("bot"))
-
-
-def test_revocations_come_back_from_the_record_and_never_go_back_in_time():
-    revocations = Revocations()
-    record = {"event": "revocation", "agent": {"name": "bot"}, "revoked": {"tokens_until": NOW}}
-    revocations.replay([record, {**record, "revoked": {"tokens_until": NOW - 50}}, {"event": "decision"}])
-    assert revocations.taken_back(Principal("bot", NOW - 1, NOW + 60))
+    standing = Standing()
+    standing.revoke_tokens("bot", NOW)
+    standing.revoke_tokens("bot", NOW - 50)
+    assert standing.taken_back(Principal("bot", NOW, NOW + 60))
+    assert not standing.taken_back(Principal("bot", NOW + 1, NOW + 60))
+    assert not standing.taken_back(Principal("other", NOW, NOW + 60))
+    assert not standing.taken_back(Principal("bot"))
 
 
 def test_a_token_made_right_after_a_revocation_counts():
-    revocations, moment = Revocations(), NOW + 0.25
-    revocations.revoke_tokens("bot", moment)
-    assert revocations.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment - 0.01), moment))
-    assert not revocations.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment + 0.01), moment + 1))
+    standing, moment = Standing(), NOW + 0.25
+    standing.revoke_tokens("bot", moment)
+    assert standing.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment - 0.01), moment))
+    assert not standing.taken_back(AUTHORITY.check(AUTHORITY.mint("bot", moment + 0.01), moment + 1))

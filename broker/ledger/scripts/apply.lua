@@ -36,7 +36,7 @@ function verbs.own_window(key, window, spent, per)
   if stored >= tonumber(window) then return mine(key, 't', me, stored > tonumber(window) and 0 or tonumber(spent)) end
   if stored >= 0 then redis.call('DEL', key) end
   redis.call('HSET', key, 'i', window, 't', spent, me, spent)
-  redis.call('EXPIRE', key, per + 60)
+  redis.call('EXPIRE', key, math.min(per, 172800) + 60)
 end
 function verbs.own_rate(key, full)
   local latest = math.max(tonumber(full), tonumber(redis.call('GET', key) or 0))
@@ -70,6 +70,12 @@ function verbs.own_run(key, began, last, steps, idle, ...)
   end
   for at = 1, #counts, 2 do mine(key, counts[at], counts[at] .. '@' .. me, newer and 0 or tonumber(counts[at + 1])) end
 end
+-- What all brokers must know, by ID; under the empty ID, the number of the last one.
+function verbs.note(key, id, document)
+  redis.call('HSET', key, id, document)
+  redis.call('HINCRBY', key, '', 1)
+end
+function verbs.unnote(key, ...) redis.call('HDEL', key, ...) end
 -- As long as somebody has more to say, nobody is served.
 function verbs.hold(key)
   if real < tonumber(members[2]) then
@@ -83,4 +89,4 @@ for index = 2, #KEYS do
   verbs[ARGV[at]](KEYS[index], unpack(ARGV, at + 2, at + 1 + ARGV[at + 1]))
   at = at + 2 + ARGV[at + 1]
 end
-return {'done', text(now), text(members[2] - real)}
+return {'done', text(now), text(members[2] - real), redis.call('HGET', '{broker}:notices', '') or ''}

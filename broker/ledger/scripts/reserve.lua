@@ -29,7 +29,7 @@ for index = 3, #KEYS do
       if stored < window then
         redis.call('DEL', key)
         redis.call('HSET', key, 'i', text(window))
-        redis.call('EXPIRE', key, per + 60)
+        redis.call('EXPIRE', key, math.min(per, 172800) + 60)
       end
       counts(key, 't')
     end
@@ -57,6 +57,11 @@ for index = 3, #KEYS do
     end
   elseif kind == 'run_time' then
     spent, need, wait = math.ceil(now - began), 0, last + idle - now
+  elseif kind == 'flow' then
+    need, amount, spent = 0, 0, steps > 0 and 1 or 0
+    for label in string.gmatch(name, '[^\n]+') do
+      if tonumber(redis.call('HGET', run, label) or 0) <= 0 then spent = 0 end
+    end
   else
     spent, wait = steps > 0 and tonumber(redis.call('HGET', run, name) or 0) or 0, last + idle - now
     takes[index] = function() counts(run, name) end

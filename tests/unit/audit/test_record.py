@@ -15,9 +15,9 @@ from broker.audit.record import (
     canonical,
     config_record,
     decision_record,
+    notice_record,
     outcome_record,
     redact,
-    revocation_record,
 )
 from broker.policy.types import ALLOW, Code, Violation, deny
 
@@ -174,6 +174,7 @@ def test_an_allow_has_all_fields_of_the_contract():
         "revision": "sha256:r",
         "credential": {"issuer": "static", "scopes": {}, "lease_id": "l", "expires": None},
         "limits": None,
+        "approval": None,
     }
 
 
@@ -218,4 +219,6 @@ def test_an_outcome_is_tied_to_its_decision():
 
 def test_config_and_revocation_say_what_happened():
     assert config_record(NOW, 1, "reloaded", "sha256:r")["event"] == "config"
-    assert revocation_record(NOW, 1, AGENT, "by jo")["event"] == "revocation"
+    notice = {"id": "r-1", "kind": "restriction"}
+    record = notice_record("revocation", NOW, 1, AGENT, "by jo", notice)
+    assert (record["event"], record["agent"], record["detail"], record["notice"]) == ("revocation", AGENT, "by jo", notice)

@@ -7,8 +7,10 @@ import pytest
 
 from broker.admin import agents as told
 from broker.cli import agents
+from broker.containment.standing import Restriction, Standing
 from broker.ledger.base import LedgerUnavailable, Spend
 from broker.ledger.memory import MemoryLedger
+from broker.policy.containment import Action
 from broker.policy.limits import Limit, Measure
 from broker.policy.snapshot import Agent, Grant
 
@@ -35,8 +37,8 @@ def spent():
     return ledger
 
 
-def document(ledger=None, agent=BOT):
-    return asyncio.run(told.shown(agent, ledger or spent(), NOON))
+def document(ledger=None, agent=BOT, standing=None):
+    return asyncio.run(told.shown(agent, ledger or spent(), standing or Standing(), NOON))
 
 
 @pytest.fixture
@@ -133,3 +135,12 @@ def test_an_amount_is_told_for_people(amount, unit, said):
 )
 def test_a_limit_on_bytes_is_written_as_manifests_write_it(amount, written):
     assert Limit("bytes_out", "agent/bot", amount, "", per=DAY).written == written
+
+
+def test_what_holds_for_an_agent_is_told_with_its_reason_in_visible_characters(in_utc):
+    standing = Standing()
+    standing.restrict(Restriction("r-1", Action.REVOKE_RUN, "bot", "run-7", "loops\x1b[2J", "jo", NOON))
+    standing.restrict(Restriction("r-2", Action.READ_ONLY, "bot", None, "odd", "detector probing", NOON))
+    lines = "\n".join(agents.described(document(standing=standing)))
+    assert "standing  revoke_run run-7: loops\\x1b[2J (by jo)" in lines
+    assert "standing  read_only: odd (by detector probing)" in lines

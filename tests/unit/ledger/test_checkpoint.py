@@ -111,7 +111,7 @@ def test_what_a_picture_has_is_not_read_from_the_log_again(place, monkeypatch):
 
 
 def test_a_picture_in_the_middle_of_many_segments_is_found_there(tmp_path):
-    place = Place(tmp_path, segment_bytes=2_000)
+    place = Place(tmp_path, segment_bytes=2_200)
     place.calls(5)
     place.take()
     place.calls(6)

@@ -87,7 +87,7 @@ def test_a_rates_bucket_holds_its_burst_and_without_one_its_amount(written, amou
 
 
 def test_every_word_can_be_written():
-    rates = {word: "1/h" for word, (kind, _) in WORDS.items() if kind in (Kind.WINDOW, Kind.RATE)}
+    rates = {word: "1/h" for word, (kind, _) in WORDS.items() if kind in (Kind.WINDOW, Kind.RATE) and word != "approval"}
     rest = {
         "concurrency": 1,
         "steps_per_run": 1,
@@ -96,7 +96,9 @@ def test_every_word_can_be_written():
         "tokens_per_run": 1,
         "usd_per_run": 1,
     }
-    assert [limit.word for limit in compiled(limits={**rest, **rates}).agents["bot"].limits] == list(WORDS)
+    assert [limit.word for limit in compiled(limits={**rest, **rates}).agents["bot"].limits] == [
+        word for word in WORDS if word not in ("approval", "label", "flow")
+    ]
 
 
 PLATFORM = {

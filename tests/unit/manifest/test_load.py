@@ -107,7 +107,7 @@ def folder(tmp_path):
 def test_a_right_folder_becomes_a_snapshot(folder):
     loaded = load(folder)
     snapshot = loaded.snapshot
-    assert [(finding.code, finding.severity) for finding in loaded.findings] == [("not_enforced", "warning")]
+    assert loaded.findings == ()
     assert {path.relative_to(folder).as_posix() for path in loaded.files} == {
         "tools/all.yaml",
         "agents/refund-bot.yml",
@@ -280,7 +280,7 @@ def test_a_providers_api_needs_no_match(endpoint, path):
 
 def test_shadow_mode_is_enforced_and_says_so():
     loaded = load_texts({"t.yaml": TOOLS, "a.yaml": AGENT.replace(b"  tools:", b"  mode: shadow\n  tools:", 1)}, Path())
-    assert [finding.code for finding in loaded.findings] == ["not_enforced", "not_enforced"]
+    assert [finding.code for finding in loaded.findings] == ["not_enforced"]
     assert loaded.snapshot is not None
 
 

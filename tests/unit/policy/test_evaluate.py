@@ -2,7 +2,8 @@
 
 import pytest
 
-from broker.policy.evaluate import View, admit, evaluate
+from broker.policy.approval import Approval
+from broker.policy.evaluate import View, admit, approval_for, evaluate
 from broker.policy.providers import api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Endpoint, Grant, Operation, PolicySnapshot, Tool
@@ -23,7 +24,8 @@ PAY = Tool(
     },
 )
 WIKI = Tool("wiki", "team", "mcp", Endpoint("https", "wiki.example", 443), "tools/wiki.yaml#", {})
-GRANTS = {"refund": Grant("agents/bot.yaml#/refund", {"body": NARROW}), "merge": Grant("agents/bot.yaml#/merge", approval=True)}
+ASKED = Approval("agents/bot.yaml#/merge/approval", 2)
+GRANTS = {"refund": Grant("agents/bot.yaml#/refund", {"body": NARROW}), "merge": Grant("agents/bot.yaml#/merge", approval=ASKED)}
 BOT = Agent("bot", "team", "primary", "agents/bot.yaml#", {"pay": GRANTS})
 SNAPSHOT = PolicySnapshot("sha256:1", {"bot": BOT}, {"pay": PAY, "wiki": WIKI}, {}, {})
 
@@ -85,13 +87,52 @@ def test_who_is_admitted():
             id="then the manifest's",
         ),
         pytest.param(call("refund"), Code.PARAMS_INVALID, "tools/pay.yaml#/body", id="a body that is not there"),
-        pytest.param(call("merge"), Code.APPROVAL_REQUIRED, "agents/bot.yaml#/merge", id="an operation that waits for a human"),
     ],
 )
 def test_what_is_denied_and_by_which_rule(attempt, code, rule):
     decision = evaluate(SNAPSHOT, BOT, attempt)
     assert (decision.verdict, decision.code, decision.rule) == (Verdict.DENY, code, rule)
     assert not decision.allowed
+
+
+def test_an_agent_that_may_only_read_is_denied_what_changes_something():
+    view = View(read_only="odd (by jo)")
+    decision = evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 5}), view)
+    assert (decision.code, "odd (by jo)" in decision.detail) == (Code.AGENT_READ_ONLY, True)
+    assert evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 51}), view).code is Code.PARAMS_INVALID
+
+
+@pytest.mark.parametrize(
+    ("operation", "effect", "view", "rule"),
+    [
+        pytest.param("merge", Effect.DESTRUCTIVE, View(), ASKED.rule, id="the manifest asks"),
+        pytest.param("refund", Effect.WRITE, View(), None, id="nobody asks"),
+        pytest.param("refund", Effect.WRITE, View(hold="odd"), "held: odd", id="the agent is held, and this writes"),
+        pytest.param("refund", Effect.READ, View(hold="odd"), None, id="the agent is held, and this only reads"),
+        pytest.param("merge", Effect.DESTRUCTIVE, View(hold="odd"), ASKED.rule, id="both: the manifest may ask for more people"),
+        pytest.param("refund", None, View(hold="odd"), None, id="a protocol's own traffic"),
+    ],
+)
+def test_who_must_say_yes(operation, effect, view, rule):
+    need = approval_for(BOT, call(operation), effect, view)
+    assert (need and need.rule) == rule
+
+
+LARGE = {"body": ParameterSchema({"properties": {"amount": {"minimum": 100}}, "required": ["amount"]}, "r#")}
+
+
+@pytest.mark.parametrize(
+    ("params", "asked"),
+    [
+        pytest.param({"body": {"amount": 100}}, True, id="it fits"),
+        pytest.param({"body": {"amount": 99}}, False, id="it does not fit"),
+        pytest.param({"path": {}, "body": {"amount": 100}}, True, id="other locations don't matter"),
+        pytest.param({"path": {}}, True, id="a body that was not read could say anything"),
+        pytest.param({"body": {"amount": "100"}}, True, id="text is no number below the minimum"),
+    ],
+)
+def test_when_narrows_what_is_asked_about(params, asked):
+    assert Approval("r#", when=LARGE).bears_on(ToolCall("pay", "refund", params)) is asked
 
 
 def test_several_violations_are_counted_in_the_detail():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.policy.limits import NANO, TOKENS, WORDS, Kind, Limit, Measure, Price, bound, called, unpriced, used
+from broker.policy.limits import NANO, TOKENS, WORDS, Kind, Limit, Measure, Price, bound, called, once, unpriced, used
 from broker.policy.snapshot import EMPTY, Endpoint, PolicySnapshot, Tool
 from broker.policy.types import Code, Effect, ModelCall, Usage, Verdict
 
@@ -32,13 +32,22 @@ def test_a_limit_is_refused_with_the_code_of_its_kind(word, code):
 
 
 def test_every_word_has_a_code_of_its_own_in_the_table_above():
-    assert len(WORDS) == 17
+    # Three words are the broker's own: an approval's one use, a run's labels and flow rules.
+    assert len(WORDS) == 17 + 3
+
+
+def test_the_brokers_own_words_are_refused_by_what_they_are():
+    assert once("a-1", RULE).refusal(1, 1, 0).code is Code.APPROVAL_REQUIRED
+    rule = Limit("flow", "flow/0", 0, RULE, after=("pii", "untrusted"))
+    refused = rule.refusal(1, 0, 0, "pii by crm/get (decision d1)")
+    assert (refused.code, refused.rule, refused.retry_after) == (Code.FLOW_FORBIDDEN, RULE, 0)
+    assert refused.detail.endswith("after it touched pii and untrusted: pii by crm/get (decision d1)")
 
 
 def test_a_key_names_whose_it_is_and_what_it_counts_and_not_how_much():
     assert limit("calls", 10, 3600).key == limit("calls", 99, 3600).key == "agent/a:calls:window:3600"
     assert limit("rate", 10, 60, burst=1).key == limit("rate", 20, 60, burst=9).key
-    words = [limit(word, per=60).key for word in WORDS]
+    words = [limit(word, per=60).key for word in WORDS if word not in ("approval", "label")]  # whose scopes are their own
     assert len(set(words)) == len(words), "two words never share a counter"
     assert limit("calls", per=60).key != limit("calls", per=3600).key
     assert limit("calls", per=60).key != limit("calls", per=60, scope="agent/a/t").key

@@ -9,10 +9,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest
 
 from broker.audit import AuditUnavailable
+from broker.containment.response import Containment, Surroundings
 from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.ledger.memory import MemoryLedger
-from broker.ledger.revocations import Revocations
 from broker.metrics import Metrics
 from broker.policy.snapshot import Agent, Endpoint, PolicySnapshot, Tool
 from broker.processor.ext_authz import ExtAuthz
@@ -47,7 +47,7 @@ def asked(target="api.example:443", peer=SPIFFE, **changed):
         audit=[],
         ledger=MemoryLedger(),
         tokens=TokenAuthority(Ed25519PrivateKey.generate()),
-        revocations=Revocations(),
+        containment=Containment(Surroundings([], lambda: NOW, lambda: 1, lambda: "x")),
         now=lambda: NOW,
         steady=lambda: NOW,
         mono_ns=lambda: 1,

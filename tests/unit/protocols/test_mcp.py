@@ -68,9 +68,21 @@ def _modern(name: str = "search_pages", arguments: object = None, *headers: tupl
     ],
 )
 def test_recognises_calls(params: dict[str, Any], operation: str | None, arguments: dict[str, Any]) -> None:
-    assert _send(_rpc("tools/call", params)) == ToolCall(
-        "wiki", operation, {"arguments": arguments}, label=f"tools/call {params['name']}", correlation={"id": 7, "call": True}
+    found = _send(_rpc("tools/call", params))
+    label, correlation = f"tools/call {params['name']}", {"id": 7, "call": True}
+    assert found == ToolCall(
+        "wiki", operation, {"arguments": arguments}, label=label, correlation=correlation, exact={**params, "_meta": None}
     )
+
+
+def test_what_a_person_approves_is_all_of_a_call_but_what_differs_with_each_try() -> None:
+    def exact(number: int, **meta: object) -> object:
+        call = _send({**_rpc("tools/call", {"name": "search_pages", "arguments": {"free": "x"}, "_meta": meta}), "id": number})
+        assert isinstance(call, ToolCall)
+        return call.exact
+
+    assert exact(1, progressToken=1) == exact(2, progressToken=2) == exact(3)
+    assert exact(1, progressToken=1) != exact(1, progressToken=1, tenant="other")
 
 
 @pytest.mark.parametrize("method", sorted(HOUSEKEEPING))

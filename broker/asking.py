@@ -1,0 +1,100 @@
+"""What people have to say of one call: who is asked, about what exactly, and what they said.
+
+Law: their word binds what the request says: method, URL, content type and body, byte for byte; of an MCP message, all but its ID
+and progress token, which differ with each try.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from broker.audit.record import canonical
+from broker.case import Case
+from broker.containment.approvals import MOST_SHOWN, Asked
+from broker.policy.approval import Approval
+from broker.policy.evaluate import approval_for
+from broker.policy.limits import Limit, once
+from broker.policy.snapshot import Agent, Tool
+from broker.policy.types import Code, Decision, Effect, Request, ToolCall, deny
+
+
+class Asking:
+    """One call that may be let go. `approved` is the approval by which it goes; `refusal` is there if it can't go without one."""
+
+    def __init__(self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes) -> None:  # noqa: PLR0913, PLR0917 - all that people judge
+        self._case, self._tool, self._call, self._request, self._sent = case, tool, call, request, sent
+        effect = Effect(case.attempt.effect) if call.operation is not None else None
+        self._need = approval_for(agent, call, effect, case.view(agent.name))
+        self._agent = agent
+        self.approved: Asked | None = None
+        self.refusal: Decision | None = None
+
+    def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        """What the call is held to: with an approval, to that, and not to the flow rules that it lifts."""
+        if self._need is None and not any(limit.unless for limit in limits):
+            return limits
+        self.approved = self._case.services.containment.approved(self._binding)
+        if self.approved:
+            self._case.note(approval=self.approved.id)
+            return (once(self.approved.id, self._rule), *(limit for limit in limits if not limit.unless))
+        if self._need:
+            what = f"{self._tool.name}/{self._call.operation} waits for a human's approval"
+            held = f", since the agent is {self._need.rule}" if self._need.rule.startswith("held: ") else ""
+            rule = "" if held else self._need.rule
+            self.refusal = self._asked(self._need, deny(Code.APPROVAL_REQUIRED, what + held, rule=rule))
+        return limits
+
+    def ask(self, limit: Limit, refusal: Decision) -> Decision:
+        """The denial of a call that this limit refused: people are asked where they may lift it."""
+        if limit.unless:
+            return self._asked(limit.unless, refusal)
+        if limit.word == "approval" and self.approved:
+            return deny(Code.APPROVAL_REQUIRED, f"the approval {self.approved.id} was used by another call", rule=limit.rule)
+        return refusal
+
+    @property
+    def _rule(self) -> str:
+        return self._need.rule if self._need else ""
+
+    def _asked(self, need: Approval, refusal: Decision) -> Decision:
+        if len(self._sent) > MOST_SHOWN:
+            what = f"{refusal.detail}; its body is over the {MOST_SHOWN} bytes that a person is asked to judge"
+            return deny(refusal.code or Code.APPROVAL_REQUIRED, what, rule=refusal.rule)
+        denial = self._case.services.containment.ask(refusal, need, self._binding, self._shown)
+        self._case.note(approval=str((denial.approval or {}).get("id", "")))
+        return denial
+
+    @property
+    def _binding(self) -> tuple[str, ...]:
+        about, request = self._case.attempt, self._request
+        exact = self._sent if self._call.exact is None else canonical(self._call.exact)
+        said = (request.method, request.path, request.query, request.header("content-type") or "")
+        whole = hashlib.sha256(canonical(said) + exact).hexdigest()
+        return self._agent.name, about.run_id, f"{self._tool.name}/{self._call.operation}", whole, about.revision
+
+    @property
+    def _shown(self) -> Mapping[str, Any]:
+        """Exactly what will be sent, and by whom."""
+        about, endpoint, request = self._case.attempt, self._tool.endpoint, self._request
+        query = f"?{request.query}" if request.query else ""
+        return {
+            "agent": self._agent.name,
+            "owner": self._agent.owner,
+            "run_id": about.run_id,
+            "operation": f"{self._tool.name}/{self._call.operation}",
+            "effect": about.effect,
+            "method": request.method,
+            "url": f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}",
+            "content_type": request.header("content-type") or "",
+            "params": dict(self._call.params),
+            "body": _text(self._sent),
+            "decision_id": about.decision_id,
+        }
+
+
+def _text(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return f"base64:{base64.b64encode(body).decode()}"

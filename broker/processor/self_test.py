@@ -1,0 +1,103 @@
+"""Once a minute a canary agent is revoked, and its calls must stop: asked over the processor's own socket, as Envoy asks.
+
+Law: the canary is nobody's agent (no manifest can have its name), may do nothing, and is revoked in memory alone.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
+from google.protobuf.struct_pb2 import Struct
+
+from broker.containment.standing import Restriction
+from broker.dataplane import site
+from broker.dataplane.filters import EXT_PROC
+from broker.events import Services
+from broker.policy.containment import Action
+from broker.policy.types import Code
+
+log = logging.getLogger(__name__)
+
+CANARY = ".canary"
+EVERY_S = 60.0
+CUT_S = 2.0
+"""Within this time what is open must be cut."""
+
+
+class SelfTest:
+    """`failure` says what is wrong, empty when nothing is; `on_change` hears it when it changes."""
+
+    def __init__(self, services: Services, socket: str, on_change: Callable[[str], None], every: float = EVERY_S) -> None:
+        self._services, self._socket, self._on_change, self._every = services, socket, on_change, every
+        self.failure = ""
+
+    async def run(self) -> None:
+        """Test for ever."""
+        while True:
+            await asyncio.sleep(self._every)
+            try:
+                failure = await self.test()
+            except Exception as error:  # a test that can't be made is failed
+                log.exception("the self-test could not be made")
+                failure = f"it could not be made ({type(error).__name__})"
+            before, self.failure = self.failure, failure
+            if failure != before:
+                self._on_change(failure)
+
+    async def test(self) -> str:
+        """Revoke the canary with a tunnel open; what is wrong, empty for nothing."""
+        standing, calls = self._services.containment.standing, self._services.containment.open
+        revocation = Restriction(CANARY, Action.REVOKE_AGENT, CANARY, None, "the self-test", "the broker", self._services.now())
+        async with grpc.aio.insecure_channel(f"unix:{self._socket}") as channel:
+            process = ExternalProcessorStub(channel).Process
+            tunnel = process()
+            await tunnel.write(_opened())
+            if await tunnel.read() is grpc.aio.EOF:
+                return "a tunnel of an agent in good standing is cut"
+            try:
+                standing.restrict(revocation)
+                calls.cut(revocation)
+                return await self._stopped(process, tunnel)
+            finally:
+                tunnel.cancel()
+                standing.forget(revocation)
+
+    async def _stopped(self, process: Any, tunnel: Any) -> str:
+        try:
+            async with asyncio.timeout(CUT_S):
+                cut = await tunnel.code()
+        except TimeoutError:
+            return f"what was open was not cut within {CUT_S:.0f} s"
+        if cut is not grpc.StatusCode.ABORTED:
+            return f"what was open ended with {cut}"
+        call = process()
+        try:
+            await call.write(_call(self._services.tokens.mint(CANARY, self._services.now())))
+            async with asyncio.timeout(CUT_S):
+                answer = await call.read()
+        except TimeoutError:
+            return f"a new call was not answered within {CUT_S:.0f} s"
+        finally:
+            call.cancel()
+        refused = answer is not grpc.aio.EOF and Code.AGENT_REVOKED.encode() in answer.immediate_response.body
+        return "" if refused else "a new call is not refused"
+
+
+def _opened() -> Any:
+    attributes = Struct()
+    attributes.update({site.CARRIED[0]: CANARY, "response.code_details": "via_upstream"})
+    return ProcessingRequest(response_headers={"headers": {}}, attributes={EXT_PROC: attributes})
+
+
+def _call(token: str) -> Any:
+    attributes = Struct()
+    attributes["xds.route_name"] = f"{site.BASE_URL}/"
+    said = {":method": "GET", ":path": "/", ":scheme": "http", ":authority": "canary", site.TOKEN_HEADER: token}
+    headers = [{"key": key, "raw_value": value.encode()} for key, value in said.items()]
+    return ProcessingRequest(
+        request_headers={"headers": {"headers": headers}, "end_of_stream": True}, attributes={EXT_PROC: attributes}
+    )
