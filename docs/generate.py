@@ -223,7 +223,7 @@ def _finding(example: Finding) -> str:
 _PLAINTEXT = b"""{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web},
 spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, operations: {}}}"""
 _PLATFORM = b"""{apiVersion: broker/v1, kind: Platform, metadata: {name: acme, owner: platform},
-spec: {ledger: {unsafe_reads_without_redis: true}, flow: []}}"""
+spec: {ledger: {unsafe_reads_without_redis: true}}}"""
 
 
 def _findings() -> Mapping[str, Finding]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from broker.audit.record import Attempt, Ending
 from broker.containment.counters import MOST, Agents, Counter, Kept, Layout, hashed
-from broker.policy.containment import COUNTED, Action, Decoys, Detector, Rule
+from broker.policy.containment import COUNTED, MOST_TARGETS, Action, Decoys, Detector, Rule
 from broker.policy.types import Code, Decision, Effect, Verdict
 from broker.redaction import redacted
 
@@ -41,8 +41,6 @@ _NOT_SERVED = frozenset(
     {Code.CREDENTIAL_UNAVAILABLE, Code.AUDIT_UNAVAILABLE, Code.LEDGER_UNAVAILABLE, Code.INTERNAL_FAULT, Code.AGENT_REVOKED}
 )
 
-MOST_TARGETS = 64
-"""Different targets that are told apart, and so the most that a rule about probing may count."""
 _LOOPS, _SIGHTS = 6, 16  # calls whose repetitions are counted; calls before them that are known to have been seen once
 _TOOLS = 6  # tools that fail at the same time; with more, those that failed least make room
 _HOSTS = 4096  # sights of hosts in each of two generations, over all agents
@@ -94,7 +92,7 @@ class Detectors:
         self._ids = {each: layout.id(_SLOTS.get(each, 1)) for each in Detector if each in COUNTED and self._counters[each]}
         self._most = max((each.count for each in probing), default=0)
         if self._most > MOST_TARGETS:
-            raise ValueError(f"probing counts at most {MOST_TARGETS} different targets")
+            raise ValueError(f"a rule about probing counts at most {MOST_TARGETS} different targets")
         self._targets, self._target_times = layout.word(self._most), layout.time(self._most)
         if loops:
             self._loops, self._loop_counts, self._loop_times = layout.word(_LOOPS), layout.word(_LOOPS), layout.time(_LOOPS)

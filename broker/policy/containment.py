@@ -53,6 +53,8 @@ COUNTED = frozenset(
     }
 )  # fmt: skip
 """Those that fire at a number; the others fire at once."""
+MOST_TARGETS = 64
+"""Different targets of one agent that are told apart, and so the most that a rule about probing may count."""
 
 
 @dataclass(frozen=True, slots=True)
