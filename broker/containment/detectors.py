@@ -284,7 +284,7 @@ def _counter(rule: Rule, layout: Layout) -> Counter:
 
 def _finding(counter: Counter, about: Attempt, prior: Iterable[str], last: str, shown: str = "") -> Finding:
     rule = counter.rule
-    what = _WORDS[rule.detector].format(n=shown, within=_span(rule.window), last=_bounded(last))
+    what = _WORDS[rule.detector].format(n=shown, within=span(rule.window), last=_bounded(last))
     return Finding(rule, about.agent["name"], about.run_id, what, (*prior, about.decision_id))
 
 
@@ -317,7 +317,8 @@ def _bounded(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _span(seconds: int) -> str:
+def span(seconds: int) -> str:
+    """A length of time for people, such as `10 min`."""
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds and not seconds % size:
             return f"{seconds // size} {unit}"

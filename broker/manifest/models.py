@@ -548,7 +548,9 @@ class CountedRule(InstantRule):
 class DifferentRule(CountedRule):
     """When a detector fires that counts different things, each of which is remembered; and what then happens."""
 
-    count: Annotated[int, Field(ge=1, le=MOST_TARGETS)] | None = Field(None, description="How many; the detector's default if absent.")
+    count: Annotated[int, Field(ge=1, le=MOST_TARGETS)] | None = Field(
+        None, description="How many; the detector's default if absent."
+    )
 
 
 class Honeytoken(InstantRule):
