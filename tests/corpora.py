@@ -432,16 +432,18 @@ ATTACKS: dict[str, Attack] = {
 def trace(name: str) -> list[Event]:
     """The events of a trace of either corpus, in the order of time."""
     if name in BENIGN:
-        script = Script(name)
-        BENIGN[name](script)
-        return sorted(script.events, key=lambda event: event.at)
-    attack, script = ATTACKS[name], Script(name, is_attack=True)
-    honest = Script(f"{name}, around")
-    if attack.around:
-        attack.around(honest)
-        script.now += _HOUR / 2
+        return played(BENIGN[name], name)
+    attack, script = ATTACKS[name], Script(name, _START + (_HOUR / 2 if ATTACKS[name].around else 0), is_attack=True)
     attack.play(script)
-    return sorted([*honest.events, *script.events], key=lambda event: event.at)
+    honest = played(attack.around, f"{name}, around") if attack.around else []
+    return sorted([*honest, *script.events], key=lambda event: event.at)
+
+
+def played(play: Play, seed: str) -> list[Event]:
+    """What an agent does, in the order of time."""
+    script = Script(seed)
+    play(script)
+    return sorted(script.events, key=lambda event: event.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,13 +479,21 @@ def judged(name: str, rules: tuple[Rule, ...] = DEFAULTS) -> Judged:
 
 def fed(events: Iterable[Event], rules: tuple[Rule, ...] = DEFAULTS) -> Iterator[tuple[Event, tuple[Finding, ...]]]:
     """Each event, with what it made the detectors find."""
-    detectors, contents, injected = Detectors(rules, DECOYS), Contents((DECOY_CREDENTIAL,)), Scrubber([INJECTED])
+    detectors = Detectors(rules, DECOYS)
     for event in events:
-        if event.decision:
-            yield event, detectors.decided(event.about, event.decision, event.at)
-        elif event.ending:
-            yield event, detectors.ended(event.about, event.ending, event.error, event.at)
-        else:
-            leaked = any(injected.scan(text, last=True)[1] for text in event.texts)
-            seen = Detector.CREDENTIAL_IN_REQUEST if leaked else contents.seen(event.texts)
-            yield event, detectors.content(event.about, seen, "the body", event.at) if seen else ()
+        yield event, told(detectors, event)
+
+
+_CONTENTS, _INJECTED = Contents((DECOY_CREDENTIAL,)), Scrubber([INJECTED])
+
+
+def told(detectors: Detectors, event: Event, at: float | None = None) -> tuple[Finding, ...]:
+    """What the detectors find when they are told of the event, at its own time or another."""
+    now = event.at if at is None else at
+    if event.decision:
+        return detectors.decided(event.about, event.decision, now)
+    if event.ending:
+        return detectors.ended(event.about, event.ending, event.error, now)
+    leaked = any(_INJECTED.scan(text, last=True)[1] for text in event.texts)
+    seen = Detector.CREDENTIAL_IN_REQUEST if leaked else _CONTENTS.seen(event.texts)
+    return detectors.content(event.about, seen, "the body", now) if seen else ()

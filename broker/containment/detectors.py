@@ -15,6 +15,7 @@ is kept of an agent has one size, whatever it does (see `broker/containment/coun
     something in a request (`content`)                   honeytoken, secret_in_request, credential_in_request
 """
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ _NOT_SERVED = frozenset(
 
 _LOOPS, _SIGHTS = 6, 16  # calls whose repetitions are counted; calls before them that are known to have been seen once
 _TOOLS = 6  # tools that fail at the same time; with more, those that failed least make room
-_HOSTS = 4096  # sights of hosts in each of two generations, over all agents
+_SETS, _WAYS = 4096, 16  # sights of hosts, over all agents: 256 KiB
 _SHOWN = 80  # characters of what an agent chose
 
 _WORDS = {
@@ -100,8 +101,9 @@ class Detectors:
             self._longest_loop = max(each.window for each in loops)
         if streaks:
             self._tools, self._streaks = layout.word(_TOOLS), layout.word(_TOOLS)
-        self._decoy_hosts, self._decoy_tools = frozenset(map(_host, decoys.hosts)), decoys.tools
-        self._hosts, self._older_hosts = set[int](), set[int]()
+        self._decoy_hosts = frozenset(host.lower().strip("[]").removesuffix(".") for host in decoys.hosts)
+        self._decoy_tools = decoys.tools
+        self._hosts = array("I", bytes(4 * _SETS * _WAYS))
         self._agents = Agents(layout)
 
     def decided(self, about: Attempt, decision: Decision, now: float) -> tuple[Finding, ...]:
@@ -184,8 +186,8 @@ class Detectors:
     # Probing: the latest different targets, each with the time of its last sight.
 
     def _undeclared(self, kept: Kept, about: Attempt, code: Code | None) -> Iterator[Finding]:
-        host = _host(about.host) if code is Code.HOST_NOT_DECLARED else ""
-        if host and self._is_new(hash((about.agent["name"], host))):
+        is_told = code is Code.HOST_NOT_DECLARED and self._counters[Detector.UNDECLARED_HOST]
+        if is_told and (host := _host(about.host)) and self._is_new(hash((about.agent["name"], host))):
             yield from self._at_once(kept, about, Detector.UNDECLARED_HOST, host)
         if self._most:
             yield from self._probed(kept, about, _target(about, code))
@@ -209,12 +211,14 @@ class Detectors:
             kept.remember(place, about.decision_id)
 
     def _is_new(self, sight: int) -> bool:
-        """Whether it is the first sight. The oldest are forgotten by the thousand, each after thousands of others."""
-        is_new = sight not in self._hosts and sight not in self._older_hosts
-        self._hosts.add(sight)
-        if len(self._hosts) >= _HOSTS:
-            self._hosts, self._older_hosts = set(), self._hosts
-        return is_new
+        """Whether it is the first sight that is remembered: of those that share a set, the latest sixteen are."""
+        first, word = (sight >> 32) % _SETS * _WAYS, sight & 0xFFFF_FFFF or 1
+        known = self._hosts[first : first + _WAYS]
+        if word in known:
+            return False
+        self._hosts[first + 1 : first + _WAYS] = known[:-1]
+        self._hosts[first] = word
+        return True
 
     # Identical calls: a few are counted, each from its second sight on, so that calls which come once don't push them out.
 
