@@ -191,8 +191,8 @@ def _watched(agents: int) -> dict[str, Callable[[], object]]:
         _misbehave(detectors, each["name"])
     denied, done = deny(Code.HOST_NOT_DECLARED, "no tool is there"), Ending(status=200)
 
-    def timed(once: Callable[[Attempt, float], object]) -> Callable[[], object]:
-        made = [_event(names[number % agents], number) for number in range(2 * agents)]
+    def timed(once: Callable[[Attempt, float], object], args_hash: str = "sha256:0") -> Callable[[], object]:
+        made = [_event(names[number % agents], number, args_hash) for number in range(2 * agents)]
 
         def event() -> object:
             number = next(numbers)
@@ -202,16 +202,16 @@ def _watched(agents: int) -> dict[str, Callable[[], object]]:
 
     return {
         "a write that is let go": timed(lambda about, now: detectors.decided(about, ALLOW, now)),
-        "a host that is not declared": timed(lambda about, now: detectors.decided(about, denied, now)),
+        "a host that is not declared": timed(lambda about, now: detectors.decided(about, denied, now), ""),
         "a success": timed(lambda about, now: detectors.ended(about, done, "", now)),
         "a failure": timed(lambda about, now: detectors.ended(about, done, "5xx", now)),
     }
 
 
-def _event(agent: Mapping[str, str], number: int) -> Attempt:
+def _event(agent: Mapping[str, str], number: int, args_hash: str = "sha256:0") -> Attempt:
     return Attempt(
         f"{number:020x}", "sha256:0", agent, host="paste.example", tool="plain", operation="issues.create", effect="write",
-        args_hash=f"sha256:{number}", run_id="nightly-2026-11-20",
+        args_hash=args_hash and f"{args_hash}{number}", run_id="nightly-2026-11-20",
     )  # fmt: skip
 
 
