@@ -103,7 +103,7 @@ class Detectors:
             self._tools, self._streaks = layout.word(_TOOLS), layout.word(_TOOLS)
         self._decoy_hosts = frozenset(host.lower().strip("[]").removesuffix(".") for host in decoys.hosts)
         self._decoy_tools = decoys.tools
-        self._hosts = array("I", bytes(4 * _SETS * _WAYS))
+        self._hosts = array("I", bytes(4 * _SETS * _WAYS) if self._counters[Detector.UNDECLARED_HOST] else b"")
         self._agents = Agents(layout)
 
     def decided(self, about: Attempt, decision: Decision, now: float) -> tuple[Finding, ...]:
