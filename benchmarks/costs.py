@@ -11,7 +11,7 @@ import pstats
 import shutil
 import timeit
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -25,7 +25,8 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from benchmarks import world
 from broker import clock
 from broker.audit.log import AuditLog
-from broker.audit.record import Attempt, decision_record
+from broker.audit.record import Attempt, Ending, decision_record
+from broker.containment.detectors import Detectors
 from broker.containment.response import Containment, Surroundings
 from broker.credentials.base import Lease, Occasion, Secret
 from broker.credentials.leases import Leases
@@ -39,10 +40,11 @@ from broker.ledger.base import Granted, Spend
 from broker.ledger.memory import MemoryLedger
 from broker.manifest.load import load_texts
 from broker.metrics import Metrics
+from broker.policy.containment import DEFAULTS, NO_DECOYS
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import WORDS, Kind, Limit, called
 from broker.policy.snapshot import CredentialSpec, PolicySnapshot
-from broker.policy.types import ALLOW, Request, ToolCall
+from broker.policy.types import ALLOW, Code, Request, ToolCall, deny
 from broker.processor.convert import event_of, response_of
 from broker.protocols.registry import ADAPTERS
 from tests import stack
@@ -51,6 +53,7 @@ TARGET_US = 60
 SCRUB_TARGET_US = 15
 RESERVE_US = 15
 LEASE_US = 10
+DETECTORS_US = 10  # an event
 MANY = 10_000  # agents
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
@@ -84,6 +87,9 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
     for agents in (10, MANY // 10 if quick else MANY):
         row(f"reserve and settle, 20 limits, {agents:,} agents in turn", _reservation(_limits(agents, 20)))
     row("reserve and settle, 8 limits", _reservation(_limits(1, 8)), RESERVE_US)
+    agents = MANY // 10 if quick else MANY
+    for name, event in _watched(agents).items():
+        row(f"detectors, {name}, {agents:,} agents in turn", event, DETECTORS_US)
     with _services(limits=True) as services:
         for name, call in CALLS.items():
             row(f"whole {name} exchange with limits, without protobuf", _exchange(services, call))
@@ -157,14 +163,65 @@ def kept(*, quick: bool) -> list[dict[str, Any]]:
         before = tracemalloc.get_traced_memory()[0]
         for number, each in enumerate(limits):
             ledger.settle(_call(ledger, each, number, number), {}, _T)
-        spent = tracemalloc.get_traced_memory()[0]
+        spent = tracemalloc.get_traced_memory()[0] - before
+        names = [f"a{number}" for number in range(agents)]  # as the snapshot has them
+        before = tracemalloc.get_traced_memory()[0]
+        detectors = Detectors(DEFAULTS, NO_DECOYS)
+        for name in names:
+            _misbehave(detectors, name)
+        watched = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
     of = f"of one of {agents:,} agents"
     return [
         {"name": f"20 limits {of}", "bytes": written // agents},
-        {"name": f"what they have counted {of}, each in one run", "bytes": (spent - before) // agents},
+        {"name": f"what they have counted {of}, each in one run", "bytes": spent // agents},
+        {"name": f"what detectors keep {of}, all of them active", "bytes": watched // agents},
     ]
+
+
+# The detectors by themselves.
+
+
+def _watched(agents: int) -> dict[str, Callable[[], object]]:
+    """The next agent's event, of each kind; the agents are known already, and so are the hosts."""
+    detectors, numbers = Detectors(DEFAULTS, NO_DECOYS), count()
+    names = [{"name": f"a{number}"} for number in range(agents)]
+    for each in names:
+        _misbehave(detectors, each["name"])
+    denied, done = deny(Code.HOST_NOT_DECLARED, "no tool is there"), Ending(status=200)
+
+    def timed(once: Callable[[Attempt, float], object], args_hash: str = "sha256:0") -> Callable[[], object]:
+        made = [_event(names[number % agents], number, args_hash) for number in range(2 * agents)]
+
+        def event() -> object:
+            number = next(numbers)
+            return once(made[number % len(made)], _T + number * 1e-3)
+
+        return event
+
+    return {
+        "a write that is let go": timed(lambda about, now: detectors.decided(about, ALLOW, now)),
+        "a host that is not declared": timed(lambda about, now: detectors.decided(about, denied, now), ""),
+        "a success": timed(lambda about, now: detectors.ended(about, done, "", now)),
+        "a failure": timed(lambda about, now: detectors.ended(about, done, "5xx", now)),
+    }
+
+
+def _event(agent: Mapping[str, str], number: int, args_hash: str = "sha256:0") -> Attempt:
+    return Attempt(
+        f"{number:020x}", "sha256:0", agent, host="paste.example", tool="plain", operation="issues.create", effect="write",
+        args_hash=args_hash and f"{args_hash}{number}", run_id="nightly-2026-11-20",
+    )  # fmt: skip
+
+
+def _misbehave(detectors: Detectors, agent: str) -> None:
+    """Something of everything that is counted."""
+    for number in (1, 1, 2, 2, 3):
+        about = _event({"name": agent}, number)
+        detectors.decided(about, ALLOW, _T - 3600)
+        detectors.decided(about, deny(Code.HOST_NOT_DECLARED, "no tool is there"), _T - 3600)
+        detectors.ended(about, Ending(status=500), "5xx", _T - 3600)
 
 
 # The ledger by itself.

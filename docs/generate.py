@@ -11,6 +11,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from broker.audit.record import Attempt, Ending, alert_record, config_record, de
 from broker.cli import options
 from broker.cli.main import cli
 from broker.cli.render import placeholders, rendered
+from broker.containment.detectors import span
 from broker.credentials import ISSUERS
 from broker.dataplane.site import Site
 from broker.ledger.base import Balance
@@ -31,9 +33,12 @@ from broker.manifest.load import load, load_texts
 from broker.manifest.models import KINDS
 from broker.manifest.strict_yaml import MAX_BYTES
 from broker.metrics import Metrics, Standing
+from broker.policy import containment
+from broker.policy.containment import COUNTED, DEFAULTS, Detector, Rule
 from broker.policy.limits import Limit
 from broker.policy.types import ALLOW, Code, Usage, deny
 from broker.protocols.problem import STATUS, TYPE_PREFIX, WORDS
+from tests import corpora
 
 _MADE = "<!-- Made by `python -m docs.generate`. Change the code, not this file. -->\n"
 
@@ -47,6 +52,7 @@ def files() -> Mapping[str, str]:
         "docs/reference/cli.md": verbs,
         "docs/reference/audit.md": audit,
         "docs/reference/metrics.md": metrics,
+        "docs/reference/detectors.md": detectors,
         "envoy/sample-organisation.yaml": lambda: _golden("manifests"),
         "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
         "envoy/spire.yaml": lambda: _golden("tests/golden/spire"),
@@ -223,7 +229,7 @@ def _finding(example: Finding) -> str:
 _PLAINTEXT = b"""{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web},
 spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, operations: {}}}"""
 _PLATFORM = b"""{apiVersion: broker/v1, kind: Platform, metadata: {name: acme, owner: platform},
-spec: {ledger: {unsafe_reads_without_redis: true}, flow: []}}"""
+spec: {ledger: {unsafe_reads_without_redis: true}}}"""
 
 
 def _findings() -> Mapping[str, Finding]:
@@ -443,6 +449,76 @@ def _shown_metrics() -> Metrics:
     balance = Balance(Limit("tokens", "agent/refund-bot", 2_000_000, "", per=86_400), 15, _NOW)
     shown.exposition(Standing("sha256:53b9…", current=True, accepted=True, audit_writable=True, open_calls=0, balances=[balance]))
     return shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- detectors
+
+
+def detectors() -> str:
+    """What is looked for by default, and what that finds in traces of honest work and of attacks."""
+    meanings = _meanings(Path(containment.__file__), Detector.__name__)
+    rules = "\n".join(_rule(rule, meanings[rule.detector.name]) for rule in sorted(DEFAULTS, key=_detector_order))
+    benign, attacks = [corpora.judged(name) for name in corpora.BENIGN], [corpora.judged(name) for name in corpora.ATTACKS]
+    attacked = "\n".join(map(_attack, attacks))
+    calls, found = sum(each.calls for each in benign), sum(each.found.total() for each in benign)
+    honest = "\n".join(f"| {each.name} | {each.calls:,} | {_found(each.found)} | {each.revokes} |" for each in benign)
+    return (
+        f"{_MADE}# Detectors\n\n"
+        "What the broker looks for in an agent's calls and their outcomes. [`containment`](kinds.md#containment) in the platform "
+        "policy replaces a detector's rules; `[]` turns it off. What is seen counts for the agent whose identity was proven, on "
+        "one broker. A rule of up to 20 events fires at exactly so many; a larger one at nine tenths to all of them.\n\n"
+        "## Default rules\n\n"
+        "| detector | fires at | what then happens | then quiet for | what is counted |\n| --- | --- | --- | --- | --- |\n"
+        f"{rules}\n\n"
+        "`tests/corpora.py` plays what follows, the same each time, through these rules.\n\n"
+        "## Honest work\n\n"
+        f"| trace | calls | findings | of them revoke |\n| --- | --- | --- | --- |\n{honest}\n"
+        f"| all | {calls:,} | {found}, one in {calls // found:,} calls | {sum(each.revokes for each in benign)} |\n\n"
+        "What alerts here can't be told by its calls from an agent gone wrong. Where it is usual, write a larger `count`.\n\n"
+        "## Attacks\n\n"
+        "Those with a star stand in the middle of honest work of the same agent. Calls and time are the attack's own, until its "
+        "detector fired.\n\n"
+        "| trace | detector | after calls | after | all findings | of them revoke |\n| --- | --- | --- | --- | --- | --- |\n"
+        f"{attacked}\n\n"
+        "Not found is what is slower or more varied than the rules say: a loop of calls that each come less than once in five "
+        "seconds, which looks like polling; more than six calls that are repeated at the same time, or with sixteen other calls "
+        "between the first two; a new target less than once in 72 minutes; a secret that is encoded or has no known shape.\n"
+    )
+
+
+def _meanings(path: Path, name: str) -> Mapping[str, str]:
+    """What is written below each member of an enumeration."""
+    body = next(node.body for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == name)
+    told = {}
+    for member, words in pairwise(body):
+        if isinstance(member, ast.Assign) and isinstance(words, ast.Expr) and isinstance(words.value, ast.Constant):
+            told[ast.unparse(member.targets[0])] = str(words.value.value)
+    return told
+
+
+def _detector_order(rule: Rule) -> int:
+    return list(Detector).index(rule.detector)
+
+
+def _rule(rule: Rule, meaning: str) -> str:
+    within = f" in {span(rule.window)}" if rule.window else ""
+    fires = f"{rule.count}{within}" if rule.detector in COUNTED else "the first"
+    return f"| `{rule.detector}` | {fires} | `{rule.action}` | {span(rule.cooldown)} | {_cell(meaning)} |"
+
+
+def _attack(judged: corpora.Judged) -> str:
+    attack = corpora.ATTACKS[judged.name]
+    took = f"{judged.seconds:.1f} s" if judged.seconds < _MINUTES else f"{judged.seconds / 60:,.0f} min"
+    star = " \\*" if attack.around else ""
+    caught = f"{judged.after:,} | {took}" if judged.after else "not caught | "
+    return f"| {judged.name}{star} | `{attack.detector}` | {caught} | {_found(judged.found)} | {judged.revokes} |"
+
+
+def _found(found: Mapping[Detector, int]) -> str:
+    return ", ".join(f"{number} `{detector}`" for detector, number in sorted(found.items())) or "none"
+
+
+_MINUTES = 120  # seconds: what is longer is told in minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from broker.policy.containment import DEFAULTS, PAGERDUTY, Alerting, Decoys, Det
 Anchored = Callable[[Any], Any]
 """Makes the file that a reference names absolute: it is relative to the manifests folder."""
 
-_Written = models.Counted | models.Instant | models.Honeytoken
+_Written = models.Counted | models.Different | models.Instant | models.Honeytoken
 
 
 def rules(source: Source | None, spec: models.Containment) -> tuple[Rule, ...]:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from broker.manifest.addresses import parse_endpoint, parse_spiffe
-from broker.policy.containment import PAGERDUTY, Action, Severity
+from broker.policy.containment import MOST_TARGETS, PAGERDUTY, Action, Severity
 from broker.policy.limits import NANO
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS
@@ -545,6 +545,14 @@ class CountedRule(InstantRule):
     window: Seconds | None = Field(None, description="Within which time; the detector's default if absent. A streak has none.")
 
 
+class DifferentRule(CountedRule):
+    """When a detector fires that counts different things, each of which is remembered; and what then happens."""
+
+    count: Annotated[int, Field(ge=1, le=MOST_TARGETS)] | None = Field(
+        None, description="How many; the detector's default if absent."
+    )
+
+
 class Honeytoken(InstantRule):
     """Decoys, which no honest call touches, and what happens when one is."""
 
@@ -554,6 +562,7 @@ class Honeytoken(InstantRule):
 
 
 Counted = CountedRule | tuple[CountedRule, ...] | None
+Different = DifferentRule | tuple[DifferentRule, ...] | None
 Instant = InstantRule | tuple[InstantRule, ...] | None
 
 
@@ -561,7 +570,7 @@ class Containment(Model):
     """What is looked for in each agent's calls, and what happens then: a rule or a list; [] turns a detector off."""
 
     denied_burst: Counted = Field(None, description="Calls that the manifest does not permit, or that can't be read.")
-    probing: Counted = Field(None, description="Different hosts, tools and operations that are not declared.")
+    probing: Different = Field(None, description="Different hosts, tools and operations that are not declared.")
     upstream_failures: Counted = Field(None, description="Calls of one tool, one after the other, that failed there.")
     identical_calls: Counted = Field(None, description="Calls with the same operation and parameters.")
     write_spike: Counted = Field(None, description="Calls with effect write or destructive.")

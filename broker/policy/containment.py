@@ -29,7 +29,7 @@ class Detector(StrEnum):
     UPSTREAM_FAILURES = "upstream_failures"
     """`count` calls of one tool, one after the other, that failed at the tool."""
     IDENTICAL_CALLS = "identical_calls"
-    """`count` calls with the same operation and parameters in `window`."""
+    """`count` calls with the same operation and parameters in one run in `window`."""
     BUDGET_EXHAUSTED = "budget_exhausted"
     """A budget, or what a run may spend, has no room left."""
     WRITE_SPIKE = "write_spike"
@@ -53,6 +53,8 @@ COUNTED = frozenset(
     }
 )  # fmt: skip
 """Those that fire at a number; the others fire at once."""
+MOST_TARGETS = 64
+"""Different targets of one agent that are told apart, and so the most that a rule about probing may count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +78,25 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 DEFAULTS: tuple[Rule, ...] = (
     Rule(Detector.DENIED_BURST, Action.ALERT, 20, _MINUTE),
-    Rule(Detector.DENIED_BURST, Action.REVOKE_RUN, 300, _MINUTE),
     Rule(Detector.DENIED_BURST, Action.ALERT, 200, _DAY, cooldown=_DAY),
     Rule(Detector.PROBING, Action.ALERT, 8, 10 * _MINUTE),
     Rule(Detector.PROBING, Action.ALERT, 20, _DAY, cooldown=_DAY),
     Rule(Detector.UPSTREAM_FAILURES, Action.ALERT, 20),
-    Rule(Detector.IDENTICAL_CALLS, Action.ALERT, 60, 5 * _MINUTE),
+    Rule(Detector.IDENTICAL_CALLS, Action.ALERT, 60, 5 * _MINUTE, cooldown=_HOUR),
     Rule(Detector.BUDGET_EXHAUSTED, Action.ALERT, cooldown=_HOUR),
-    Rule(Detector.WRITE_SPIKE, Action.ALERT, 300, 10 * _MINUTE),
+    Rule(Detector.WRITE_SPIKE, Action.ALERT, 300, 10 * _MINUTE, cooldown=_HOUR),
     Rule(Detector.DESTRUCTIVE_SPIKE, Action.ALERT, 20, 10 * _MINUTE),
+    Rule(Detector.DESTRUCTIVE_SPIKE, Action.ALERT, 200, _DAY, cooldown=_DAY),
     Rule(Detector.UNDECLARED_HOST, Action.ALERT, cooldown=0),
     Rule(Detector.HONEYTOKEN, Action.REVOKE_AGENT),
     Rule(Detector.SECRET_IN_REQUEST, Action.ALERT),
     Rule(Detector.CREDENTIAL_IN_REQUEST, Action.REVOKE_AGENT),
 )
-"""What is on without a word about it. Only what no honest call does revokes; of the rest people are told."""
+"""What is on without a word about it. Only what no honest call does revokes; of the rest people are told.
+
+No number of denials revokes: a batch of thousands has all of its calls denied within seconds after its schema was tightened.
+What they do to traces of honest work and of attacks is in docs/reference/detectors.md.
+"""
 
 
 @dataclass(frozen=True, slots=True)
