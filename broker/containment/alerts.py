@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,9 @@ class _Minute:
 class Alerts:
     """What waits to be told. `folder` is where it lies, made if it is missing; `seal` is what it is encrypted with.
 
-    `alerting` gives what is in force now; `source` is this host, to people. By sink are counted `delivered`; `failed`, tries; `suppressed`,
-    what came again while it waited or was too many in its minute; and `dropped`, which nobody was told of.
+    `alerting` gives what is in force now; `source` is this host, to people. By sink are counted what was
+    `delivered`; tries that `failed`; `suppressed`, what came again while it waited or was too many in its minute; and what was
+    `dropped`: nobody was told.
     """
 
     def __init__(  # noqa: PLR0913 - the outside, which tests replace
@@ -133,15 +134,13 @@ class Alerts:
     def _admit(self, alert: Alert, sink: str, limit: int) -> None:
         now = self._steady()
         if self._repeats(alert, sink):
-            return
-        if alert.resolves or self._admitted.room(sink, alert.severity, limit, now):
-            self._put(alert, sink, now)
-            return
-        ends = (now // _MINUTE_S + 1) * _MINUTE_S
-        storm = Alert(STORM, alert.severity, "", f"{STORM} {self._source} {sink} {ends:.0f}")
-        if not self._repeats(storm, sink):
             self.suppressed[sink] += 1
-            self._put(storm, sink, ends)
+        elif alert.resolves or self._admitted.room(sink, alert.severity, limit, now):
+            self._put(alert, sink, now)
+        else:
+            self.suppressed[sink] += 1
+            ends = (now // _MINUTE_S + 1) * _MINUTE_S
+            self._put(Alert(STORM, alert.severity, "", f"{STORM} {self._source} {sink} {ends:.0f}"), sink, ends)
 
     def _repeats(self, alert: Alert, sink: str) -> bool:
         """Whether the newest of its incident waits for the sink and says the same; then it is counted there."""
@@ -149,7 +148,6 @@ class Alerts:
         if waiting is None or waiting.alert.resolves != alert.resolves:
             return False
         waiting.repeated += 1
-        self.suppressed[sink] += 1
         if worse := _RANK[alert.severity] > _RANK[waiting.alert.severity]:
             waiting.alert = replace(waiting.alert, severity=alert.severity)
         # Written when the number has doubled: a flood costs a few writes, and after a restart it is at least half of what it was.
@@ -158,6 +156,8 @@ class Alerts:
         return True
 
     def _put(self, alert: Alert, sink: str, due: float, **more: Any) -> None:
+        if self._repeats(alert, sink):
+            return
         self._number += 1
         name = f"{self._number:012}-{secrets.token_hex(8)}"
         new = Notice(name, sink, bounded(alert), self._now(), self._steady(), due, **more)
@@ -218,14 +218,10 @@ class Alerts:
         return sorted(due, key=lambda each: (-_RANK[each.alert.severity], each.due))
 
     def _pause(self) -> float:
+        """Until something may be due. Who waits for room gets some with the minute."""
         now = self._steady()
-        return min((time - now for time in self._times(now) if time > now), default=_MINUTE_S)
-
-    def _times(self, now: float) -> Iterator[float]:
-        """When something may be due: those who wait for room get some with the minute."""
-        yield (now // _MINUTE_S + 1) * _MINUTE_S
-        for each in self._waiting.values():
-            yield from (each.due, each.born + _PATIENCE_S)
+        times = (time for each in self._waiting.values() for time in (each.due, each.born + _PATIENCE_S))
+        return min([_MINUTE_S - now % _MINUTE_S, *(time - now for time in times if time > now)])
 
     async def _fly(self, each: Notice, alerting: Alerting) -> None:
         try:
@@ -262,7 +258,7 @@ class Alerts:
 
     def _again(self, each: Notice) -> None:
         self.failed[each.sink] += 1
-        each.due = self._steady() + min(2.0**each.failures, _LAST_S) * (0.5 + self._jitter())
+        each.due = self._steady() + min(1 << min(each.failures, 9), _LAST_S) * (0.5 + self._jitter())
         each.failures += 1
 
     def _fall(self, each: Notice, fallback: str) -> bool:
@@ -273,9 +269,8 @@ class Alerts:
             each.fell = True
             self._save(each)
             self._note_fall(each.alert)
-            if not self._repeats(each.alert, fallback):
-                copy = replace(each.alert, details={**each.alert.details, "not_delivered_to": each.sink})
-                self._put(copy, fallback, self._steady(), fell=True, repeated=each.repeated)
+            copy = replace(each.alert, details={**each.alert.details, "not_delivered_to": each.sink})
+            self._put(copy, fallback, self._steady(), fell=True, repeated=each.repeated)
         return True
 
     def _note_fall(self, alert: Alert) -> None:

@@ -7,6 +7,7 @@ https://developer.pagerduty.com/docs/send-alert-event · https://github.com/stan
 """
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -42,8 +43,8 @@ class Refused(BrokerError):
 class Alert:
     """What people should know. Alerts with the same `dedup_key` are one incident, which one that `resolves` ends.
 
-    `kind` is a detector's name, or revocation, release, approval, ledger, self_test and so on; `summary` is one sentence. `agent` is
-    its `described` (name, spiffe, owner, oncall), or empty. `details` go to the sink as they are: no secret belongs there.
+    `kind` is a detector's name, or revocation, release, approval, ledger, self_test and so on; `summary` is one sentence. `agent`
+    is its `described` (name, spiffe, owner, oncall), or empty. `details` go to the sink as they are: no secret belongs there.
     """
 
     kind: str
@@ -61,7 +62,7 @@ class Notice:
     """An alert on its way to one sink. `at` is when it was sent by the wall clock; `born` and `due` are of the steady one.
 
     All are seconds since the epoch. `repeated` is how often the alert came again while it waited; `fell` says that the fallback
-    has it too. `failures` counts tries.
+    has it. `failures` counts tries of this notice.
     """
 
     name: str
@@ -79,9 +80,7 @@ class Notice:
         """The sentence for people, of a storm with its number."""
         if self.alert.kind != STORM:
             return self.alert.summary or self.alert.kind
-        return (
-            f"{counted(self.repeated + 1, 'more alert')} in the last minute, too many to be told one by one: see the audit record"
-        )
+        return f"{counted(self.repeated + 1, 'more alert')} in the last minute, too many to tell each: see the audit record"
 
     def packed(self) -> bytes:
         """It as JSON, whatever the alert holds."""
@@ -162,14 +161,13 @@ async def _posted(notice: Notice, sink: WebhookSink, source: str, now: float) ->
 
 
 def _key(secret: str, sink: str) -> bytes:
-    try:
-        key = base64.b64decode(secret.removeprefix("whsec_") + "=" * (-len(secret.removeprefix("whsec_")) % 4), validate=True)
-    except ValueError:
-        key = b""
-    if not secret.startswith("whsec_") or len(key) not in _SECRET_BYTES:
-        what = f"the secret of the webhook {sink!r} is not of Standard Webhooks' form"
-        raise CredentialUnavailable(what, "set it to whsec_ and the base64 of 24 to 64 random bytes")
-    return key
+    form, text = secret[:6], secret[6:]
+    with contextlib.suppress(ValueError):
+        key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        if form == "whsec_" and len(key) in _SECRET_BYTES:
+            return key
+    what = f"the secret of the webhook {sink!r} is not of Standard Webhooks' form"
+    raise CredentialUnavailable(what, "set it to whsec_ and the base64 of 24 to 64 random bytes")
 
 
 def _known(notice: Notice) -> dict[str, Any]:
