@@ -610,7 +610,7 @@ def test_a_fallback_that_was_not_needed_hears_nothing(desk):
     desk.send(REVOKED, RELEASED)
     desk.tell()
     desk.tell()
-    assert (desk.paged(), desk.chatted()) == ([(False, 1)], [])
+    assert (desk.paged(), desk.chatted(), len(desk.alerts)) == ([(False, 1)], [], 0)
 
 
 def test_after_a_day_it_is_given_up_and_that_is_told(desk, caplog):
