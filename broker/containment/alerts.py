@@ -37,8 +37,8 @@ _LAST_S = 300.0
 _PATIENCE_S, _GIVE_UP_S = 300.0, 86_400.0
 # Many that come at once cost one look through what waits.
 _GATHER_S = 0.05
-# Each try may hold a thread for a name's look-up: a sink that is away gets one, so that they are not all taken.
-_AT_ONCE, _AT_ONCE_AWAY = 4, 1
+# A try may hold a thread of asyncio's few (six on two cores) for as long as a name's look-up takes, and issuers need some too.
+_AT_ONCE, _AT_ONCE_AWAY = 2, 1
 _RANK = {severity: rank for rank, severity in enumerate(Severity)}
 
 
