@@ -341,6 +341,17 @@ def test_an_upstream_that_is_down_is_envoys_answer_with_our_id_and_noted():
     assert outside.audit[-1]["detail"] == down
 
 
+@pytest.mark.parametrize(
+    ("details", "wait"), [("no_healthy_upstream", "5"), ("upstream_reset_before_response_started{overflow}", "1")]
+)
+def test_a_call_that_envoy_did_not_even_try_is_refused_in_our_words_with_a_time_to_wait(details, wait):
+    outside = services()
+    _, told = play(outside, head(), ResponseHead(503, (), details, has_body=True))
+    assert (told.status, problem_of(told)["code"], dict(told.headers)["retry-after"]) == (503, "upstream_unavailable", wait)
+    assert events_of(outside)[-1] == ("outcome", "upstream_unavailable")
+    assert details in outside.audit[-1]["detail"]
+
+
 # The credential stays out of answers.
 
 ECHO = ResponseHead(
