@@ -22,7 +22,7 @@ pytestmark = pytest.mark.envoy
 
 ITEMS = {"items.get": {"match": {"method": "GET", "path": "/items/{id}"}, "effect": "read"}}
 LOOPBACK = {"addresses": ["127.0.0.0/8"]}
-TOOLS = ("failing", "away", "hanging-up", "faulty", "silent", "well")
+TOOLS = ("failing", "away", "hanging-up", "faulty", "silent", "well", "untrusted")
 OPEN_CALLS, WAITING_CALLS, FILES = 1000, 500, 8192
 TRIPS, AT_ONCE_S = 5, 0.5
 
@@ -83,12 +83,16 @@ def _files() -> Iterator[None]:
 def place(_files: None) -> Iterator[SimpleNamespace]:
     folder, hanging_up, silent = stack.short_folder(), _HangingUp(), _Silent()
     failing, faulty, well = stack.Upstream(), stack.Upstream(), stack.Upstream()
-    listening = (failing.port, stack.free_port(), hanging_up.port, faulty.port, silent.port, well.port)
+    untrusted = stack.Upstream(stack.TestCA().issue(folder / "certs", "127.0.0.1"))
+    listening = (failing.port, stack.free_port(), hanging_up.port, faulty.port, silent.port, well.port, untrusted.port)
     ports = dict(zip(TOOLS, listening, strict=True))
     model = {"params": {"body": {"properties": {"model": {"const": "m"}}}}}
     stack.write_manifests(
         folder / "manifests",
-        *(stack.tool(name, f"http://127.0.0.1:{port}", ITEMS, upstream=LOOPBACK) for name, port in ports.items()),
+        *(
+            stack.tool(name, f"http{'s' * (name == 'untrusted')}://127.0.0.1:{port}", ITEMS, upstream=LOOPBACK)
+            for name, port in ports.items()
+        ),
         stack.tool(
             "wiki", f"http://127.0.0.1:{stack.free_port()}", {"find": {"effect": "read"}}, protocol="mcp", upstream=LOOPBACK
         ),
@@ -113,7 +117,14 @@ def place(_files: None) -> Iterator[SimpleNamespace]:
         ),
     )
     broker = stack.Broker(folder / "manifests", folder / "state")
-    upstreams = {"failing": failing, "hanging_up": hanging_up, "faulty": faulty, "silent": silent, "well": well}
+    upstreams = {
+        "failing": failing,
+        "hanging_up": hanging_up,
+        "faulty": faulty,
+        "silent": silent,
+        "well": well,
+        "untrusted": untrusted,
+    }
     yield SimpleNamespace(broker=broker, ports=ports, **upstreams)
     broker.stop()
     for upstream in upstreams.values():
@@ -126,14 +137,15 @@ def _get(place: SimpleNamespace, tool: str, agent: str = "one") -> httpx.Respons
         return client.get(f"/{tool}/items/1")
 
 
-def _trip(place: SimpleNamespace, tool: str) -> None:
+def _trip(place: SimpleNamespace, tool: str, status: int = 503) -> None:
     """Call until the breaker opens: after so many failures, and the few calls that pass until Envoy's threads all know."""
     answers: list[httpx.Response] = []
 
     def opened() -> bool:
         answers.append(_get(place, tool))
-        assert answers[-1].status_code == 503
-        return b"upstream_unavailable" in answers[-1].content
+        opens = b"upstream_unavailable" in answers[-1].content
+        assert answers[-1].status_code == (503 if opens else status)
+        return opens
 
     stack.until(opened, OPEN_S, "the breaker opens")
     assert TRIPS < len(answers) < 4 * TRIPS
@@ -175,6 +187,12 @@ def test_a_tool_that_is_not_there_is_left_alone_for_a_while_and_taken_up_again_b
         stack.until(lambda: _get(place, "away").status_code == 200, 2 * OPEN_S, "it is taken up again")
     finally:
         back.close()
+
+
+def test_a_tool_that_is_not_who_it_should_be_is_left_alone(place):
+    _trip(place, "untrusted", 403)
+    _assert_refused(place, "untrusted")
+    assert place.untrusted.seen == []
 
 
 def test_an_agent_that_makes_a_tool_hang_up_cuts_nobody_off(place):
