@@ -27,8 +27,16 @@ _UNTRUSTED = {
     "CERTIFICATE_VERIFY_FAILED": "the tool's certificate could not be verified",
     "TLS_error": "no verified TLS connection to the tool could be made",
 }
+# When the call was not even tried (`dataplane/clusters.py`); and after how many seconds it is worth another try.
+_UNAVAILABLE = {
+    "no_healthy_upstream": (
+        "the tool failed several times in a row and is left alone for a while, or its name has no address",
+        5,
+    ),
+    "{overflow}": ("more calls of the tool are open than it may hold", 1),
+}
 # And when no connection to it came about, so that it can't have acted.
-_UNREACHED = (*_UNTRUSTED, "connection_failure", "connection_timeout", "no_healthy_upstream", "dns_resolution_failure")
+_UNREACHED = (*_UNTRUSTED, *_UNAVAILABLE, "connection_failure", "connection_timeout", "dns_resolution_failure")
 # And when there was one, and no answer came of it.
 _REDIRECT = 300
 _SCRUBBED_BYTES = 1_048_576
@@ -131,13 +139,17 @@ class Answer:
         if untrusted:
             yield self._withheld(Code.UPSTREAM_UNTRUSTED, untrusted)
             return
+        if unavailable := next((told for mark, told in _UNAVAILABLE.items() if mark in details), None):
+            why, wait = unavailable
+            yield self._withheld(Code.UPSTREAM_UNAVAILABLE, f"{why} ({details})", wait)
+            return
         self._ending = replace(self._ending, detail=details)
         following = yield Mark(self._case.attempt.decision_id)
         yield from self._pass_on(following)
 
-    def _withheld(self, code: Code, why: str) -> Reply:
+    def _withheld(self, code: Code, why: str, wait: int = 0) -> Reply:
         self._ending = replace(self._ending, code=code, detail=why)
-        return self._case.reply(deny(code, why), self._adapter, self._call)
+        return self._case.reply(deny(code, why, retry_after=wait), self._adapter, self._call)
 
     def revoke(self, why: str) -> None:
         """The agent was revoked; the answer is cut."""

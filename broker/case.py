@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
+from uuid import UUID
 
 from broker.audit import AuditUnavailable
-from broker.audit.record import Attempt, Ending, args_hash, decision_record, outcome_record
+from broker.audit.record import Attempt, Ending, args_hash, canonical, decision_record, outcome_record
 from broker.containment.alerts import Alert
 from broker.credentials.base import Lease
 from broker.events import Services
@@ -14,8 +16,8 @@ from broker.ledger.base import Spend
 from broker.policy.containment import Severity
 from broker.policy.evaluate import View, admit
 from broker.policy.limits import Limit, Measure
-from broker.policy.snapshot import Agent
-from broker.policy.types import Code, Decision, Door, Effect, Json, Refusal, ToolCall, deny
+from broker.policy.snapshot import Agent, Operation
+from broker.policy.types import Code, Decision, Door, Effect, Json, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter, Reply
 from broker.protocols.problem import problem, reply, status_at
 
@@ -28,7 +30,7 @@ class Case:
     """Holds the one snapshot that decides. `decision_id` is new unless an answer carries one already.
 
     `asks_at` is the door that asks for an identity where one is missing; `began` is when a request came that waits for the
-    decision, in nanoseconds of the monotonic clock.
+    decision, in nanoseconds of the monotonic clock. `run_began` is as in `Granted`.
     """
 
     def __init__(self, services: Services, decision_id: str = "", **known: Any) -> None:
@@ -37,6 +39,7 @@ class Case:
         self.attempt = Attempt(decision_id or services.random_id(), self.snapshot.revision, {}, **known)
         self.asks_at = Door.BASE_URL
         self.began: int | None = None
+        self.run_began = 0.0
 
     def note(self, **known: Any) -> None:
         """Add what has become known of the attempt (fields of `Attempt`)."""
@@ -108,6 +111,24 @@ class Case:
         run = None if call.housekeeping else about.run_id
         read = about.effect == Effect.READ
         return Spend(about.decision_id, about.agent["name"], limits, amounts, run, fingerprint, read)
+
+    def retry_key(self, operation: Operation | None, request: Request, body: bytes) -> tuple[tuple[str, str], ...]:
+        """The header by which the tool knows this write again; none where it has no such header, or the agent sent its own.
+
+        Its value is a UUID (RFC 9562 version 8) of who asks for what in which run. `request` is what is sent, with `body`.
+        """
+        header, about = operation.idempotency if operation else "", self.attempt
+        # Servers fold both spellings into one, and then ours would stand beside the agent's.
+        if not header or any(name.replace("_", "-") == header.replace("_", "-") for name, _ in request.headers):
+            return ()
+        # A named run is the same on every broker and after a restart, which may not know when it began.
+        run = about.run_id or self.run_began
+        # Parsed, the same parameters are the same, whatever the order of their keys.
+        unread = "" if "body" in about.params else sha256(body).hexdigest()
+        asked = (about.tool, about.operation, request.method, request.path, request.query, about.args_hash, unread)
+        digest = int.from_bytes(sha256(canonical([about.agent["name"], run, *asked])).digest()[:16])
+        version, variant = 0xF << 76, 0x3 << 62
+        return ((header, str(UUID(int=digest & ~(version | variant) | 0x8 << 76 | 0x2 << 62))),)
 
     def end_reservation(self, spent: Mapping[Measure, int] | None) -> None:
         """Settle what was reserved, or (None) give it back."""

@@ -208,7 +208,11 @@ class Exchange:
         if not self._consume() or not case.record(decision, lease):
             return _Denied(UNRECORDED, adapter, call, record=False)
         send = Send(
-            set_headers=(("accept-encoding", "identity"), *((name, value.reveal()) for name, value in injected)),
+            set_headers=(
+                ("accept-encoding", "identity"),
+                *case.retry_key(tool.operations.get(call.operation or ""), clean.request, sent),
+                *((name, value.reveal()) for name, value in injected),
+            ),
             remove_headers=(*clean.removed, *_ranges(tool, call, clean.request)),
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
@@ -292,6 +296,7 @@ class Exchange:
             case.note(limits=refused(answer))
             refusal = answer.limit.refusal(answer.spent, answer.needed, answer.retry_after, answer.trail)
             return asking.ask(answer.limit, refusal)
+        case.run_began = answer.began
         case.note(step=answer.step, limits=reserved(amounts, degraded=answer.degraded))
         return None
 

@@ -146,7 +146,7 @@ class Seen:
 class Upstream:
     """An HTTP(S) server that keeps every request and answers with `answer(seen)` → (status, headers, body)."""
 
-    def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
+    def __init__(self, certificate: tuple[Path, Path] | None = None, port: int = 0) -> None:
         self.seen: list[Seen] = []
         self.connections = 0
         self.answer: Callable[[Seen], tuple[int, dict[str, str], bytes]] = lambda seen: (
@@ -197,7 +197,7 @@ class Upstream:
             def handle_error(self, *args: object) -> None:
                 pass
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         if certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*certificate)

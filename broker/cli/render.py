@@ -8,6 +8,7 @@ import yaml
 
 from broker.cli import options
 from broker.dataplane.compile import bootstrap, resources
+from broker.dataplane.proto import in_json
 from broker.dataplane.site import Certificates, Leaf, Site
 from broker.pki import declared_hosts
 from broker.policy.snapshot import PolicySnapshot
@@ -36,8 +37,8 @@ def rendered(snapshot: PolicySnapshot, site: Site, certificates: Certificates) -
     """`{bootstrap, clusters, listeners, routes}` as Envoy's JSON form."""
     made = resources(snapshot, site, certificates)
     parts = {"clusters": made.clusters, "listeners": made.listeners, "routes": made.routes}
-    documents = {name: [message.to_dict() for message in messages] for name, messages in parts.items()}
-    return {"bootstrap": bootstrap(site).to_dict(), **documents}
+    documents = {name: [in_json(message) for message in messages] for name, messages in parts.items()}
+    return {"bootstrap": in_json(bootstrap(site)), **documents}
 
 
 def placeholders(snapshot: PolicySnapshot) -> Certificates:

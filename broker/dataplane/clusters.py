@@ -1,7 +1,7 @@
 """One cluster per tool: the one endpoint, its verified TLS, and the addresses that it may have.
 
-Law: the address is judged after resolution and before connecting. STRICT_DNS, because the upstream RBAC filter sees the address
-that is really connected to only there.
+Laws: the address is judged after resolution and before connecting. STRICT_DNS, because the upstream RBAC filter sees the address
+that is really connected to only there. A tool that fails is left alone for a while, and its failing costs no other tool anything.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from envoy_data_plane.envoy.extensions.rbac.matchers.upstream_ip_port.v3 import 
 from envoy_data_plane.envoy.extensions.transport_sockets.internal_upstream.v3 import InternalUpstreamTransport
 from envoy_data_plane.envoy.extensions.transport_sockets.raw_buffer.v3 import RawBuffer
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
+from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane.filters import http_filter, rbac_filter
@@ -40,6 +41,47 @@ _HTTP1 = {"explicit_http_config": _EXPLICIT(http_protocol_options=_H1)}
 _HTTP2 = {"explicit_http_config": _EXPLICIT(http2_protocol_options=_H2)}
 _BY_ALPN = {"auto_config": upstream_http.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=_H1, http2_protocol_options=_H2)}
 
+OPEN_S = 5.0
+"""How long a failing address is left alone at first: agents' first retries come within seconds, and a restart takes as long."""
+
+_BREAKER = cluster_v3.OutlierDetection(
+    # In a row, whoever called: one success between them and the tool is not down. Envoy's own number.
+    consecutive_gateway_failure=5,
+    enforcing_consecutive_gateway_failure=100,
+    consecutive_local_origin_failure=5,
+    # No connection, a reset, a timeout: counted apart, so that they are not taken for answers of 5xx.
+    split_external_local_origin_errors=True,
+    # By default any 5xx counts, and the share of them. But an agent that makes a tool answer 500 must not cut off others.
+    enforcing_consecutive_5xx=0,
+    enforcing_success_rate=0,
+    enforcing_local_origin_success_rate=0,
+    base_ejection_time=seconds(OPEN_S),
+    # Each time in a row it is left alone for longer; but what was away for a day is tried again within the minute.
+    max_ejection_time=seconds(60),
+    # Only whether the time is over is looked at so seldom: it lasts up to a second longer.
+    interval=seconds(1),
+    # Most tools have one address.
+    max_ejection_percent=100,
+)
+# Below this share of healthy addresses, Envoy would use the others too.
+_NO_PANIC = cluster_v3.ClusterCommonLbConfig(healthy_panic_threshold=Percent(value=0))
+# Envoy's defaults, but written down: a tool that never answers holds so many calls open and no more.
+_TOOL_BOUNDS = cluster_v3.CircuitBreakersThresholds(
+    max_connections=1000,
+    max_requests=1000,
+    # Those that wait for a connection: more than the processor lets go (2,500/s) while one is made (0.2 s). Beyond, they would
+    # only wait behind a tool that is full, for as long as it pleases.
+    max_pending_requests=500,
+    # Nothing repeats a call but the agent: routes have no retry policy, and if one had, nothing would come of it.
+    max_retries=0,
+)
+# Every open call holds a stream of the processor, and every open tunnel one of the listener within. With Envoy's 1024, whoever
+# opens so many would have everyone else denied. What bounds them is memory and file descriptors.
+_UNBOUNDED = 1_000_000
+_OWN_BOUNDS = cluster_v3.CircuitBreakersThresholds(
+    max_connections=_UNBOUNDED, max_requests=_UNBOUNDED, max_pending_requests=_UNBOUNDED, max_retries=0
+)
+
 
 def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
     """The cluster of one tool."""
@@ -57,6 +99,9 @@ def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
         load_assignment=one_endpoint(name, socket((endpoint.host, endpoint.port))),
         transport_socket=_tls(entry, system_roots) if secure else None,
         typed_extension_protocol_options=_http(_BY_ALPN if secure else _HTTP1, filters),
+        outlier_detection=_BREAKER,
+        common_lb_config=_NO_PANIC,
+        circuit_breakers=cluster_v3.CircuitBreakers(thresholds=[_TOOL_BOUNDS]),
     )
 
 
@@ -77,8 +122,13 @@ def internal(listener: str) -> cluster_v3.Cluster:
 
 
 def _static(name: str, address: core.Address) -> cluster_v3.Cluster:
-    kind = cluster_v3.ClusterDiscoveryType.STATIC
-    return cluster_v3.Cluster(name=name, type=kind, connect_timeout=seconds(1), load_assignment=one_endpoint(name, address))
+    return cluster_v3.Cluster(
+        name=name,
+        type=cluster_v3.ClusterDiscoveryType.STATIC,
+        connect_timeout=seconds(1),
+        load_assignment=one_endpoint(name, address),
+        circuit_breakers=cluster_v3.CircuitBreakers(thresholds=[_OWN_BOUNDS]),
+    )
 
 
 def _tls(entry: Tool, system_roots: str) -> core.TransportSocket:

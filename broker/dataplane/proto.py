@@ -1,5 +1,6 @@
 """Short ways to say what Envoy's API says at length."""
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -19,6 +20,13 @@ Place = TypeVar("Place")
 def extension(place: Callable[..., Place], name: str, config: betterproto2.Message) -> Place:
     """An extension of Envoy's by name, for the `place` that it stands in (`HttpFilter`, `TransportSocket`, …)."""
     return place(name=name, typed_config=Any.pack(config))
+
+
+def in_json(message: betterproto2.Message) -> dict[str, object]:
+    """A message as Envoy reads it in JSON or YAML."""
+    # betterproto2 has its own idea of a digit in a name; protobuf's leaves the letter after it as it is.
+    found: dict[str, object] = json.loads(message.to_json().replace('"enforcingConsecutive5Xx"', '"enforcingConsecutive5xx"'))
+    return found
 
 
 def seconds(value: float) -> timedelta:

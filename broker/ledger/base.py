@@ -50,13 +50,14 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """All of it was reserved. `step` is the call's number in its run (0 without a run).
+    """All of it was reserved. `step` is the call's number in its run, which `began` then (whole seconds); 0 without a run.
 
     `degraded` says that only this broker's own share of the limits was checked.
     """
 
     step: int = 0
     degraded: bool = False
+    began: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

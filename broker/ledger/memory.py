@@ -88,8 +88,8 @@ class MemoryLedger:
             # Other brokers kept the run going, so how long it was idle here says nothing.
             run = self.runs.get((spend.agent, spend.run))
             if run is None or step == 1 or run.last < began:
-                run = Run(began or now, now)
-            run.steps = step - 1
+                run = Run(now, now)
+            run.started, run.steps = began or run.started, step - 1
         return self._take(spend, _charges(spend, run), run, now)
 
     def _advance(self, now: float) -> float:
@@ -157,7 +157,7 @@ class MemoryLedger:
             run.last, run.steps = now, run.steps + 1
             self.runs.pop((spend.agent, spend.run), None)
             self.runs[spend.agent, spend.run] = run
-        granted = Granted(run.steps if run else 0)
+        granted = Granted(run.steps, began=run.started // 1) if run else Granted()
         self.grants[spend.decision_id] = Grant(spend, now, granted, run, taken)
         return granted
 

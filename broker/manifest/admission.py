@@ -12,11 +12,25 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.manifest.findings import Finding
-from broker.manifest.models import Agent, Alerts, Containment, Honeytoken, Kind, Match, Params, Platform, Tool, ToolSpec
+from broker.manifest.models import (
+    Agent,
+    Alerts,
+    Containment,
+    Honeytoken,
+    Kind,
+    Match,
+    OperationSpec,
+    Params,
+    Platform,
+    Tool,
+    ToolSpec,
+)
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS, api_at
 from broker.policy.schema import json_pointer
+from broker.policy.strip import is_stripped
+from broker.policy.types import Effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +209,27 @@ def _tool(spec: ToolSpec, words: Vocabulary) -> Iterator[Problem]:
         match = spec.match(name)
         yield from _match((*place, "match"), spec.protocol, match)
         yield from _params((*place, "params"), operation.params, spec.protocol, match.path, words)
-        if operation.scrub == "unsafe_never":
-            yield (*place, "scrub"), "unsafe_never", "a tool that repeats its request shows the agent its credential; write auto"
+        yield from _behaviour(place, spec, operation)
+
+
+def _behaviour(place: Pointer, spec: ToolSpec, operation: OperationSpec) -> Iterator[Problem]:
+    if operation.idempotency and (why := _no_key(spec, operation, operation.idempotency)):
+        yield (*place, "idempotency"), "idempotency_invalid", why
+    if operation.scrub == "unsafe_never":
+        yield (*place, "scrub"), "unsafe_never", "a tool that repeats its request shows the agent its credential; write auto"
+
+
+def _no_key(spec: ToolSpec, operation: OperationSpec, header: str) -> str:
+    """Why the operation can't have a header for its retries; empty where it can."""
+    if operation.effect is Effect.READ:
+        return "a read does nothing that must not happen twice; take it out, or write the effect that the operation has"
+    if spec.protocol == "mcp":
+        # What a server would give back is the first answer, with the first call's JSON-RPC ID.
+        return "MCP has no such header: the answer to a call names that call, and none before it; take it out"
+    placed = spec.credential.placement.header if spec.credential else ""
+    if is_stripped(header) or header.replace("_", "-") == placed.replace("_", "-"):
+        return "agents can't send this header, for it carries a credential or an identity; name the one that the tool documents"
+    return ""
 
 
 _SIGNED = "only keys of the issuer aws-sts sign, and they do nothing else; write as: {sigv4: {service, region}} there alone"

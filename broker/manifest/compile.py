@@ -89,6 +89,7 @@ def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Pat
             schemas=_placed(written.params, source.rule("spec", "operations", name, "params")),
             max_body=written.max_body,
             scrub=written.scrub,
+            idempotency=written.idempotency or "",
         )
         for name, written in spec.operations.items()
     }

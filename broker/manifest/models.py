@@ -162,7 +162,7 @@ _RESERVED = frozenset(
 
 def _header(value: str) -> str:
     if value in _RESERVED or value.startswith(("x-broker-", "x-envoy-", "x-forwarded-", "proxy-")):
-        raise refusal("this header belongs to HTTP or to the broker; name the header that the tool reads its credential from")
+        raise refusal("this header belongs to HTTP or to the broker; name the header that the tool reads itself")
     return value
 
 
@@ -320,6 +320,12 @@ class OperationSpec(Model):
         "auto",
         description="Whether answers' bodies are read for the injected credential, to take it out: errors, events and what is "
         "up to 1MiB and no media (auto), every body (always), or none (unsafe_never). Headers always are.",
+    )
+    idempotency: Header | None = Field(
+        None,
+        description="The header by which the tool knows a write again that it gets twice. Where the agent sent none, the broker "
+        "sets it, the same for the same request in the same run: docs/retries.md.",
+        examples=["idempotency-key"],
     )
     description: str = Field("", description="What it does, to people.")
 

@@ -77,7 +77,8 @@ class Operation:
 
     `method` and `template` are how REST recognises it, `alias` the MCP tool name. `schemas` maps a location to the catalog's
     schema. `max_body` is in bytes. `rule` is where it stands, `file#pointer`. `scrub` is whether answers are read for the
-    credential: `auto`, `always` or `unsafe_never`.
+    credential: `auto`, `always` or `unsafe_never`. `idempotency` is the header by which the tool knows a write again that it gets
+    twice, in lower case; empty where it has none.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Operation:
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
     max_body: int = 1_048_576
     scrub: str = "auto"
+    idempotency: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class Code(StrEnum):
     AUDIT_UNAVAILABLE = "audit_unavailable"
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     UPSTREAM_UNTRUSTED = "upstream_untrusted"
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"
     INTERNAL_FAULT = "internal_fault"
 
 

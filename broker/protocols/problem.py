@@ -53,6 +53,7 @@ _TABLE: dict[Code, tuple[int, str, *tuple[str, ...]]] = {
     Code.AUDIT_UNAVAILABLE: (503, "The call could not be recorded", _LATER, _TELL),
     Code.LEDGER_UNAVAILABLE: (503, "Limits could not be checked", _LATER, _TELL),
     Code.UPSTREAM_UNTRUSTED: (403, "The tool is not who it should be", "Don't retry.", "Tell the platform team the decision_id."),
+    Code.UPSTREAM_UNAVAILABLE: (503, "The tool is not available", _LATER, "Go on with work that doesn't need it."),
     Code.INTERNAL_FAULT: (503, "The broker is at fault", _LATER, _TELL),
 }
 

@@ -99,7 +99,7 @@ def test_what_is_refused_by_one_limit_is_taken_from_none_and_the_first_is_told(d
         refused = desk.reserve(spend(window, rate, crowd, steps, tight, later, **wanted), T)
         assert refused.limit == tight
     assert [balance.spent for balance in desk.balances((window, rate, crowd), T)] == [0, 0, 0]
-    assert desk.reserve(spend(window, rate, crowd, steps, run="r"), T) == Granted(1)
+    assert desk.reserve(spend(window, rate, crowd, steps, run="r"), T) == Granted(1, began=T)
 
 
 def test_a_limit_on_what_a_call_does_not_spend_does_not_bear_on_it(desk):
@@ -152,9 +152,9 @@ def test_a_refund_gives_everything_back(desk):
 
 def test_a_run_that_a_refunded_call_began_has_begun(desk):
     runs = limit("runs", 1, HOUR)
-    assert desk.reserve(spend(runs, id="first", run="r"), T) == Granted(1)
+    assert desk.reserve(spend(runs, id="first", run="r"), T) == Granted(1, began=T)
     desk.refund("first", T)
-    assert desk.reserve(spend(runs, run="r"), T) == Granted(2)
+    assert desk.reserve(spend(runs, run="r"), T) == Granted(2, began=T)
     assert desk.reserve(spend(runs, run="another"), T) == Refused(runs, 1, 1, HOUR)
     assert desk.balances((runs,), T)[0].spent == 1
 
@@ -178,8 +178,8 @@ def test_what_is_settled_after_its_window_has_gone_changes_no_other(desk):
 def test_what_is_settled_after_its_run_has_ended_changes_no_other(desk):
     bound = limit("tokens_per_run", 100)
     known = {"run": "", "amounts": {Measure.TOKENS: 80}}
-    assert desk.reserve(spend(bound, id="early", **known), T) == Granted(1)
-    assert desk.reserve(spend(bound, **known), T + IDLE_S) == Granted(1)
+    assert desk.reserve(spend(bound, id="early", **known), T) == Granted(1, began=T)
+    assert desk.reserve(spend(bound, **known), T + IDLE_S) == Granted(1, began=T + IDLE_S)
     desk.settle("early", {Measure.TOKENS: 0}, T + IDLE_S)
     assert isinstance(desk.reserve(spend(bound, **known), T + IDLE_S), Refused)
 
@@ -217,25 +217,25 @@ def test_time_does_not_run_backwards(desk):
 
 def test_a_run_lasts_its_time_and_not_a_moment_longer(desk):
     bound = limit("time_per_run", 30)
-    assert desk.reserve(spend(bound, **RUN), T) == Granted(1)
-    assert desk.reserve(spend(bound, **RUN), T + 30) == Granted(2)
+    assert desk.reserve(spend(bound, **RUN), T) == Granted(1, began=T)
+    assert desk.reserve(spend(bound, **RUN), T + 30) == Granted(2, began=T)
     assert desk.reserve(spend(bound, **RUN), T + 30.5) == Refused(bound, 31, 0, NAMED_IDLE_S - 0.5)
-    assert desk.reserve(spend(bound, run="r2"), T + 30.5) == Granted(1)
+    assert desk.reserve(spend(bound, run="r2"), T + 30.5) == Granted(1, began=T + 30)
 
 
 def test_a_refused_call_does_not_keep_a_run_going(desk):
     steps = limit("steps_per_run", 1)
-    assert desk.reserve(spend(steps, run=""), T) == Granted(1)
+    assert desk.reserve(spend(steps, run=""), T) == Granted(1, began=T)
     assert isinstance(desk.reserve(spend(steps, run=""), T + IDLE_S - 1), Refused)
-    assert desk.reserve(spend(steps, run=""), T + IDLE_S) == Granted(1)
+    assert desk.reserve(spend(steps, run=""), T + IDLE_S) == Granted(1, began=T + IDLE_S)
 
 
 def test_runs_are_counted_once_each_and_told_apart_by_agent(desk):
     runs, steps = limit("runs", 2, HOUR), limit("steps_per_run", 2)
-    assert desk.reserve(spend(runs, steps, run="r"), T) == Granted(1)
-    assert desk.reserve(spend(runs, steps, run="r"), T) == Granted(2)
+    assert desk.reserve(spend(runs, steps, run="r"), T) == Granted(1, began=T)
+    assert desk.reserve(spend(runs, steps, run="r"), T) == Granted(2, began=T)
     assert desk.reserve(spend(runs, steps, run="r"), T).limit == steps
-    assert desk.reserve(spend(runs, limit("steps_per_run", 2, scope="agent/b"), run="r", agent="b"), T) == Granted(1)
+    assert desk.reserve(spend(runs, limit("steps_per_run", 2, scope="agent/b"), run="r", agent="b"), T) == Granted(1, began=T)
     assert desk.reserve(spend(runs, steps, run="third"), T).limit == runs
     assert desk.reserve(spend(runs), T) == Granted(0)
 

@@ -69,7 +69,7 @@ class Model:
         for bound in wanted.limits:
             if bound.kind is Kind.RATE:
                 self.buckets.setdefault(bound.key, []).append((wanted.decision_id, now))
-        return Granted(len(run) + 1)
+        return Granted(len(run) + 1, began=float(floor(run[0].at if run else now)))
 
     def _refused(self, bound: Limit, wanted: Spend, need: int, run: list[Event], idle: float) -> Refused | None:
         now, last = self.now, run[-1].at if run else self.now

@@ -13,6 +13,7 @@ import yaml
 from broker.cli import options
 from broker.cli.render import placeholders
 from broker.dataplane.compile import bootstrap, resources
+from broker.dataplane.proto import in_json
 from broker.dataplane.site import Site
 from broker.manifest.load import load
 from broker.pki import PlatformCA
@@ -61,16 +62,16 @@ def test_each_file_that_was_changed_by_hand_or_deleted_is_named(tmp_path):
 def _static(snapshot: PolicySnapshot, site: Site, folder: Path) -> dict[str, Any]:
     """The bootstrap with all that ADS would serve written into it, and real certificates: what `--mode validate` can judge."""
     made = resources(snapshot, site, PlatformCA(folder / "ca.key", folder / "ca.pem", NOW).certify(snapshot, ["localhost"], NOW))
-    configuration: dict[str, Any] = bootstrap(site).to_dict()
+    configuration: dict[str, Any] = in_json(bootstrap(site))
     del configuration["dynamicResources"]
-    routes = {message.to_dict()["name"]: message.to_dict() for message in made.routes}
-    listeners = [message.to_dict() for message in made.listeners]
+    routes = {message.to_dict()["name"]: in_json(message) for message in made.routes}
+    listeners = [in_json(message) for message in made.listeners]
     for listener in listeners:
         for chain in listener["filterChains"]:
             manager = chain["filters"][0]["typedConfig"]
             manager["routeConfig"] = routes[manager.pop("rds")["routeConfigName"]]
     static = configuration["staticResources"]
-    static["clusters"] += [message.to_dict() for message in made.clusters]
+    static["clusters"] += [in_json(message) for message in made.clusters]
     static["listeners"] = listeners
     return configuration
 

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
+from uuid import RFC_4122, UUID
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -69,13 +70,15 @@ def _document(kind: str, name: str, **spec: Any) -> bytes:
     return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": metadata, "spec": spec}).encode()
 
 
-def _snapshot(*, create: bool = True, credential: bool = True, **agent: Any) -> Any:
+def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str = "", **agent: Any) -> Any:
     title = {"type": "object", "properties": {"title": {"type": "string", "maxLength": 5}}, "additionalProperties": False}
-    rest = {
+    rest: dict[str, dict[str, Any]] = {
         "items.list": {"match": {"method": "GET", "path": "/items"}, "effect": "read"},
         "items.create": {"match": {"method": "POST", "path": "/items"}, "effect": "write", "params": {"body": title}},
         "items.upload": {"match": {"method": "PUT", "path": "/items"}, "effect": "write", "max_body": 10},
     }
+    for name in ("items.create", "items.upload") if idempotency else ():
+        rest[name]["idempotency"] = idempotency
     issued = {"credential": {"issuer": "static", "secret": {"env": "X"}}} if credential else {}
     local = {"upstream": {"addresses": ["127.0.0.0/8"]}}
     granted = {name: {} for name in rest if create or name != "items.create"}
@@ -293,6 +296,84 @@ def test_a_run_is_named_by(headers, expected):
     assert run_id(Request("GET", "/", "", headers)) == expected
 
 
+# Writes that a tool knows again.
+
+KEYED = _snapshot(idempotency="idempotency-key")
+RUN = ("x-run-id", "r-1")
+
+
+def _keys(outside: Services, call: RequestHead, body: bytes = BODY.body) -> list[str]:
+    _, sent, *_ = play(outside, call, RequestBody(body), OK)
+    assert isinstance(sent, Send)
+    assert "idempotency-key" not in sent.remove_headers
+    return [value for name, value in sent.set_headers if name == "idempotency-key"]
+
+
+def _keyed(**changed: Any) -> Services:
+    return services(snapshot=lambda: KEYED, **changed)
+
+
+def _post(*headers: tuple[str, str], path: str = "/plain/items", **known: Any) -> RequestHead:
+    return head("POST", path, JSON_TYPE, *headers, body=True, **known)
+
+
+def _key(body: bytes, *headers: tuple[str, str]) -> str:
+    (key,) = _keys(_keyed(), _post(RUN, *headers), body)
+    return key
+
+
+def test_a_retried_write_of_a_named_run_gets_the_same_key_on_every_broker_and_at_any_time():
+    key = _key(b'{"title":"x"}')
+    assert _keys(_keyed(steady=lambda: NOW + 3600), _post(RUN)) == [key]
+    assert UUID(key).version == 8
+    assert UUID(key).variant == RFC_4122
+    # It is what goes to the tool, so it stays what it is.
+    assert key == "dd0fb822-302a-81dd-85bd-5e6a5ffd98bc"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        pytest.param(head("POST", "/plain/items", JSON_TYPE, RUN, ("traceparent", "00-1-2-00"), body=True), id="another trace"),
+        pytest.param(head("POST", "/plain/items?token=mine", JSON_TYPE, RUN, body=True), id="a credential that was taken off"),
+    ],
+)
+def test_what_a_retry_may_change_leaves_the_key(same):
+    assert _keys(_keyed(), same, b'{ "title": "x" }') == [_key(b'{"title":"x"}')]
+
+
+def test_any_other_write_gets_another_key():
+    outside = _keyed()
+    named = {"a parameter": _post(RUN, path="/plain/items?page=2"), "the run": _post(("x-run-id", "r-2")), "no run": _post()}
+    keys = [_key(b'{"title":"x"}'), _key(b'{"title":"y"}')]
+    keys += [key for call in named.values() for key in _keys(outside, call)]
+    put = head("PUT", "/plain/items", RUN, body=True)
+    keys += _keys(outside, put, b"one") + _keys(outside, put, b"two")
+    assert len(set(keys)) == len(keys) == 7
+
+
+def test_the_implicit_run_has_a_key_until_it_ends():
+    now = [NOW]
+    outside = _keyed(steady=lambda: now[0])
+    (first,) = _keys(outside, _post())
+    now[0] += 599.5
+    (again,) = _keys(outside, _post())
+    now[0] += 600
+    (later,) = _keys(outside, _post())
+    assert first == again != later
+
+
+@pytest.mark.parametrize("name", ["idempotency-key", "idempotency_key"])
+def test_the_agents_own_key_stays(name):
+    assert _keys(_keyed(), _post((name, "mine"))) == []
+
+
+def test_where_the_catalog_names_no_header_there_is_no_key():
+    assert _keys(services(), _post()) == []
+    sent, _ = play(_keyed(), head(), OK)
+    assert sent.set_headers == (("accept-encoding", "identity"), ("authorization", f"Bearer {SECRET}"))
+
+
 # Answers that are watched.
 
 TOOLS = json.dumps(
@@ -349,6 +430,17 @@ def test_an_upstream_that_is_down_is_envoys_answer_with_our_id_and_noted():
     down = "upstream_reset_before_response_started{connection_failure}"
     assert play(outside, head(), ResponseHead(503, (), down, has_body=True))[1] == Mark("d0")
     assert outside.audit[-1]["detail"] == down
+
+
+@pytest.mark.parametrize(
+    ("details", "wait"), [("no_healthy_upstream", "5"), ("upstream_reset_before_response_started{overflow}", "1")]
+)
+def test_a_call_that_envoy_did_not_even_try_is_refused_in_our_words_with_a_time_to_wait(details, wait):
+    outside = services()
+    _, told = play(outside, head(), ResponseHead(503, (), details, has_body=True))
+    assert (told.status, problem_of(told)["code"], dict(told.headers)["retry-after"]) == (503, "upstream_unavailable", wait)
+    assert events_of(outside)[-1] == ("outcome", "upstream_unavailable")
+    assert details in outside.audit[-1]["detail"]
 
 
 # The credential stays out of answers.

@@ -140,6 +140,8 @@ def own_answer(details):
         pytest.param(
             own_answer("upstream_reset_before_response_started{remote_connection_failure}"), "unreached", id="no one there"
         ),
+        pytest.param(own_answer("no_healthy_upstream"), "unreached", id="it is left alone"),
+        pytest.param(own_answer("upstream_reset_before_response_started{overflow}"), "unreached", id="it holds too many calls"),
         pytest.param(own_answer("upstream_reset_before_response_started{connection_termination}"), "reset", id="it hung up"),
         pytest.param(own_answer("upstream_response_timeout"), "timeout", id="it said nothing"),
         pytest.param(own_answer("TLS_error:CERTIFICATE_VERIFY_FAILED"), "untrusted", id="it could not prove its name"),

@@ -41,6 +41,13 @@ EXPECTED = {
     "grant_location_unknown.yaml": ["16:41 location_unknown"],
     "grant_variable_unknown.yaml": ["16:61 schema_param_unknown"],
     "header_reserved.yaml": ["7:63 field_invalid"],
+    "idempotency_invalid.yaml": [
+        "9:62 idempotency_invalid",
+        "10:66 idempotency_invalid",
+        "11:75 idempotency_invalid",
+        "12:81 field_invalid",
+    ],
+    "idempotency_invalid_mcp.yaml": ["8:28 idempotency_invalid"],
     "identity_missing.yaml": ["5:13 identity_missing"],
     "issuer_unknown.yaml": ["7:24 issuer_unknown"],
     "kind_missing.yaml": ["1:1 field_missing"],
