@@ -203,6 +203,9 @@ class Exchange:
             return _Denied(lease, adapter, call)
 
         injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
+        secret = hidden(lease)
+        if secret and services.containment.injected(agent.name, secret) and (gone := self._inspect(head, body)):
+            return _Denied(gone, adapter, call)
 
         # record
         if not self._consume() or not case.record(decision, lease):
@@ -217,7 +220,7 @@ class Exchange:
             path=_whole_path(head, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
-        return send, Answer(case, adapter, tool, agent, call, hidden(lease))
+        return send, Answer(case, adapter, tool, agent, call, secret)
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
@@ -339,8 +342,6 @@ class Exchange:
             event = yield Issue(issuer, occasion, now)
             lease = event.lease if isinstance(event, Issued) else CredentialUnavailable("the issuer gave no answer")
         if isinstance(lease, Lease):
-            secrets = (value.reveal().encode() for value in lease.secrets)
-            services.containment.injected(agent.name, secrets)
             return lease
         # The advice is for whoever runs the broker: it names variables and files, so it goes to the log, not to the agent.
         log.warning("no credential: %s", lease)

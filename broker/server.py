@@ -119,6 +119,7 @@ class Server:
         around = Surroundings(
             self._audit,
             clock.now,
+            clock.steady,
             clock.mono_ns,
             _random_id,
             later=lambda what: asyncio.get_running_loop().call_soon(what),

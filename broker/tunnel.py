@@ -48,5 +48,6 @@ def _decide(case: Case, evidence: Evidence, target: str) -> Principal | Decision
     if not tools:
         return deny(Code.HOST_NOT_DECLARED, f"no tool in the catalog is at {target}")
     if not any(tool.name in agent.tools for tool in tools):
+        case.note(tool=next((tool.name for tool in tools if tool.name in case.snapshot.decoys.tools), ""))
         return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} lists no tool at {target}", rule=f"{agent.rule}/spec/tools")
     return principal

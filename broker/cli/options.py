@@ -134,7 +134,7 @@ def act(
     if answer is None:
         now = clock.now()
         with AuditLog(folder.audit, ed25519(folder.keys / "audit.key"), now, clock.mono_ns()) as log:
-            held = Containment(Surroundings(log, clock.now, clock.mono_ns, lambda: secrets.token_hex(10)))
+            held = Containment(Surroundings(log, clock.now, clock.steady, clock.mono_ns, lambda: secrets.token_hex(10)))
             held.replay(chain.notices(folder.audit))
             offline(held, by)
             log.sync(now)

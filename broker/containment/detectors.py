@@ -39,8 +39,11 @@ UNDECLARED = frozenset({Code.HOST_NOT_DECLARED, Code.TOOL_NOT_DECLARED, Code.OPE
 """What an agent is denied for that tries what is not declared for it."""
 # Who is not served through no doing of its own calls again, and rightly so.
 _NOT_SERVED = frozenset(
-    {Code.CREDENTIAL_UNAVAILABLE, Code.AUDIT_UNAVAILABLE, Code.LEDGER_UNAVAILABLE, Code.INTERNAL_FAULT, Code.AGENT_REVOKED}
-)
+    {
+        Code.CREDENTIAL_UNAVAILABLE, Code.AUDIT_UNAVAILABLE, Code.LEDGER_UNAVAILABLE, Code.INTERNAL_FAULT, Code.AGENT_REVOKED,
+        Code.AGENT_READ_ONLY, Code.APPROVAL_REQUIRED, Code.UPSTREAM_UNAVAILABLE,
+    }
+)  # fmt: skip
 
 _LOOPS, _SIGHTS = 6, 16  # calls whose repetitions are counted; calls before them that are known to have been seen once
 _TOOLS = 6  # tools that fail at the same time; with more, those that failed least make room

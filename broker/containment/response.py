@@ -7,7 +7,6 @@ must not protect an agent. People hear of it last, and nobody waits for that.
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from broker.containment.approvals import MOST_WAITING, Approvals, Asked, Refusal
 from broker.containment.contents import Contents
 from broker.containment.detectors import Detectors, Finding
 from broker.containment.standing import EVERYONE, MOST_RUNS, OpenCalls, Restriction, Standing
+from broker.credentials.scrub import Scrubber
 from broker.policy.approval import Approval
 from broker.policy.containment import NO_DECOYS, Action, Detector, Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot
@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 
 Notice = Mapping[str, Any]
 
-_INJECTED = 16  # credentials of one agent that are looked for in its requests, the latest
-_SHORTEST = 12  # bytes; what is shorter stands in requests by chance
+_INJECTED = 8  # credentials of one agent that are looked for in its requests, the latest; each takes a pass over the body
 _KEPT_S = 86_400.0  # how long an ended approval is remembered, so that a late notice doesn't revive it
 _SEVERITY = {Action.ALERT: Severity.MEDIUM, Action.READ_ONLY: Severity.HIGH, Action.HOLD: Severity.HIGH}
 _DONE = {
@@ -48,11 +47,12 @@ class Surroundings:
     """What the response reaches beside itself. `later` runs a callable soon, after the current step.
 
     `share` tells the other brokers a notice, `unshare` that some are over; `send` an alert; `drop_leases` takes an agent's back.
-    `now` is in seconds since the epoch; `random_id` names things.
+    `now` is in seconds since the epoch, `steady` the same by a clock that nobody sets; `random_id` names things.
     """
 
     audit: AuditSink
     now: Callable[[], float]
+    steady: Callable[[], float]
     mono_ns: Callable[[], int]
     random_id: Callable[[], str]
     later: Callable[[Callable[[], None]], object] = lambda what: what()
@@ -80,7 +80,7 @@ class Containment:
         self.metrics: Callable[[str, str], None] = lambda _detector, _action: None
         self._standards = Standards()
         self._notices: dict[str, bytes] = {}
-        self._injected: dict[str, OrderedDict[bytes, None]] = {}
+        self._injected: dict[str, list[Scrubber]] = {}
 
     def apply_policy(self, snapshot: PolicySnapshot, decoys: tuple[str, ...]) -> None:
         """A snapshot counts from now on; `decoys` are the values of its planted credentials. Changed rules count from zero."""
@@ -97,35 +97,29 @@ class Containment:
     def decided(self, about: Attempt, decision: Decision) -> None:
         """A decision was recorded."""
         if about.agent.get("name"):
-            self._soon(self._standards.detectors.decided(about, decision, self._around.now()))
+            self._soon(self._standards.detectors.decided(about, decision, self._around.steady()))
 
     def ended(self, about: Attempt, ending: Ending, error: str) -> None:
         """An allowed call ended; `error` is a word for what failed upstream, empty for nothing."""
-        self._soon(self._standards.detectors.ended(about, ending, error, self._around.now()))
+        self._soon(self._standards.detectors.ended(about, ending, error, self._around.steady()))
 
-    def injected(self, agent: str, values: Iterable[bytes]) -> None:
-        """These credentials leave with a call of the agent's, which must never send them itself."""
-        known = self._injected.setdefault(agent, OrderedDict())
-        for value in values:
-            if len(value) >= _SHORTEST and value not in known:
-                known[value] = None
-                if len(known) > _INJECTED:
-                    known.popitem(last=False)
+    def injected(self, agent: str, credential: Scrubber) -> bool:
+        """What this finds leaves with a call of the agent's, which must never send it itself; whether that is new."""
+        known = self._injected.setdefault(agent, [])
+        if new := credential not in known:
+            self._injected[agent] = [credential, *known[: _INJECTED - 1]]
+        return new
 
     def inspect(self, about: Attempt, head: bytes, body: bytes) -> tuple[Finding, ...]:
         """What a request holds that it should not: in its `head` (path, query, values of headers) or `body`."""
-        if any(value in head or value in body for value in self._injected.get(about.agent["name"], ())):
-            seen, what = Detector.CREDENTIAL_IN_REQUEST, "the request holds a credential that the broker injected"
-        elif found := self._held(head, body):
-            seen, what = found, _HELD[found]
-        else:
-            return ()
-        return self._standards.detectors.content(about, seen, what, self._around.now())
-
-    def _held(self, head: bytes, body: bytes) -> Detector | None:
-        # A head often holds the agent's own credential, which is taken off; a decoy is one wherever it stands.
-        decoy, found = self._standards.contents.seen((head,)), self._standards.contents.seen((body,))
-        return decoy if decoy is Detector.HONEYTOKEN else found
+        ours = self._injected.get(about.agent["name"], ())
+        for where, text in (("its path, query or headers", head), ("its body", body)):
+            shown = any(each.scan(text, last=True)[1] for each in ours)
+            seen = Detector.CREDENTIAL_IN_REQUEST if shown else self._standards.contents.seen((text,))
+            # A head often holds a credential of the agent's own, which is taken off.
+            if seen and (text is body or seen is not Detector.SECRET_IN_REQUEST):
+                return self._standards.detectors.content(about, seen, where, self._around.steady())
+        return ()
 
     def _soon(self, findings: tuple[Finding, ...]) -> None:
         # After the step in which it was found: the answer to the call that showed it goes out as it was decided.
@@ -371,10 +365,6 @@ class Containment:
             log.error("the end of approval %s is not in the record: %s", asked.id, error)  # noqa: TRY400
 
 
-_HELD = {
-    Detector.HONEYTOKEN: "the request holds a decoy credential",
-    Detector.SECRET_IN_REQUEST: "the request's body holds something in the form of a known kind of secret",
-}
 _CROWDED = f"{MOST_WAITING} of its calls wait for people already, so nobody is asked about this one"
 
 

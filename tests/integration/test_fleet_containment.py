@@ -101,10 +101,7 @@ def test_a_hundred_open_streams_and_tunnels_on_three_brokers_are_cut_within_two_
         for each in rogue:
             assert each.ended.wait(max(0.0, began + 10 - time.monotonic()))
         took = sorted(each.ended_at - began for each in rogue)
-        print(
-            f"from revocation to the last byte: p50 {statistics.median(took):.3f} s, p99 {took[-2]:.3f} s, most {took[-1]:.3f} s"
-        )
-        assert took[-1] <= CUT_S
+        assert took[-1] <= CUT_S, took
         fleet.plain.seen.clear()
         assert [client.get("/plain/items/x").json()["code"] for client in keep_alive] == ["agent_revoked"] * 3
         assert fleet.plain.seen == []

@@ -179,7 +179,7 @@ def services(**changed: Any) -> Services:
 def contained(outside: Services, **around: Any) -> Containment:
     """A real one on the same record; what it sets off happens at once."""
     ids = count(1)
-    found = Containment(Surroundings(outside.audit, outside.now, lambda: 1, lambda: f"n{next(ids)}", **around))
+    found = Containment(Surroundings(outside.audit, outside.now, outside.steady, lambda: 1, lambda: f"n{next(ids)}", **around))
     found.apply_policy(outside.snapshot(), ())
     return found
 

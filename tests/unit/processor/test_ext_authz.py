@@ -47,7 +47,7 @@ def asked(target="api.example:443", peer=SPIFFE, **changed):
         audit=[],
         ledger=MemoryLedger(),
         tokens=TokenAuthority(Ed25519PrivateKey.generate()),
-        containment=Containment(Surroundings([], lambda: NOW, lambda: 1, lambda: "x")),
+        containment=Containment(Surroundings([], lambda: NOW, lambda: NOW, lambda: 1, lambda: "x")),
         now=lambda: NOW,
         steady=lambda: NOW,
         mono_ns=lambda: 1,
