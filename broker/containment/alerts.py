@@ -122,8 +122,10 @@ class Alerts:
             while True:
                 self._changed.clear()
                 self._depart(flights)
+                # Not `wait_for`, which before Python 3.12 loses a cancellation that comes together with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), self._pause())
+                    async with asyncio.timeout(self._pause()):
+                        await self._changed.wait()
                 await asyncio.sleep(_GATHER_S)
 
     async def attempt(self) -> None:

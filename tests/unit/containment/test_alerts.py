@@ -568,11 +568,12 @@ def test_with_no_other_sink_what_is_refused_is_tried_on_until_it_is_taken(desk, 
 def test_after_five_minutes_the_fallback_hears_of_it_once_and_the_sink_when_it_is_back(desk):
     desk.pager.instead = (500, {}, b"")
     desk.set(fallback="chat")
-    desk.send(REVOKED)
+    desk.send(REVOKED, REVOKED)
     desk.tell_for(seconds=299, step=1)
     assert desk.chatted() == []
     desk.tell_for(seconds=2, step=1)
     assert desk.chatted() == [("triggered", REVOKED.dedup_key)]
+    assert desk.hook.payloads[0]["data"]["repeated"] == 1
     desk.open()
     desk.tell_for(seconds=1000, step=10)
     desk.pager.instead = None
@@ -599,6 +600,7 @@ def test_who_heard_of_an_incident_as_fallback_hears_of_its_end(desk):
     desk.set(fallback="chat", routes=(Route(PAGERDUTY),))
     desk.send(REVOKED)
     desk.tell_for(seconds=310, step=10)
+    desk.open()
     desk.pager.instead = None
     desk.tell_for(seconds=600, step=10)
     desk.send(RELEASED)
@@ -780,6 +782,7 @@ def test_a_summary_shows_no_credential_of_a_known_form(desk):
         pytest.param(None, "start the broker with CHAT_SECRET set", id="not set"),
         pytest.param("", "start the broker with CHAT_SECRET set", id="empty"),
         pytest.param("plain", "set it to whsec_ and the base64 of 24 to 64 random bytes", id="of another form"),
+        pytest.param("SECRET" + SECRET[6:], "set it to whsec_ and the base64 of 24 to 64 random bytes", id="of another prefix"),
         pytest.param("whsec_!!!!", "set it to whsec_ and the base64 of 24 to 64 random bytes", id="no base64"),
         pytest.param("whsec_c2hvcnQ=", "set it to whsec_ and the base64 of 24 to 64 random bytes", id="too short"),
     ],
