@@ -18,17 +18,15 @@ When its agent is revoked, an exchange that is still open says so to whoever car
 """
 
 import logging
-import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from urllib.parse import unquote
 
 from broker.answer import Answer, hidden
 from broker.asking import Asking
 from broker.audit import AuditUnavailable
 from broker.case import UNRECORDED, Case
 from broker.containment.standing import Opened
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion
 from broker.events import (
     Command,
     Cut,
@@ -47,7 +45,6 @@ from broker.events import (
     Steps,
     WantBody,
 )
-from broker.identity import Evidence
 from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
@@ -58,7 +55,7 @@ from broker.policy.strip import Stripped, strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter
 from broker.protocols.models import with_max_output
-from broker.redaction import redacted
+from broker.request import outgoing, partial_headers, run_id, trace_id, whole_path
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +63,8 @@ _HTTP_10 = "HTTP/1.0"
 _VIA_UPSTREAM = "via_upstream"
 _DECISION_HEADER = "x-broker-decision-id"
 _OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it was whole
-_RUN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_TRACE_ID = re.compile(r"[0-9a-f]{32}")
-_TRACEPARENT_PARTS = 4
 # By these an agent proves itself to the broker, so they hold a token that is no secret kept from it.
 _PROOFS = ("proxy-authorization", "x-broker-token")
-_PARTIAL = ("range", "if-range", "request-range")
 
 
 class Exchange:
@@ -174,14 +167,14 @@ class Exchange:
         # recognise
         found = _destination(snapshot, head)
         if isinstance(found, Decision):
-            return _Denied(found)
+            return _Denied(self._inspect(head, b"") or found)
         tool, path = found
         adapter = services.adapters[tool.protocol]
         case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
         call, body = yield from self._recognise(adapter, tool, clean, has_body=head.has_body)
         self._note_call(tool, call)
-        if isinstance(gone := self._inspect(head, body), Decision):
+        if gone := self._inspect(head, body):
             return _Denied(gone, adapter, call)
         if isinstance(call, Refusal):
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
@@ -198,14 +191,10 @@ class Exchange:
             return _Denied(no_room, adapter, call)
 
         # issue
-        lease = yield from self._lease(head.evidence, agent, tool, call)
+        lease = yield from self._lease(head, body, agent, tool, call)
         if isinstance(lease, Decision):
             return _Denied(lease, adapter, call)
-
-        injected = lease.headers(_outgoing(tool, clean.request, sent), services.now()) if lease else ()
-        secret = hidden(lease)
-        if secret and services.containment.injected(agent.name, secret) and (gone := self._inspect(head, body)):
-            return _Denied(gone, adapter, call)
+        injected = lease.headers(outgoing(tool, clean.request, sent), services.now()) if lease else ()
 
         # record
         if not self._consume() or not case.record(decision, lease):
@@ -216,11 +205,11 @@ class Exchange:
                 *case.retry_key(tool.operations.get(call.operation or ""), clean.request, sent),
                 *((name, value.reveal()) for name, value in injected),
             ),
-            remove_headers=(*clean.removed, *_ranges(tool, call, clean.request)),
-            path=_whole_path(head, clean.request) if clean.query_changed else None,
+            remove_headers=(*clean.removed, *partial_headers(tool, call, clean.request)),
+            path=whole_path(head.request.path, clean.request) if clean.query_changed else None,
             body=sent if sent is not body else None,
         )
-        return send, Answer(case, adapter, tool, agent, call, secret)
+        return send, Answer(case, adapter, tool, agent, call, hidden(lease))
 
     def _recognise(
         self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
@@ -319,10 +308,10 @@ class Exchange:
         return event.answer if isinstance(event, Reserved) else LedgerUnavailable("the ledger gave no answer")
 
     def _lease(
-        self, evidence: Evidence, agent: Agent, tool: Tool, call: ToolCall
+        self, head: RequestHead, body: bytes, agent: Agent, tool: Tool, call: ToolCall
     ) -> Generator[Command, Event, Lease | Decision | None]:
         # The body may have been on its way for an hour: the identity may have been taken back or have ended meanwhile.
-        if isinstance(gone := self._case.identify(evidence), Decision):
+        if isinstance(gone := self._case.identify(head.evidence), Decision):
             return gone
         if tool.credential is None:
             return None
@@ -342,7 +331,9 @@ class Exchange:
             event = yield Issue(issuer, occasion, now)
             lease = event.lease if isinstance(event, Issued) else CredentialUnavailable("the issuer gave no answer")
         if isinstance(lease, Lease):
-            return lease
+            # Of a credential that is new here nobody could know before whether the request holds it.
+            new = (secret := hidden(lease)) is not None and services.containment.injected(agent.name, secret)
+            return (self._inspect(head, body) if new else None) or lease
         # The advice is for whoever runs the broker: it names variables and files, so it goes to the log, not to the agent.
         log.warning("no credential: %s", lease)
         return deny(Code.CREDENTIAL_UNAVAILABLE, "no credential for this tool can be had now")
@@ -363,7 +354,7 @@ class Exchange:
         self._case.began = self._case.services.mono_ns()
         # Inside a tunnel the proxy has answered already: what comes now is an origin's answer, and 407 is a proxy's.
         self._case.asks_at = Door.BASE_URL if wire.connect_host else wire.door
-        run, trace = run_id(request), _trace_id(request)
+        run, trace = run_id(request), trace_id(request)
         self._case.note(door=wire.door, method=request.method, host=wire.authority, path=request.path, run_id=run, trace_id=trace)
 
     def _note_call(self, tool: Tool, call: ToolCall | Refusal) -> None:
@@ -398,46 +389,6 @@ def _bounded(agent: Agent, call: ToolCall, body: bytes) -> tuple[ToolCall, bytes
     return replace(call, model=replace(call.model, max_output=most)), with_max_output(body, call.model.output_field, most)
 
 
-def _outgoing(tool: Tool, request: Request, body: bytes) -> Outgoing:
-    endpoint, query = tool.endpoint, f"?{request.query}" if request.query else ""
-    url = f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}"
-    return Outgoing(request.method, url, request.headers, body)
-
-
-def _ranges(tool: Tool, call: ToolCall, request: Request) -> tuple[str, ...]:
-    """The headers that ask for a part of an answer (RFC 9110 section 14) which is read for the credential.
-
-    Asked for in parts of a few bytes each, no part would show it, and all together would.
-    """
-    operation = tool.operations.get(call.operation or "")
-    if tool.credential is None or (operation and operation.scrub == "unsafe_never"):
-        return ()
-    return tuple(sorted({name for name, _ in request.headers if name.replace("_", "-") in _PARTIAL}))
-
-
 def _too_large(adapter: Adapter, tool: Tool, request: Request, limit: int) -> Refusal:
     named = adapter.recognise(tool, request, b"").operation
     return Refusal(Code.BODY_TOO_LARGE, f"the body is larger than the {limit} bytes that it may have", operation=named)
-
-
-def run_id(request: Request) -> str:
-    """The run that a request names (`x-run-id`, or W3C baggage `run.id`), which only groups; empty when it names none."""
-    if request.header("x-run-id") is not None:
-        named = request.only("x-run-id") or ""
-    else:
-        # W3C Baggage section 3.2: `key = value ; properties`, the value percent-encoded.
-        members = (member.partition(";")[0].partition("=") for member in ",".join(request.all("baggage")).split(","))
-        named = next((unquote(value) for key, _, value in members if key.strip() == "run.id"), "")
-    named = named.strip()
-    # What is recorded must tell runs apart, and a credential is not recorded.
-    return named if _RUN_ID.fullmatch(named) and redacted(named) == named else ""
-
-
-def _trace_id(request: Request) -> str:
-    # W3C Trace Context section 3.2: version-traceid-parentid-flags.
-    parts = (request.header("traceparent") or "").split("-")
-    return parts[1] if len(parts) >= _TRACEPARENT_PARTS and _TRACE_ID.fullmatch(parts[1]) else ""
-
-
-def _whole_path(head: RequestHead, request: Request) -> str:
-    return f"{head.request.path}?{request.query}" if request.query else head.request.path

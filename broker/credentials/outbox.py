@@ -88,8 +88,10 @@ class Outbox:
             await self.attempt(sources)
             next_due = min((each.due for each in self._waiting.values() if each.source in sources), default=math.inf)
             pause = min(next_due - self._steady(), _LAST_S)
+            # Not `wait_for`: before Python 3.12 it may lose a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(pause, _SHORTEST_S))
+                async with asyncio.timeout(max(pause, _SHORTEST_S)):
+                    await self._changed.wait()
 
     async def attempt(self, sources: Mapping[str, Source]) -> None:
         """One try of what is due."""

@@ -44,7 +44,7 @@ from broker.events import (
     Services,
     WantBody,
 )
-from broker.exchange import Exchange, run_id
+from broker.exchange import Exchange
 from broker.identity import Evidence, TokenAuthority
 from broker.ledger.base import Granted, LedgerUnavailable
 from broker.ledger.memory import MemoryLedger
@@ -58,6 +58,7 @@ from broker.protocols import strict
 from broker.protocols.base import Reply, ResponseBlocked
 from broker.protocols.mcp import Mcp
 from broker.protocols.rest import Rest
+from broker.request import run_id
 
 NOW = 1_700_000_000.0
 SECRET = "never-to-be-seen"
