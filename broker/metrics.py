@@ -6,11 +6,11 @@ Prometheus' conventions, and OpenTelemetry's words where it has one (`error_type
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from broker.audit.record import Ending
@@ -50,6 +50,11 @@ _WRITABLE = (
     "1 if the audit log could be written and put on the disk the last time; calls whose decision can't be written are denied."
 )
 _UP = "1 if limits can be checked; 0 while a shared ledger is away and calls are denied; always 1 for the embedded one."
+_FINDINGS = "What detectors found, by detector and what was done about it; `shadow` for nothing."
+_RESTRICTED = "Restrictions that hold, by action."
+_TOLD = "Alerts by sink: delivered, failed (tries), suppressed (a repetition, or too many in a minute), dropped (told nobody)."
+_WAITING = "Alerts that wait to be delivered."
+_TESTED = "1 if the last self-test of revocation passed; 0 if an agent that is revoked is not cut off."
 _OPEN = f"Calls that have reserved and not settled. {_SHARE}"
 
 
@@ -57,7 +62,8 @@ _OPEN = f"Calls that have reserved and not settled. {_SHARE}"
 class Standing:
     """How a broker stands now. `revision` is empty before any configuration is in force; `current` says that the manifests are.
 
-    `accepted` is Envoy's word on it. `open_calls` are those that are reserved and not settled.
+    `accepted` is Envoy's word on it. `open_calls` are those that are reserved and not settled. `restrictions` is by action,
+    `alerts` by sink and result.
     """
 
     revision: str
@@ -66,6 +72,10 @@ class Standing:
     audit_writable: bool
     open_calls: int
     balances: Sequence[Balance] = ()
+    self_test: bool = True
+    restrictions: Mapping[str, int] = field(default_factory=dict)
+    alerts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    alerts_waiting: int = 0
 
 
 class Metrics(Collector):
@@ -80,6 +90,7 @@ class Metrics(Collector):
         self._call_time = cache(self._histogram("broker_upstream_duration_seconds", _CALLED, _CALL_S, "tool").labels)
         self._errors = cache(self._counter("broker_upstream_errors", _ERRORS, "tool", "error_type").labels)
         self._tokens = cache(self._counter("broker_tokens", _TOKENS, "agent", "model", "token_type").labels)
+        self._findings = cache(self._counter("broker_findings", _FINDINGS, "detector", "action").labels)
         self._usd = cache(self._counter("broker_cost_usd", _USD, "agent", "model").labels)
         self._reserve_time = self._histogram("broker_ledger_reserve_duration_seconds", _RESERVED, _RESERVE_S)
         self.registry.register(self)
@@ -96,6 +107,10 @@ class Metrics(Collector):
         self._decisions(verdict, code).inc()
         if took_ns is not None:
             self._decision_time(verdict).observe(took_ns / 1e9)
+
+    def found(self, detector: str, action: str) -> None:
+        """A detector found something."""
+        self._findings(detector, action).inc()
 
     def waited_for_ledger(self, took_ns: int) -> None:
         """A shared ledger was asked, and waited for."""
@@ -116,7 +131,7 @@ class Metrics(Collector):
         self._standing = standing
         return generate_latest(self.registry)
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         """The gauges; none as long as nobody has looked."""
         if (now := self._standing) is None:
             return
@@ -136,6 +151,15 @@ class Metrics(Collector):
         yield GaugeMetricFamily("broker_audit_writable", _WRITABLE, now.audit_writable)
         yield GaugeMetricFamily("broker_ledger_up", _UP, self.ledger_up)
         yield GaugeMetricFamily("broker_ledger_open_calls", _OPEN, now.open_calls)
+        yield GaugeMetricFamily("broker_self_test_passed", _TESTED, now.self_test)
+        yield GaugeMetricFamily("broker_alerts_waiting", _WAITING, now.alerts_waiting)
+        restricted = GaugeMetricFamily("broker_restrictions", _RESTRICTED, labels=("action",))
+        for action, number in sorted(now.restrictions.items()):
+            restricted.add_metric((action,), number)
+        told = CounterMetricFamily("broker_alerts", _TOLD, labels=("sink", "result"))
+        for labels, number in sorted(now.alerts.items()):
+            told.add_metric(labels, number)
+        yield from (restricted, told)
 
 
 def windows(snapshot: PolicySnapshot) -> Mapping[str, Limit]:

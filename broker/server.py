@@ -5,6 +5,7 @@ import contextlib
 import logging
 import secrets
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ class Server:
         )
         if shared := self._shared:
             around = replace(around, share=shared.share, unshare=shared.unshare)
-        contained = Containment(around)
+        contained = Containment(around, self._metrics.found)
         contained.replay(chain.notices(self._state.audit))
         if shared:
             shared.notices, shared.on_notices = lambda: contained.notices, contained.learn
@@ -283,6 +284,10 @@ class Server:
             audit_writable=self._audit.writable,
             open_calls=len(self._own.grants),
             balances=await self._own_balances(),
+            self_test=not self._self_test.failure,
+            restrictions=Counter(str(each.action) for each in self._containment.standing.all),
+            alerts=self._alerts.results,
+            alerts_waiting=len(self._alerts),
         )
         return await asyncio.to_thread(self._metrics.exposition, standing)
 

@@ -11,6 +11,8 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import orjson
 import yaml
 
 from broker.audit.chain import CHECKPOINT
-from broker.audit.record import Attempt, Ending, alert_record, config_record, decision_record, outcome_record, revocation_record
+from broker.audit.record import Attempt, Ending, alert_record, config_record, decision_record, notice_record, outcome_record
 from broker.cli import options
 from broker.cli.main import cli
 from broker.cli.render import placeholders, rendered
@@ -213,12 +215,10 @@ def _denial(code: Code) -> str:
 
 
 def _unused() -> tuple[Code, ...]:
-    """The codes that no module decides on. `agent_revoked` is decided on, but as long as no view says `revoked`, nobody is."""
+    """The codes that no module decides on."""
     ours = {Path("broker/policy/types.py"), Path("broker/protocols/problem.py")}
     text = "".join(path.read_text() for path in Path("broker").rglob("*.py") if path not in ours)
     named = {code for code in Code if f"Code.{code.name}" in text}
-    if "View(revoked=" not in text:
-        named.discard(Code.AGENT_REVOKED)
     return tuple(code for code in Code if code not in named)
 
 
@@ -303,7 +303,7 @@ _MEANING: Mapping[str, str] = {
     "seq": "Number of the record, from 1, without gaps.",
     "time": "When it was written, RFC 3339, UTC, microseconds.",
     "mono_ns": "The monotonic clock in nanoseconds: orders records within one run of the broker when the wall clock jumps.",
-    "event": "`decision`, `outcome`, `config`, `revocation` or `alert`.",
+    "event": "`decision`, `outcome`, `config`, `revocation`, `release`, `approval` or `alert`.",
     "prev_hash": "`hash` of the record before; 64 zeros for the first.",
     "hash": "SHA-256 of this record in canonical JSON without `hash`, lower-case hex.",
     "decision_id": "Names the decision; also in the header `x-broker-decision-id` of a denial, and in the outcome.",
@@ -340,7 +340,17 @@ _MEANING: Mapping[str, str] = {
     "tokens": "`input`, of which `cached` and `cache_write`, and `output`; `estimated` where the provider did not tell all.",
     "usd": "What that cost, by the platform's prices; null without a price.",
     "completion_hash": "`sha256:` over the text that was generated, which is not recorded; the same whole or as a stream.",
-    "revoked": "`tokens_until`: tokens issued up to this moment (seconds since the epoch) no longer count.",
+    "notice": (
+        "What was done or said, whole, for replay; as all brokers that share a Redis know it. `kind` is `restriction` (`action`, "
+        "`run_id`, `reason`, `by`, `at`), `tokens`, `release` (`of`: the restrictions that it lifts), `vote` (`asked`, `vote`), "
+        "`used` or `expired` (`of`: the approval)."
+    ),
+    "approval": "The approval that the call waits for, or that it used.",
+    "kind": "A detector's name, `revocation`, `release`, `credential_shown`, `ledger` or `self_test`.",
+    "severity": "`low`, `medium` or `high`.",
+    "decision_ids": "The decisions that it rests on, the latest few.",
+    "action": "What was done: `alert`, `read_only`, `hold`, `revoke_run` or `revoke_agent`.",
+    "shadow": "Whether the rule only says what it would have done.",
 }
 _NOW = 1_767_225_600.0
 
@@ -404,13 +414,14 @@ def _samples() -> Mapping[str, Mapping[str, Any]]:
     denied = decision_record(_NOW, 812_345_678, attempt, deny(Code.PARAMS_INVALID, ""))
     if set(allowed) != set(denied):
         raise SystemExit("an allow and a denial have different fields; say so in the reference")
-    revocation = revocation_record(_NOW, 812_345_678, {"name": "refund-bot"}, "tokens revoked by an operator")
+    notice = partial(notice_record, now=_NOW, mono_ns=812_345_678, agent={"name": "refund-bot"}, detail="by jo", notice={})
+    found = {"agent": agent, "kind": "probing", "severity": "medium", "action": "alert", "rule": "default", "run_id": "run-7"}
     return {
         "decision": allowed | link,
         "outcome": outcome_record(_NOW, 812_345_678, attempt, Ending(status=200)) | link,
         "config": config_record(_NOW, 812_345_678, "configuration in force") | link,
-        "revocation": revocation | {"revoked": {"tokens_until": _NOW}} | link,
-        "alert": alert_record(_NOW, 812_345_678, "limits can't be checked") | link,
+        **{event: notice(event=event) | link for event in ("revocation", "release", "approval")},
+        "alert": alert_record(_NOW, 812_345_678, "8 hosts", found | {"shadow": False}, ["5f1c0c6c1f9f4c0e9a3d"]) | link,
     }
 
 
@@ -447,7 +458,9 @@ def _shown_metrics() -> Metrics:
     shown.waited_for_ledger(900_000)
     shown.ended("refund-bot", "openai", "gpt-5-mini", Ending(status=500, usage=Usage(9, 6, 3), usd=0.01), "5xx")
     balance = Balance(Limit("tokens", "agent/refund-bot", 2_000_000, "", per=86_400), 15, _NOW)
-    shown.exposition(Standing("sha256:53b9…", current=True, accepted=True, audit_writable=True, open_calls=0, balances=[balance]))
+    shown.found("probing", "alert")
+    now = Standing("sha256:53b9…", current=True, accepted=True, audit_writable=True, open_calls=0, balances=[balance])
+    shown.exposition(replace(now, restrictions={"revoke_agent": 1}, alerts={("pagerduty", "delivered"): 1}))
     return shown
 
 

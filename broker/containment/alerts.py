@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ class Alerts:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def results(self) -> Mapping[tuple[str, str], int]:
+        """What became of alerts, by sink and result."""
+        results = {"delivered": self.delivered, "failed": self.failed, "suppressed": self.suppressed, "dropped": self.dropped}
+        return {(sink, result): number for result, by_sink in results.items() for sink, number in by_sink.items()}
 
     def send(self, alert: Alert) -> None:
         """Have it told to whom it concerns. To be called in the thread of the event loop."""

@@ -72,12 +72,14 @@ class Standards:
 
 
 class Containment:
-    """One broker's. The exchange asks and tells it what happens; operators and other brokers tell it what to do."""
+    """One broker's. The exchange asks and tells it what happens; operators and other brokers tell it what to do.
 
-    def __init__(self, around: Surroundings) -> None:
-        self._around = around
+    `found` hears of each finding, by detector and action.
+    """
+
+    def __init__(self, around: Surroundings, found: Callable[[str, str], None] = lambda _detector, _action: None) -> None:
+        self._around, self._found = around, found
         self.standing, self.open, self.approvals = Standing(), OpenCalls(), Approvals()
-        self.metrics: Callable[[str, str], None] = lambda _detector, _action: None
         self._standards = Standards()
         self._notices: dict[str, bytes] = {}
         self._injected: dict[str, list[Scrubber]] = {}
@@ -141,7 +143,7 @@ class Containment:
         run = finding.run_id if action is Action.REVOKE_RUN else None
         if run is not None and self._runs_away(finding.agent):
             action, run = Action.REVOKE_AGENT, None
-        self.metrics(rule.detector, "shadow" if rule.shadow else action)
+        self._found(rule.detector, "shadow" if rule.shadow else action)
         if action is Action.ALERT or rule.shadow:
             would = f"; this rule is in shadow mode, or {_DONE[action]}" if rule.shadow and action in _DONE else ""
             self._tell(finding, f"{finding.what}{would}", f"{finding.agent}/{rule.detector}")

@@ -133,11 +133,11 @@ def _typed(file: str, document: Document) -> tuple[Source | None, list[Finding]]
 
 def _finding(file: str, document: Document, error: ErrorDetails) -> Finding:
     ctx: dict[str, Any] = error.get("ctx", {})
-    pointer = [part for part in error["loc"] if part != "[key]"]
+    pointer = _pointer(error)
     for text in ctx.get("pointer", "").split("/")[1:]:
         part = text.replace("~1", "/").replace("~0", "~")
         pointer.append(int(part) if part.isdigit() and (*pointer, part) not in document.values else part)
-    name = ".".join(map(str, error["loc"])) or "the document"
+    name = ".".join(str(part) for part in error["loc"] if part in pointer or part == "[key]") or "the document"
     key = error["loc"][-1:] == ("[key]",)
     sentence = re.sub(r"^(Input|String|Value) should", "it should", error["msg"])
     code, why = error["type"], sentence
@@ -151,6 +151,11 @@ def _finding(file: str, document: Document, error: ErrorDetails) -> Finding:
     return Finding(file, *document.at(tuple(pointer), key=key), code, message, advice or "see the reference of this kind")
 
 
+def _pointer(error: ErrorDetails) -> list[str | int]:
+    """Where in the document. The validator's own words on the way (`[key]`, `[one]`) stand in brackets; no field's name does."""
+    return [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("["))]
+
+
 _FIELDS = {
     "extra_forbidden": ("field_unknown", "there is no field {}; correct its name, or take it out"),
     "missing": ("field_missing", "{} is missing; add it"),
@@ -159,7 +164,7 @@ _FIELDS = {
 
 def _cut(data: Any, error: ErrorDetails, cut: list[Pointer]) -> bool:
     """Take the wrong value out, or what lacks a field; False where there is nothing to take."""
-    pointer = tuple(part for part in error["loc"] if part != "[key]")
+    pointer = tuple(_pointer(error))
     pointer = pointer[:-1] if error["type"] == "missing" else pointer
     try:
         for part in pointer[:-1]:

@@ -9,9 +9,20 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PlainValidator,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from broker.manifest.addresses import parse_endpoint, parse_spiffe
@@ -567,9 +578,16 @@ class Honeytoken(InstantRule):
     credentials: tuple[Reference, ...] = Field((), description="Planted credentials, by reference.")
 
 
-Counted = CountedRule | tuple[CountedRule, ...] | None
-Different = DifferentRule | tuple[DifferentRule, ...] | None
-Instant = InstantRule | tuple[InstantRule, ...] | None
+def _written_as(value: object) -> str:
+    return "[list]" if isinstance(value, list | tuple) else "[text]" if isinstance(value, str) else "[one]"
+
+
+# By what is written, so that a mistake is reported as one of a rule, and not as one of each thing that might stand there.
+_Rule = TypeVar("_Rule")
+OneOrMore = Annotated[Annotated[_Rule, Tag("[one]")] | Annotated[tuple[_Rule, ...], Tag("[list]")], Discriminator(_written_as)]
+Counted = OneOrMore[CountedRule] | None
+Different = OneOrMore[DifferentRule] | None
+Instant = OneOrMore[InstantRule] | None
 
 
 class Containment(Model):
@@ -604,9 +622,10 @@ class FlowRule(Model):
         min_length=1, description="Labels (data classes); the rule holds once the run has all of them."
     )
     deny: FlowDeny = Field(description="The calls that are then denied.")
-    unless: Literal["approval"] | Approvers | None = Field(
-        None, description="approval, or how many approvers: such a call passes when people approved it."
-    )
+    unless: (
+        Annotated[Annotated[Literal["approval"], Tag("[text]")] | Annotated[Approvers, Tag("[one]")], Discriminator(_written_as)]
+        | None
+    ) = Field(None, description="approval, or how many approvers: such a call passes when people approved it.")
 
 
 class PagerDuty(Model):
