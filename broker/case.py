@@ -46,6 +46,13 @@ class Case:
         for name, value in known.items():
             setattr(self.attempt, name, value)
 
+    def withhold(self) -> None:
+        """What the request holds must not stand in the record, which nobody can take it out of; its hash does."""
+        about = self.attempt
+        known = self.snapshot.tools[about.tool].operations if about.tool else {}
+        operation = about.operation if about.operation in known else ""
+        self.note(args_hash=args_hash(about.params), params={}, path="[redacted]", operation=operation)
+
     def identify(self, evidence: Evidence) -> tuple[Principal, Agent] | Decision:
         """Who calls and by which manifest, or why nobody may."""
         services = self.services
@@ -106,7 +113,7 @@ class Case:
     def spend(self, limits: tuple[Limit, ...], amounts: Mapping[Measure, int], call: ToolCall) -> Spend:
         """What the ledger is asked for."""
         about = self.attempt
-        about.args_hash = args_hash(about.params)
+        about.args_hash = about.args_hash or args_hash(about.params)
         fingerprint = f"{about.tool}/{about.operation}/{about.args_hash}"
         run = None if call.housekeeping else about.run_id
         read = about.effect == Effect.READ

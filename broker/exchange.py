@@ -48,6 +48,7 @@ from broker.events import (
 from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
+from broker.policy.containment import Detector
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import Agent, PolicySnapshot, Tool
@@ -246,6 +247,8 @@ class Exchange:
         whole = "\n".join((request.path, request.query, *said)).encode("latin-1", "replace")
         if not (findings := case.services.containment.inspect(case.attempt, whole, body)):
             return None
+        if any(finding.rule.detector is not Detector.SECRET_IN_REQUEST for finding in findings):
+            case.withhold()
         # Its own fate is decided here: it must not be cut by what it sets off.
         self._leave()
         case.services.containment.act(findings)
