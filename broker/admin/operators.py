@@ -74,7 +74,7 @@ class Operators:
 
     def _vote(self, path: Mapping[str, str], said: Mapping[str, Any], who: Person, *, approves: bool) -> dict[str, Any]:
         reason = str(said.get("reason") or "")[:_LONGEST]
-        return self._containment.vote(path["id"], approves, who.name, who.groups, reason)
+        return self._containment.vote(path["id"], who, reason, approves=approves)
 
 
 def _run(said: Mapping[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ one call: the ledger consumes it in the step in which it reserves, whoever asks 
 before an agent was revoked is asked anew. Nothing here reads a clock; documents come in any order and any number of times.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,8 +164,3 @@ class Approvals:
         """All of them, the oldest first, with what is shown to people."""
         for asked in sorted(self._asked.values(), key=lambda each: each.at):
             yield {**self.described(asked, now), "asked": asked.at, "why": asked.why, **asked.shown}
-
-
-def names(groups: Iterable[object]) -> tuple[str, ...]:
-    """Groups as a token or a document says them."""
-    return tuple(sorted(str(each) for each in groups))

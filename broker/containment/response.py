@@ -17,7 +17,7 @@ import orjson
 from broker.audit import AuditSink, AuditUnavailable
 from broker.audit.record import Attempt, Ending, alert_record, notice_record
 from broker.containment.alerts import Alert
-from broker.containment.approvals import MOST_WAITING, Approvals, Asked, Refusal, Vote, names
+from broker.containment.approvals import MOST_WAITING, Approvals, Asked, Refusal, Vote
 from broker.containment.contents import Contents
 from broker.containment.detectors import Detectors, Finding
 from broker.containment.standing import EVERYONE, MOST_RUNS, OpenCalls, Restriction, Standing
@@ -304,10 +304,10 @@ class Containment:
         now = self._around.now()
         self.publish({"id": f"t-{self._around.random_id()}", "kind": "tokens", "agent": agent, "by": by, "at": now})
 
-    def vote(self, approval_id: str, approves: bool, by: str, groups: Iterable[str], reason: str) -> dict[str, Any]:  # noqa: FBT001 - what a person says
+    def vote(self, approval_id: str, who: Person, reason: str, *, approves: bool) -> dict[str, Any]:
         """A person's word on a call that waits; how it then stands. Raises `Refusal`."""
         now = self._around.now()
-        vote = Vote(approval_id, by, names(groups), approves, reason, now)
+        vote = Vote(approval_id, who.name, who.groups, approves, reason, now)
         asked = self.approvals.judge(approval_id, vote, now)
         if asked.binding[-1] != self._standards.snapshot.revision:
             raise Refusal("the manifests have changed since it was asked; the agent must call again")
