@@ -22,6 +22,7 @@ from broker.containment.contents import Contents
 from broker.containment.detectors import Detectors, Finding
 from broker.containment.standing import EVERYONE, MOST_RUNS, OpenCalls, Restriction, Standing
 from broker.credentials.scrub import Scrubber
+from broker.identity import Person
 from broker.policy.approval import Approval
 from broker.policy.containment import NO_DECOYS, Action, Detector, Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot

@@ -3,6 +3,7 @@
 The outside is made of small true implementations of the interfaces: a list is an audit sink, a function an issuer.
 """
 
+import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Iterator
@@ -1211,3 +1212,132 @@ def test_every_message_that_reaches_the_driver_is_answered_or_aborted():
     suspensions(services(), stream)
     assert [answer.WhichOneof("response") for answer in stream.written][-1] == "response_trailers"
     assert len(stream.written) == 4
+
+
+# Revoked meanwhile.
+
+
+class Woken(list[int]):
+    """Whoever carries an exchange, and how often it was woken to cut it."""
+
+    def __call__(self) -> None:
+        self.append(1)
+
+
+def carried(outside: Services, *events: Event) -> tuple[Exchange, Woken, list[Any]]:
+    woken = Woken()
+    exchange = Exchange(outside, woken)
+    return exchange, woken, [exchange.handle(event) for event in events]
+
+
+@pytest.mark.parametrize(
+    ("events", "recorded"),
+    [
+        pytest.param([POST], [("decision", "deny")], id="while its body is on its way"),
+        pytest.param([POST, BODY], [("decision", "allow"), ("outcome", "agent_revoked")], id="before an answer came"),
+        pytest.param([POST, BODY, OK], [("decision", "allow"), ("outcome", "agent_revoked")], id="while the answer streams"),
+    ],
+)
+def test_an_exchange_whose_agent_is_revoked_asks_to_be_cut_and_says_so_in_the_record(events, recorded):
+    outside = services()
+    exchange, woken, _ = carried(outside, *events)
+    outside.containment.revoke("caller", None, "it lies", "jo")
+    assert (woken, exchange.revoked) == ([1], "it lies (by jo)")
+    exchange.close()
+    found = [each for each in events_of(outside) if each[0] in ("decision", "outcome")]
+    assert found == recorded
+    assert len(outside.containment.open) == 0
+    assert [r["code"] for r in outside.audit if r["event"] in ("decision", "outcome")][-1] == "agent_revoked"
+
+
+def test_an_exchange_that_has_ended_or_been_denied_is_not_cut():
+    outside = services()
+    ended, woken, _ = carried(outside, head(), OK)
+    ended.close()
+    _, denied, [refused] = carried(outside, head("DELETE"))
+    outside.containment.revoke("caller", None, "it lies", "jo")
+    assert (woken, denied, problem_of(refused)["code"]) == ([], [], "operation_not_declared")
+
+
+def test_a_revoked_run_leaves_the_agents_other_runs_alone():
+    outside = services()
+    mine, others = (carried(outside, head("GET", "/plain/items", ("x-run-id", run))) for run in ("r1", "r2"))
+    outside.containment.revoke("caller", "r1", "it loops", "jo")
+    assert (mine[1], others[1]) == ([1], [])
+    _, _, [refused] = carried(outside, head("GET", "/plain/items", ("x-run-id", "r1")))
+    assert problem_of(refused)["code"] == "agent_revoked"
+
+
+def test_a_tunnel_is_cut_like_a_call_and_not_opened_for_a_revoked_agent():
+    opened = ResponseHead(200, ((":status", "200"),), "via_upstream", has_body=False, agent="caller")
+    outside = services()
+    exchange, woken, [passed] = carried(outside, opened)
+    assert passed == Pass()
+    outside.containment.revoke("caller", "r1", "it loops", "jo")
+    assert woken == [], "its runs share it"
+    outside.containment.revoke("caller", None, "it lies", "jo")
+    assert woken == [1]
+    exchange.close()
+    _, _, [cut] = carried(outside, opened)
+    assert cut == Cut()
+    assert [event for event, _ in events_of(outside)].count("decision") == 0
+
+
+def test_an_answer_that_envoy_gave_inside_a_tunnel_before_it_asked_opens_nothing():
+    outside = services()
+    refused = ResponseHead(400, ((":status", "400"),), "path_normalization_failed", has_body=False, agent="caller")
+    _, _, [marked] = carried(outside, refused)
+    assert isinstance(marked, Mark)
+    assert len(outside.containment.open) == 0
+
+
+def test_a_call_that_shows_a_decoy_revokes_its_agent_and_is_denied_for_that_before_anything_else_is_looked_at():
+    outside = services()
+    outside.containment.apply_policy(SNAPSHOT, ("decoy-0123456789abcdef",))
+    other, woken, _ = carried(outside, POST)
+    _, own, [refused] = carried(outside, head("GET", "/plain/items?q=decoy-0123456789abcdef"))
+    assert (problem_of(refused)["code"], own, woken) == ("agent_revoked", [], [1])
+    other.close()
+    assert "decoy-0123456789abcdef" not in str(outside.audit)
+
+
+def test_a_call_that_shows_its_own_tools_credential_is_not_sent_not_even_the_first():
+    outside = services()
+    _, _, commands = carried(outside, head("GET", f"/plain/items?q={SECRET}"))
+    assert problem_of(commands[0])["code"] == "agent_revoked"
+    assert SECRET not in str(outside.audit)
+    assert events_of(outside)[-1] == ("decision", "deny")
+    assert outside.ledger.grants == {}
+
+
+def test_the_driver_aborts_the_stream_of_an_agent_that_is_revoked_while_nothing_comes():
+    async def run() -> None:
+        outside, waits = services(), asyncio.Event()
+
+        class Idle(Stream):
+            async def __anext__(self) -> Any:
+                if not self.messages:
+                    waits.set()
+                    await asyncio.Event().wait()
+                return self.messages.pop(0)
+
+            async def write(self, answer: Any) -> None:
+                self.written.append(answer)
+
+            async def abort(self, *_: Any) -> None:
+                raise ConnectionAbortedError
+
+        stream = Idle(*_conversation().messages)
+        process = asyncio.create_task(ExtProc(outside).Process(stream, stream))
+        await waits.wait()
+        outside.containment.revoke("caller", None, "it lies", "jo")
+        with pytest.raises(ConnectionAbortedError):
+            await process
+        assert events_of(outside)[-1] == ("outcome", "agent_revoked")
+        hung_up = asyncio.create_task(ExtProc(services()).Process(Idle(), stream))
+        await asyncio.sleep(0)
+        hung_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hung_up
+
+    asyncio.run(run())

@@ -1,0 +1,85 @@
+"""The self-test of revocation, over a real gRPC server: it passes where revocation works, and says so where it does not."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+import stack
+from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
+from unit.test_exchange import services
+
+from broker.containment.standing import OpenCalls, Standing
+from broker.policy.evaluate import View
+from broker.processor import self_test
+from broker.processor.ext_proc import ExtProc
+from broker.processor.self_test import CANARY, SelfTest
+
+
+@asynccontextmanager
+async def served(outside):
+    server, path = grpc.aio.server(), stack.short_folder() / "p.sock"
+    add_ExternalProcessorServicer_to_server(ExtProc(outside), server)
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    heard = []
+    yield SelfTest(outside, str(path), heard.append, every=0.01), heard
+    await server.stop(None)
+
+
+def outcome(outside):
+    async def run():
+        async with served(outside) as (test, _):
+            return await test.test()
+
+    return asyncio.run(run())
+
+
+def test_it_passes_and_leaves_nothing_behind():
+    outside = services()
+    assert outcome(outside) == ""
+    assert outside.containment.standing.view(CANARY, None) == View()
+    assert [(record["code"], record["agent"]["name"]) for record in outside.audit] == [("agent_revoked", CANARY)]
+    assert outcome(outside) == ""
+
+
+class Deaf(OpenCalls):
+    def cut(self, _):
+        return 0
+
+
+class Blind(Standing):
+    def view(self, *_):
+        return View()
+
+
+@pytest.mark.parametrize(
+    ("part", "broken", "why"),
+    [
+        pytest.param("open", Deaf, "what was open was not cut within", id="nothing is cut"),
+        pytest.param("standing", Blind, "a new call is not refused", id="nobody looks how an agent stands"),
+    ],
+)
+def test_it_says_what_is_wrong(part, broken, why, monkeypatch):
+    monkeypatch.setattr(self_test, "CUT_S", 0.2)
+    outside = services()
+    setattr(outside.containment, part, broken())
+    assert why in outcome(outside)
+
+
+def test_a_change_of_its_result_is_told_once():
+    async def run():
+        outside = services()
+        async with served(outside) as (test, heard):
+            outside.containment.standing.restrict = None
+            running = asyncio.create_task(test.run())
+            while not test.failure:  # noqa: ASYNC110 - what an event would say is what is tested
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            del outside.containment.standing.restrict
+            while test.failure:  # noqa: ASYNC110 - the same
+                await asyncio.sleep(0.01)
+            running.cancel()
+            return heard
+
+    assert asyncio.run(run()) == ["it could not be made (TypeError)", ""]
