@@ -1,12 +1,13 @@
 """What both ledgers promise (`broker/ledger/base.py`), each sentence against each of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from ledgers import CALL, Embedded, Shared, limit, spend
 
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Granted, Refused
-from broker.policy.limits import Code, Measure
+from broker.policy.limits import Code, Limit, Measure, label, once
 
 T = 1_800_000_000.0  # 2027-01-15 08:00 UTC: a whole hour
 HOUR, DAY = 3600, 86400
@@ -284,3 +285,60 @@ def test_balances_say_what_is_spent_and_when_it_renews(desk):
     told = desk.balances((window, rate, crowd, limit("steps_per_run", 5)), T)
     assert [(each.spent, each.renews) for each in told] == [(14, T + HOUR), (2, T + 20), (2, 0)]
     assert [each.spent for each in desk.balances((window, rate, crowd), T + HOUR)] == [0, 0, 0]
+
+
+# Flow rules and approvals, which are limits too.
+
+FORBIDDEN = Limit("flow", "flow/0", 0, "platform.yaml#/spec/flow/0", after=("pii", "untrusted"))
+READS = {name: spend(label(name), **RUN, fingerprint=f"crm/{name}.get/sha256:1", id=name) for name in FORBIDDEN.after}
+
+
+def test_a_run_that_has_all_labels_of_a_flow_rule_is_refused_and_told_by_which_calls(desk):
+    write = {"run": "r1"}
+    assert isinstance(desk.reserve(spend(FORBIDDEN, **write), T), Granted)
+    desk.reserve(READS["pii"], T)
+    assert isinstance(desk.reserve(spend(FORBIDDEN, **write), T), Granted)
+    desk.reserve(READS["untrusted"], T)
+    refused = desk.reserve(spend(FORBIDDEN, **write), T)
+    assert isinstance(refused, Refused)
+    assert (refused.limit, refused.retry_after) == (FORBIDDEN, 0)
+    assert refused.trail == "pii by crm/pii.get (decision pii), untrusted by crm/untrusted.get (decision untrusted)"
+    assert isinstance(desk.reserve(spend(FORBIDDEN, run="r2"), T), Granted)
+    assert isinstance(desk.reserve(spend(FORBIDDEN, run=None), T), Granted), "a protocol's own traffic is no step of a run"
+    assert isinstance(desk.reserve(spend(FORBIDDEN, agent="b", **write), T), Granted)
+
+
+def test_a_call_that_is_given_back_takes_its_label_along_and_one_that_ended_leaves_it(desk):
+    for read in READS.values():
+        desk.reserve(read, T)
+    desk.settle("pii", {}, T)
+    desk.refund("untrusted", T)
+    assert isinstance(desk.reserve(spend(FORBIDDEN, **RUN), T), Granted)
+    desk.reserve(replace(READS["untrusted"], decision_id="again"), T)
+    refused = desk.reserve(spend(FORBIDDEN, **RUN), T)
+    assert isinstance(refused, Refused)
+    assert "untrusted by crm/untrusted.get (decision again)" in refused.trail
+
+
+def test_a_call_is_not_held_to_the_labels_that_it_brings_itself(desk):
+    both = spend(FORBIDDEN, *(label(name) for name in FORBIDDEN.after), **RUN)
+    assert isinstance(desk.reserve(both, T), Granted)
+    assert isinstance(desk.reserve(replace(both, decision_id="next"), T), Refused)
+
+
+def test_a_label_lasts_as_long_as_its_run(desk):
+    for read in READS.values():
+        desk.reserve(replace(read, run=""), T)
+    assert isinstance(desk.reserve(spend(FORBIDDEN, run=""), T + IDLE_S - 1), Refused)
+    assert isinstance(desk.reserve(spend(FORBIDDEN, run=""), T + IDLE_S), Granted)
+
+
+def test_an_approval_is_consumed_once_for_good_unless_the_call_never_left(desk):
+    approval = once("a-1", "r#")
+    desk.reserve(spend(approval, id="first"), T)
+    assert isinstance(desk.reserve(spend(approval), T), Refused)
+    desk.refund("first", T)
+    assert isinstance(desk.reserve(spend(approval), T), Granted)
+    for later in (1, HOUR, DAY, 40 * DAY):
+        assert isinstance(desk.reserve(spend(approval), T + later), Refused)
+    assert isinstance(desk.reserve(spend(once("a-2", "r#")), T), Granted)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.policy.limits import NANO, TOKENS, WORDS, Kind, Limit, Measure, Price, bound, called, once, unpriced, used
+from broker.policy.limits import NANO, TOKENS, WORDS, Kind, Limit, Measure, Price, bound, called, label, once, unpriced, used
 from broker.policy.snapshot import EMPTY, Endpoint, PolicySnapshot, Tool
 from broker.policy.types import Code, Effect, ModelCall, Usage, Verdict
 
@@ -38,6 +38,8 @@ def test_every_word_has_a_code_of_its_own_in_the_table_above():
 
 def test_the_brokers_own_words_are_refused_by_what_they_are():
     assert once("a-1", RULE).refusal(1, 1, 0).code is Code.APPROVAL_REQUIRED
+    assert label("pii") is label("pii")
+    assert (label("pii").kind, label("pii").key) == (Kind.RUN, "label/pii:calls:run:0")
     rule = Limit("flow", "flow/0", 0, RULE, after=("pii", "untrusted"))
     refused = rule.refusal(1, 0, 0, "pii by crm/get (decision d1)")
     assert (refused.code, refused.rule, refused.retry_after) == (Code.FLOW_FORBIDDEN, RULE, 0)
