@@ -14,6 +14,7 @@ from typing import Any
 
 from broker import clock
 from broker.dataplane.compile import bootstrap, resources
+from broker.dataplane.proto import in_json
 from broker.dataplane.site import Site
 from broker.manifest.load import load
 from broker.pki import PlatformCA
@@ -85,7 +86,7 @@ def bare(manifests: Path, folder: Path, proxy: int, base_url: int) -> tuple[dict
     made = resources(snapshot, site, certificates)
     routes = {each.to_dict()["name"]: _without(each.to_dict(), "typedPerFilterConfig") for each in made.routes}
     static = {
-        "clusters": [each.to_dict() for each in made.clusters],
+        "clusters": [in_json(each) for each in made.clusters],
         "listeners": [_bare_listener(each.to_dict(), routes) for each in made.listeners],
     }
     return {"staticResources": static, "bootstrapExtensions": bootstrap(site).to_dict()["bootstrapExtensions"]}, root

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import costs, envoys, world
+from benchmarks import costs, cut, envoys, world
 from benchmarks.load import Load
 from broker.supervisor import envoy_binary, envoy_version
 from tests import stack
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     with _cells(seconds) as cells:
         rows = measure(cells, rounds)
     inside = {"costs": costs.measure(quick=given.quick), "kept": costs.kept(quick=given.quick)}
-    found = {"machine": machine, "calls": rows, **inside}
+    found = {"machine": machine, "calls": rows, **inside, "cut": cut.measure(quick=given.quick)}
     print(json.dumps(found) if given.json else table(found))
 
 
@@ -204,6 +204,12 @@ def table(found: dict[str, Any]) -> str:
         "",
         *_heading("kept in the processor", "bytes"),
         *(f"| {each['name']} | {each['bytes']:,} |" for each in found["kept"]),
+        "",
+        *_heading("from a revocation to the last byte at", "streams", "p50", "p99", "most"),
+        *(
+            f"| {each['name']} | {each['streams']} | {each['p50_s']:.3f} s | {each['p99_s']:.3f} s | {each['most_s']:.3f} s |"
+            for each in found["cut"]
+        ),
     ]
     return "\n".join(lines)
 
