@@ -50,6 +50,7 @@ def wikis() -> Iterator[SimpleNamespace]:
         stack.tool("plain", f"http://127.0.0.1:{plain.port}/mcp", WIKI, protocol="mcp", upstream=LOOPBACK),
         stack.tool("secure", f"https://localhost:{secure.port}/mcp", WIKI, protocol="mcp", upstream=trusted),
         stack.agent("reader", {"plain": granted, "secure": granted}),
+        stack.agent("asking", {"plain": {"operations": {"search_pages": {"approval": {"approvers": 1}}, "read_page": {}}}}),
     )
     broker = stack.Broker(folder / "manifests", folder / "state")
     yield SimpleNamespace(broker=broker, plain=plain, secure=secure, granted=GRANTED)

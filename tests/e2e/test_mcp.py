@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 import httpx2
 import pytest
+import stack
 from e2e.wiki import PATIENCE_S
 from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
@@ -233,6 +234,27 @@ async def test_a_denied_method_is_an_error_of_json_rpc_and_leaves_the_session_us
     assert (caught.value.error.code, caught.value.error.data["code"]) == (-32010, "operation_not_declared")
     assert text(allowed) == "home as in eu"
     assert "resources/list" not in [each.json()["method"] for each in wiki.arrived if each.method == "POST"]
+
+
+async def test_a_call_that_waits_for_a_person_says_how_to_go_on_and_passes_once_when_it_is_made_again(wikis, revision):
+    asking = {"headers": {"x-broker-token": wikis.broker.token("asking")}}
+    arguments = {"query": f"refunds {revision}"}
+    async with httpx2.AsyncClient(**asking, timeout=2 * PATIENCE_S) as http:
+        transport = streamable_http_client(f"{wikis.broker.base_url}/plain", http_client=http)
+        async with Client(transport, mode="legacy" if revision in HANDSHAKES else "auto") as client:
+            waits = await client.call_tool("search_pages", arguments)
+            problem = json.loads(text(waits))
+            assert (waits.is_error, problem["code"]) == (True, "approval_required")
+            assert any("make exactly this call again" in step for step in problem["next_steps"])
+            approval = problem["approval"]["id"]
+            verb = [*stack.BROKER, "approvals", "approve", approval, "--state", str(wikis.broker.state)]
+            await anyio.run_process(verb)
+            changed = json.loads(text(await client.call_tool("search_pages", {"query": "charges"})))
+            assert changed["approval"]["id"] != approval
+            passed = await client.call_tool("search_pages", arguments)
+            assert not passed.is_error
+            assert (await client.call_tool("search_pages", arguments)).is_error
+    assert [call["arguments"] for call in wikis.plain.called()] == [arguments]
 
 
 async def test_the_list_shows_what_is_granted_and_nothing_else(wikis, revision, door):

@@ -101,10 +101,11 @@ def test_agents_show_tells_each_limit_with_what_is_left_of_it(place):
 
 def test_agents_list_names_each_agent_and_what_it_used_today(place):
     assert json.loads(agents(place, "list", "--json").stdout)["agents"] == [
-        {"name": "bot", "owner": "team-test", "tools": ["dead", "plain", "scarce"], "tokens": None, "usd": 0.0},
-        {"name": "idle", "owner": "team-test", "tools": [], "tokens": None, "usd": None},
+        {"name": "bot", "owner": "team-test", "tools": ["dead", "plain", "scarce"], "standing": [], "tokens": None, "usd": 0.0},
+        {"name": "idle", "owner": "team-test", "tools": [], "standing": [], "tokens": None, "usd": None},
     ]
-    assert agents(place, "list").stdout.splitlines()[0].split() == ["NAME", "OWNER", "TOKENS", "TODAY", "USD", "TODAY", "TOOLS"]
+    head = agents(place, "list").stdout.splitlines()[0]
+    assert head.split() == ["NAME", "OWNER", "STANDING", "TOKENS", "TODAY", "USD", "TODAY", "TOOLS"]
 
 
 def test_an_agent_that_no_manifest_names_is_wrong_usage(place):
