@@ -246,6 +246,8 @@ class Containment:
                 self.approvals.hear(Asked.read(notice["asked"]), Vote(**vote))
             case "used":
                 self.approvals.use(notice["of"])
+            case _:  # an end, which each broker sees for itself
+                return
         self._notices[notice["id"]] = document
 
     def _enforce(self, notice: Notice) -> None:

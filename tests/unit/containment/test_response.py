@@ -287,6 +287,7 @@ def test_what_is_over_is_recorded_let_go_and_taken_out_of_what_others_are_told()
     broker.held.sweep()
     assert broker.events()[-1] == ("approval", "bot", f"{id_} expired")
     assert id_ in broker.held.notices
+    assert f"e-{id_}" not in broker.restarted().held.notices, "each broker sees that for itself"
     broker.now += 86_400
     broker.held.sweep()
     assert (broker.over, list(broker.held.notices)) == ([id_], [broker.held.standing.of("other")[0].id])
