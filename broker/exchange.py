@@ -257,10 +257,10 @@ class Exchange:
         return who if isinstance(who, Decision) else None
 
     def _consume(self) -> bool:
-        """Whether the approval, if the call has one, is written down as used."""
+        """Whether the approvals, if the call has any, are written down as used."""
         try:
-            if self._asking and self._asking.approved:
-                self._case.services.containment.use(self._asking.approved)
+            for asked in self._asking.approved if self._asking else ():
+                self._case.services.containment.use(asked)
         except AuditUnavailable as error:
             log.error("decision %s: its approval can't be used: %s", self._case.attempt.decision_id, error)  # noqa: TRY400
             return False

@@ -324,9 +324,9 @@ class Containment:
 
     # Approvals of calls.
 
-    def approved(self, binding: tuple[str, ...]) -> Asked | None:
-        """The approval by which this call may pass, once."""
-        found = self.approvals.found(binding, self._around.now())
+    def approved(self, binding: tuple[str, ...], need: Approval) -> Asked | None:
+        """The approval by which this call may pass what needs it, once."""
+        found = self.approvals.found(binding, need, self._around.now())
         return found[0] if found and found[1] == "approved" else None
 
     def use(self, asked: Asked) -> None:
@@ -336,7 +336,7 @@ class Containment:
     def ask(self, refused: Decision, need: Approval, binding: tuple[str, ...], shown: Mapping[str, Any]) -> Decision:
         """Ask people about a call; the denial that it gets meanwhile, or since they said no."""
         now = self._around.now()
-        asked, status = self.approvals.found(binding, now) or (None, "")
+        asked, status = self.approvals.found(binding, need, now) or (None, "")
         if asked and status == "rejected":
             told = self.approvals.described(asked, now)
             return deny(Code.APPROVAL_REJECTED, f"people were asked ({asked.id}) and said no", rule=need.rule, approval=told)

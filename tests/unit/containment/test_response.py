@@ -233,11 +233,11 @@ def test_asking_approving_using_and_asking_again():
         True,
     )
     assert ask(broker).approval["id"] == id_
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert broker.held.vote(id_, ANN, "fine", approves=True)["status"] == "approved"
-    asked = broker.held.approved(BINDING)
+    asked = broker.held.approved(BINDING, NEED)
     broker.held.use(asked)
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert ask(broker).approval["id"] != id_
     assert [detail for event, _, detail in broker.events()] == [f"{id_} approved by ann: fine", f"{id_} used"]
     assert [(alert.kind, alert.severity) for alert in broker.alerts] == [("approval", Severity.LOW)] * 2
@@ -248,10 +248,10 @@ def test_an_answer_survives_a_restart_and_so_does_its_use_and_what_only_waits_do
     ask(broker, waits := (*BINDING[:3], "other", BINDING[4]))
     id_ = ask(broker).approval["id"]
     broker.held.vote(id_, ANN, "", approves=True)
-    assert broker.restarted().held.approved(BINDING).id == id_
-    assert broker.restarted().held.approvals.found(waits, NOW) is None
-    broker.held.use(broker.held.approved(BINDING))
-    assert broker.restarted().held.approved(BINDING) is None
+    assert broker.restarted().held.approved(BINDING, NEED).id == id_
+    assert broker.restarted().held.approvals.found(waits, NEED, NOW) is None
+    broker.held.use(broker.held.approved(BINDING, NEED))
+    assert broker.restarted().held.approved(BINDING, NEED) is None
 
 
 def test_a_no_is_told_with_its_approval():
