@@ -44,9 +44,10 @@ class Asked:
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> "Asked":
-        """From its JSON."""
-        known = {**document, "binding": tuple(document["binding"]), "groups": tuple(document["groups"])}
-        return cls(**known)
+        """From its JSON. Raises `KeyError`, `TypeError` or `ValueError`."""
+        lists = {name: tuple(document[name]) for name in ("binding", "groups")}
+        numbers = {"approvers": int(document["approvers"]), **{name: float(document[name]) for name in ("at", "expires")}}
+        return cls(**{**document, **lists, **numbers})
 
     @property
     def agent(self) -> str:
