@@ -116,10 +116,10 @@ class Containment:
         return new
 
     def inspect(self, about: Attempt, head: bytes, body: bytes) -> tuple[Finding, ...]:
-        """What a request holds that it should not: in its `head` (path, query, values of headers) or `body`."""
+        """What a request holds that it should not: in its `head` (path, query, headers) or `body`."""
         ours = self._injected.get(about.agent["name"], ())
         for where, text in (("its path, query or headers", head), ("its body", body)):
-            shown = any(each.scan(text, last=True)[1] for each in ours)
+            shown = any(each.shown(text) for each in ours)
             seen = Detector.CREDENTIAL_IN_REQUEST if shown else self._standards.contents.seen((text,))
             # A head often holds a credential of the agent's own, which is taken off.
             if seen and (text is body or seen is not Detector.SECRET_IN_REQUEST):

@@ -1,21 +1,28 @@
 """Ways around containment that were tried, by agents and by other brokers, against the real parts without a network."""
 
+import asyncio
 import json
+import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from starlette.applications import Starlette
 
+from broker.admin.api import acting
+from broker.audit.record import Attempt
 from broker.containment.response import Containment, Surroundings
-from broker.events import RequestBody, RequestHead, ResponseHead, Send, Services
+from broker.credentials.scrub import Scrubber
+from broker.events import Cut, RequestBody, RequestHead, ResponseHead, Send, Services
 from broker.exchange import Exchange
 from broker.identity import Evidence, Person, TokenAuthority
 from broker.ledger.memory import MemoryLedger
 from broker.manifest.load import load_texts
 from broker.metrics import Metrics
 from broker.policy.agreement import Wire
+from broker.policy.containment import Detector
 from broker.policy.types import Door, Request
 from broker.protocols.base import Reply
 from broker.protocols.registry import ADAPTERS
@@ -126,3 +133,65 @@ def test_the_word_of_a_wider_circle_does_not_lift_a_rule_that_asks_a_narrower_on
     asked = call(services)
     approve(services, asked, ANN, BOB)
     assert call(services)["code"] == "flow_forbidden"
+
+
+# Requests that show what they must not.
+
+
+@pytest.mark.parametrize(
+    "header", [("x-decoy-0123456789abcdef", "1"), ("accept", "decoy-0123456789abcdef")], ids=["in its name", "in its value"]
+)
+def test_a_decoy_is_found_in_all_of_a_header(header):
+    services = broker()
+    assert call(services, "GET", "/bank/pages", header)["code"] == "agent_revoked"
+
+
+def test_looking_for_a_credential_takes_no_longer_where_a_request_is_made_of_its_beginning():
+    value = "eyJhbGciOiJSUzI1NiJ9." + "x" * 800
+    credential = Scrubber((value, f"Bearer {value}"))
+    body = b"eyJhbGci" * 524_288
+    began = time.perf_counter()
+    assert not credential.shown(body)
+    assert time.perf_counter() - began < 0.1
+    assert credential.shown(body + value.encode())
+
+
+def test_a_credential_that_is_made_anew_pushes_no_other_out():
+    held = broker().containment
+    assert held.injected("bot", Scrubber(["of-one-tool-0123456789"]))
+    assert held.injected("bot", Scrubber(["of-another-0123456789"]))
+    for _ in range(20):
+        assert not held.injected("bot", Scrubber(["of-another-0123456789"]))
+    about = Attempt("d", "rev", {"name": "bot"})
+    [finding] = held.inspect(about, b"", b"of-one-tool-0123456789")
+    assert finding.rule.detector is Detector.CREDENTIAL_IN_REQUEST
+
+
+# Tunnels.
+
+
+def test_a_tunnel_that_is_nobodys_is_not_opened():
+    """Nor would a call go on that got an answer without having been asked about."""
+    services = broker()
+    assert Exchange(services).handle(ResponseHead(200, (), "via_upstream", has_body=False)) == Cut()
+
+
+# The admin API.
+
+
+@pytest.mark.parametrize("body", [b"[" * 60_000, b"x" * 2_000_000], ids=["deep", "long"])
+def test_nobody_can_fill_the_memory_or_break_the_parser_over_tcp(body):
+    routes = acting({"POST /agents/{name}/revoke": lambda *_: {}}, lambda *_: None)
+    status, sizes = [], iter([body[at : at + 65_536] for at in range(0, len(body), 65_536)])
+    scope = {"type": "http", "method": "POST", "path": "/agents/x/revoke", "query_string": b"", "headers": []}
+
+    async def receive():
+        chunk = next(sizes, b"")
+        return {"type": "http.request", "body": chunk, "more_body": bool(chunk)}
+
+    async def send(message):
+        status.append(message.get("status"))
+
+    asyncio.run(Starlette(routes=routes)(scope, receive, send))
+    assert status[0] in (400, 413)
+    assert (next(sizes, None) is None) is (len(body) < 100_000), "the rest is not read"
