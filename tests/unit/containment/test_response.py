@@ -1,5 +1,6 @@
 """What is done about an agent: recorded, told to other brokers, in force, undone. The outside is lists."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -235,11 +236,11 @@ def test_asking_approving_using_and_asking_again():
         True,
     )
     assert ask(broker).approval["id"] == id_
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert broker.held.vote(id_, ANN, "fine", approves=True)["status"] == "approved"
-    asked = broker.held.approved(BINDING)
+    asked = broker.held.approved(BINDING, NEED)
     broker.held.use(asked)
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert ask(broker).approval["id"] != id_
     assert [detail for event, _, detail in broker.events()] == [f"{id_} approved by ann: fine", f"{id_} used"]
     assert [(alert.kind, alert.severity) for alert in broker.alerts] == [("approval", Severity.LOW)] * 2
@@ -250,10 +251,10 @@ def test_an_answer_survives_a_restart_and_so_does_its_use_and_what_only_waits_do
     ask(broker, waits := (*BINDING[:3], "other", BINDING[4]))
     id_ = ask(broker).approval["id"]
     broker.held.vote(id_, ANN, "", approves=True)
-    assert broker.restarted().held.approved(BINDING).id == id_
-    assert broker.restarted().held.approvals.found(waits, NOW) is None
-    broker.held.use(broker.held.approved(BINDING))
-    assert broker.restarted().held.approved(BINDING) is None
+    assert broker.restarted().held.approved(BINDING, NEED).id == id_
+    assert broker.restarted().held.approvals.found(waits, NEED, NOW) is None
+    broker.held.use(broker.held.approved(BINDING, NEED))
+    assert broker.restarted().held.approved(BINDING, NEED) is None
 
 
 def test_a_no_is_told_with_its_approval():
@@ -293,3 +294,80 @@ def test_what_is_over_is_recorded_let_go_and_taken_out_of_what_others_are_told()
     broker.now += 86_400
     broker.held.sweep()
     assert (broker.over, list(broker.held.notices)) == ([id_], [broker.held.standing.of("other")[0].id])
+
+
+# What was tried against it.
+
+
+def test_a_revocation_that_a_full_disk_did_not_take_is_recorded_when_there_is_room_and_survives_a_restart():
+    broker = Broker()
+    broker.records.full = True
+    with pytest.raises(AuditUnavailable):
+        broker.held.revoke("bot", None, "it lies", "jo")
+    broker.held.sweep()
+    broker.records.full = False
+    broker.held.sweep()
+    broker.held.sweep()
+    assert [event for event, *_ in broker.events()] == ["revocation"]
+    assert broker.restarted().view().revoked == "it lies (by jo)"
+
+
+def test_an_issuer_that_can_not_drop_a_lease_keeps_no_revocation_from_the_record_nor_from_other_brokers():
+    peer = Broker("p")
+    broker = Broker(peers=[peer])
+    broker.held._around = replace(broker.held._around, drop_leases=lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broker.held.revoke("bot", None, "it lies", "jo")
+    assert peer.view().revoked == broker.restarted().view().revoked == "it lies (by jo)"
+
+
+ASKED = {"id": "a-9", "binding": ["bot"], "approvers": 1, "groups": [], "at": NOW, "expires": NOW + 9, "why": "", "shown": {}}
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        pytest.param({"kind": "release", "of": 5}, id="a release of nothing"),
+        pytest.param({"kind": "asked", "asked": {**ASKED, "expires": "soon"}}, id="a question without an end"),
+        pytest.param({"kind": "asked", "asked": {**ASKED, "approvers": "all"}}, id="a question to nobody knows how many"),
+        pytest.param({"kind": "used", "of": "a-9", "expires": "soon"}, id="an end that is no time"),
+        pytest.param({"kind": "vote", "asked": {**ASKED, "binding": []}, "vote": {}}, id="a vote without a call"),
+        pytest.param({"kind": "tokens", "agent": ["bot"], "at": NOW}, id="an agent that is none"),
+        pytest.param({"kind": "restriction", "id": "r-2"}, id="half a restriction"),
+        pytest.param({"kind": "tokens", "agent": "q", "at": 0, "id": "r-n1", "by": ""}, id="one in another's place"),
+    ],
+)
+def test_what_another_broker_says_in_a_wrong_form_changes_nothing_and_holds_up_nothing(malformed):
+    broker, teller = Broker(), Broker("p")
+    broker.held.revoke("bot", None, "it lies", "jo")
+    before = dict(broker.held.notices)
+    teller.held.revoke("other", None, "it lies too", "al")
+    documents = {"x": orjson.dumps({"id": "x", **malformed}), "list": b"[]", **teller.held.notices}
+    broker.held.learn(documents)
+    assert (broker.view().revoked, broker.view("other").revoked) == ("it lies (by jo)", "it lies too (by al)")
+    assert broker.held.notices == {**before, **teller.held.notices}
+    ask(broker)
+    broker.now += 10**6
+    broker.held.sweep()
+
+
+def test_questions_that_are_over_do_not_pile_up_however_fast_they_end():
+    broker, need = Broker(), Approval("r#", expires=60)
+    for minute in range(60):
+        for number in range(MOST_WAITING):
+            broker.held.ask(REFUSED, need, (*BINDING[:3], f"{minute}/{number}", BINDING[4]), {"body": "x" * 65_536})
+        broker.now += 60
+        broker.held.sweep()
+    assert len(broker.held.notices) <= 3 * MOST_WAITING
+
+
+def test_what_is_over_before_a_restart_is_neither_told_nor_recorded_again():
+    broker = Broker()
+    broker.held.vote(ask(broker).approval["id"], ANN, "", approves=True)
+    broker.now += 3600
+    broker.held.sweep()
+    again = Broker()
+    again.now = broker.now
+    again.held.replay(broker.records)
+    again.held.sweep()
+    assert (again.held.notices, again.records) == ({}, [])
