@@ -1,7 +1,7 @@
 """What people have to say of one call: who is asked, about what exactly, and what they said.
 
-Law: their word binds what the request says: method, URL, content type and body, byte for byte; of an MCP message, all but its ID
-and progress token, which differ with each try.
+Law: their word binds what the request says: method, URL, headers and body, byte for byte. Left out is what differs with each try
+and means nothing: of the headers those in `_INCIDENTAL`, of an MCP message its ID and progress token.
 """
 
 import base64
@@ -18,44 +18,51 @@ from broker.policy.limits import Limit, once
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.types import Code, Decision, Effect, Request, ToolCall, deny
 
+_INCIDENTAL = frozenset(
+    {
+        "host", "connection", "content-length", "transfer-encoding", "user-agent", "accept", "accept-encoding", "content-type",
+        "traceparent", "tracestate", "baggage", "x-request-id", "mcp-session-id", "idempotency-key",
+    }
+)  # fmt: skip
+"""Headers that name neither what is done nor to whom; the content type stands by itself."""
+
 
 class Asking:
-    """One call that may be let go. `approved` is the approval by which it goes; `refusal` is there if it can't go without one."""
+    """One call that may be let go. `approved` are the approvals by which it goes; `refusal` is there if it can't without one."""
 
     def __init__(self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes) -> None:  # noqa: PLR0913, PLR0917 - all that people judge
         self._case, self._tool, self._call, self._request, self._sent = case, tool, call, request, sent
         effect = Effect(case.attempt.effect) if call.operation is not None else None
         self._need = approval_for(agent, call, effect, case.view(agent.name))
         self._agent = agent
-        self.approved: Asked | None = None
+        self.approved: tuple[Asked, ...] = ()
         self.refusal: Decision | None = None
 
     def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-        """What the call is held to: with an approval, to that, and not to the flow rules that it lifts."""
-        if self._need is None and not any(limit.unless for limit in limits):
+        """What the call is held to: to the approvals that it has, and not to the flow rules that these lift."""
+        needs = [need for need in (self._need, *(limit.unless for limit in limits)) if need]
+        if not needs:
             return limits
-        self.approved = self._case.services.containment.approved(self._binding)
-        if self.approved:
-            self._case.note(approval=self.approved.id)
-            return (once(self.approved.id, self._rule), *(limit for limit in limits if not limit.unless))
-        if self._need:
+        approved, binding = self._case.services.containment.approved, self._binding
+        given = {need.rule: asked for need in needs if (asked := approved(binding, need))}
+        used = {asked: once(asked.id, rule) for rule, asked in given.items()}
+        self.approved = tuple(used)
+        self._case.note(approval=", ".join(asked.id for asked in self.approved))
+        if self._need and self._need.rule not in given:
             what = f"{self._tool.name}/{self._call.operation} waits for a human's approval"
             held = f", since the agent is {self._need.rule}" if self._need.rule.startswith("held: ") else ""
             rule = "" if held else self._need.rule
             self.refusal = self._asked(self._need, deny(Code.APPROVAL_REQUIRED, what + held, rule=rule))
-        return limits
+        held_to = (limit for limit in limits if limit.unless is None or limit.unless.rule not in given)
+        return (*used.values(), *held_to)
 
     def ask(self, limit: Limit, refusal: Decision) -> Decision:
         """The denial of a call that this limit refused: people are asked where they may lift it."""
         if limit.unless:
             return self._asked(limit.unless, refusal)
-        if limit.word == "approval" and self.approved:
-            return deny(Code.APPROVAL_REQUIRED, f"the approval {self.approved.id} was used by another call", rule=limit.rule)
+        if limit.word == "approval":
+            return deny(Code.APPROVAL_REQUIRED, f"the {limit.scope.replace('/', ' ')} was used by another call", rule=limit.rule)
         return refusal
-
-    @property
-    def _rule(self) -> str:
-        return self._need.rule if self._need else ""
 
     def _asked(self, need: Approval, refusal: Decision) -> Decision:
         if len(self._sent) > MOST_SHOWN:
@@ -69,9 +76,15 @@ class Asking:
     def _binding(self) -> tuple[str, ...]:
         about, request = self._case.attempt, self._request
         exact = self._sent if self._call.exact is None else canonical(self._call.exact)
-        said = (request.method, request.path, request.query, request.header("content-type") or "")
+        said = (request.method, request.path, request.query, request.header("content-type") or "", self._headers)
         whole = hashlib.sha256(canonical(said) + exact).hexdigest()
         return self._agent.name, about.run_id, f"{self._tool.name}/{self._call.operation}", whole, about.revision
+
+    @property
+    def _headers(self) -> list[tuple[str, str]]:
+        """Those that may say what is done, or to whom."""
+        retried = self._tool.operations[self._call.operation or ""].idempotency
+        return [pair for pair in self._request.headers if pair[0] not in _INCIDENTAL and pair[0] != retried]
 
     @property
     def _shown(self) -> Mapping[str, Any]:
@@ -87,6 +100,7 @@ class Asking:
             "method": request.method,
             "url": f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}",
             "content_type": request.header("content-type") or "",
+            "headers": {name: ", ".join(self._request.all(name)) for name, _ in self._headers},
             "params": dict(self._call.params),
             "body": _text(self._sent),
             "decision_id": about.decision_id,

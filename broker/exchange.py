@@ -118,9 +118,10 @@ class Exchange:
         """What comes without a request of its own: a tunnel was opened, or Envoy gave an answer before it asked."""
         if not isinstance(event, ResponseHead):
             return Pass()
-        if event.agent and event.details == _VIA_UPSTREAM:
+        if event.details == _VIA_UPSTREAM:
             self._enter(event.agent, None)
-            return Cut() if self._case.services.containment.standing.view(event.agent, None).revoked else Pass()
+            revoked = self._case.services.containment.standing.view(event.agent, None).revoked
+            return Pass() if event.agent and not revoked else Cut()
         named = any(name == _DECISION_HEADER for name, _ in event.headers)
         return Pass() if named else Mark(self._case.attempt.decision_id)
 
@@ -243,7 +244,7 @@ class Exchange:
     def _inspect(self, head: RequestHead, body: bytes) -> Decision | None:
         """Look through all that the request holds, as it was sent; the denial, if it revokes its own agent."""
         request, case = head.request, self._case
-        said = (value for name, value in request.headers if name not in _PROOFS)
+        said = (f"{name}: {value}" for name, value in request.headers if name not in _PROOFS)
         whole = "\n".join((request.path, request.query, *said)).encode("latin-1", "replace")
         if not (findings := case.services.containment.inspect(case.attempt, whole, body)):
             return None
@@ -257,10 +258,10 @@ class Exchange:
         return who if isinstance(who, Decision) else None
 
     def _consume(self) -> bool:
-        """Whether the approval, if the call has one, is written down as used."""
+        """Whether the approvals, if the call has any, are written down as used."""
         try:
-            if self._asking and self._asking.approved:
-                self._case.services.containment.use(self._asking.approved)
+            for asked in self._asking.approved if self._asking else ():
+                self._case.services.containment.use(asked)
         except AuditUnavailable as error:
             log.error("decision %s: its approval can't be used: %s", self._case.attempt.decision_id, error)  # noqa: TRY400
             return False

@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -42,6 +42,8 @@ def public(
     )
 
 
+_LONGEST = 65_536  # bytes of a body
+
 Act = Callable[[Mapping[str, str], Mapping[str, Any], Person], Any]
 """What the path names, what the body says, and who asks → a document, at once or awaited."""
 
@@ -54,12 +56,9 @@ def acting(acts: Mapping[str, Act], person: Callable[[Request, Mapping[str, Any]
 
     def route(where: str, act: Act) -> Route:
         async def endpoint(request: Request) -> Response:
-            try:
-                said = json.loads(await request.body() or b"{}")
-            except ValueError:
-                said = None
+            said = await _said(request)
             if not isinstance(said, dict):
-                return JSONResponse({"error": "the body is no JSON object"}, 400)
+                return JSONResponse({"error": f"the body is no JSON object of at most {_LONGEST} bytes"}, 400)
             who = person(request, said)
             if who is None:
                 words = {
@@ -80,6 +79,17 @@ def acting(acts: Mapping[str, Act], person: Callable[[Request, Mapping[str, Any]
         return Route(path, endpoint, methods=[method])
 
     return [route(where, act) for where, act in acts.items()]
+
+
+async def _said(request: Request) -> Any:
+    """What the body says, None where it is too long or no JSON. Nobody knows yet who says it."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LONGEST:
+            return None
+    with contextlib.suppress(ValueError):
+        return orjson.loads(body or b"{}")
 
 
 def _answering(answers: Mapping[str, Callable[[], Any]]) -> list[Route]:

@@ -27,7 +27,7 @@ def list_(*, every: bool, state: Path, as_json: bool) -> None:
     """List the calls that wait, with exactly what will be sent.
 
     With --json: approvals [{id, status, approvers, approved_by, rejected_by, groups, asked, expires, why, agent, owner, run_id,
-    operation, effect, method, url, content_type, params, body, decision_id}]; times in seconds since the epoch.
+    operation, effect, method, url, content_type, headers, params, body, decision_id}]; times in seconds since the epoch.
     """
     found = _answer(state, "GET", "/approvals")["approvals"]
     shown = [each for each in found if every or each["status"] == "waiting"]
@@ -92,4 +92,5 @@ def described(each: dict[str, Any]) -> Iterator[str]:
         "type": each["content_type"],
     }
     yield from (f"  {word:<7}{value}" for word, value in named.items() if value)
+    yield from (f"  {'with':<7}{name}: {value}" for name, value in each["headers"].items())
     yield from (f"  {'' if number else 'body':<7}{line}" for number, line in enumerate(each["body"].splitlines()))

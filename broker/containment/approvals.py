@@ -5,6 +5,7 @@ one call: the ledger consumes it in the step in which it reserves, whoever asks 
 before an agent was revoked is asked anew. Nothing here reads a clock; documents come in any order and any number of times.
 """
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,14 +44,20 @@ class Asked:
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> "Asked":
-        """From its JSON."""
-        known = {**document, "binding": tuple(document["binding"]), "groups": tuple(document["groups"])}
-        return cls(**known)
+        """From its JSON. Raises `KeyError`, `TypeError` or `ValueError`."""
+        lists = {name: tuple(document[name]) for name in ("binding", "groups")}
+        numbers = {"approvers": int(document["approvers"]), **{name: float(document[name]) for name in ("at", "expires")}}
+        return cls(**{**document, **lists, **numbers})
 
     @property
     def agent(self) -> str:
         """Who wants to call."""
         return self.binding[0]
+
+    def suffices(self, need: Approval) -> bool:
+        """Whether at least as many are asked as `need` wants, and nobody outside its groups."""
+        among = not need.groups or (bool(self.groups) and need.groups.issuperset(self.groups))
+        return self.approvers >= need.approvers and among
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,12 @@ class Vote:
     approves: bool
     reason: str
     at: float
+
+    @property
+    def person(self) -> str:
+        """Who that is, however the name is written: people say it themselves where no token does."""
+        name = unicodedata.normalize("NFKC", self.by).casefold()
+        return "".join(char for char in name if char.isprintable() and not char.isspace())
 
 
 class Refusal(ValueError):
@@ -86,7 +99,7 @@ class Approvals:
     def hear(self, asked: Asked, vote: Vote) -> None:
         """A vote counts; one person has one, the first."""
         self.ask(asked)
-        self._votes.setdefault(vote.of, {}).setdefault(vote.by, vote)
+        self._votes.setdefault(vote.of, {}).setdefault(vote.person, vote)
 
     def use(self, approval_id: str) -> None:
         """It is consumed."""
@@ -119,10 +132,14 @@ class Approvals:
             return "expired"
         return "approved" if len(votes) >= asked.approvers else "waiting"
 
-    def found(self, binding: tuple[str, ...], now: float) -> tuple[Asked, str] | None:
-        """What was asked about exactly this, and how it stands; of several, what helps most."""
-        same = [(each, self.status(each, now)) for each in self._asked.values() if each.binding == binding]
-        for wanted in ("approved", "rejected", "waiting"):
+    def found(self, binding: tuple[str, ...], need: Approval, now: float) -> tuple[Asked, str] | None:
+        """What was asked about exactly this of all whom `need` wants, and how it stands.
+
+        A no goes before all else, whomever it was asked of and by which broker.
+        """
+        told = [(each, self.status(each, now)) for each in self._asked.values() if each.binding == binding]
+        same = [each for each in told if each[1] == "rejected" or each[0].suffices(need)]
+        for wanted in ("rejected", "approved", "waiting"):
             if match := next((each for each in same if each[1] == wanted), None):
                 return match
         return None
@@ -141,7 +158,7 @@ class Approvals:
         status, votes = self.status(asked, now), self._votes.get(approval_id, {})
         if status != "waiting" and not (status == "approved" and not vote.approves):
             raise Refusal(f"it is {status} already")
-        if vote.by in votes:
+        if vote.person in votes:
             raise Refusal(f"{vote.by} has said so already; another person must")
         if vote.approves and asked.groups and not set(asked.groups) & set(vote.groups):
             raise Refusal(f"only people in {' or '.join(asked.groups)} may approve this; use an operator token that says so")

@@ -8,6 +8,7 @@ must not protect an agent. People hear of it last, and nobody waits for that.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 Notice = Mapping[str, Any]
 
 _INJECTED = 8  # credentials of one agent that are looked for in its requests, the latest; each takes a pass over the body
-_KEPT_S = 86_400.0  # how long an ended approval is remembered, so that a late notice doesn't revive it
+_KEPT_S = 60.0  # how long a notice is kept after its end, which brokers' clocks may see at different times
 _SEVERITY = {Action.ALERT: Severity.MEDIUM, Action.READ_ONLY: Severity.HIGH, Action.HOLD: Severity.HIGH}
 _DONE = {
     Action.READ_ONLY: "it may only read until it is released",
@@ -83,6 +84,7 @@ class Containment:
         self.standing, self.open, self.approvals = Standing(), OpenCalls(), Approvals()
         self._standards = Standards()
         self._notices: dict[str, bytes] = {}
+        self._unrecorded: list[tuple[Notice, str]] = []
         self._injected: dict[str, list[Scrubber]] = {}
 
     def apply_policy(self, snapshot: PolicySnapshot, decoys: tuple[str, ...]) -> None:
@@ -114,10 +116,10 @@ class Containment:
         return new
 
     def inspect(self, about: Attempt, head: bytes, body: bytes) -> tuple[Finding, ...]:
-        """What a request holds that it should not: in its `head` (path, query, values of headers) or `body`."""
+        """What a request holds that it should not: in its `head` (path, query, headers) or `body`."""
         ours = self._injected.get(about.agent["name"], ())
         for where, text in (("its path, query or headers", head), ("its body", body)):
-            shown = any(each.scan(text, last=True)[1] for each in ours)
+            shown = any(each.shown(text) for each in ours)
             seen = Detector.CREDENTIAL_IN_REQUEST if shown else self._standards.contents.seen((text,))
             # A head often holds a credential of the agent's own, which is taken off.
             if seen and (text is body or seen is not Detector.SECRET_IN_REQUEST):
@@ -198,30 +200,31 @@ class Containment:
         """Apply it, record it, and tell the other brokers. Raises `AuditUnavailable` where it holds but is not recorded."""
         document = orjson.dumps(notice)
         self._apply(notice, document)
-        self._enforce(notice)
-        self._around.share(notice["id"], document)
-        self._record(notice)
+        try:
+            self._enforce(notice)
+        finally:
+            self._around.share(notice["id"], document)
+            self._record(notice)
 
     def learn(self, documents: Mapping[str, bytes]) -> None:
         """What other brokers say; what is known already does nothing."""
         for notice_id in documents.keys() - self._notices.keys():
             try:
-                notice = orjson.loads(documents[notice_id])
+                notice = _read(notice_id, documents[notice_id])
                 self._apply(notice, documents[notice_id])
                 self._enforce(notice)
-            except (ValueError, LookupError, TypeError):
-                log.exception("the notice %r of another broker can't be read", notice_id)
-                continue
-            try:
                 self._record(notice, ", as another broker says")
             except AuditUnavailable as error:
                 log.error("a notice of another broker is not in the record: %s", error)  # noqa: TRY400
+            except Exception:  # whatever is wrong with this one, the others hold
+                log.exception("the notice %r of another broker can't be followed", notice_id)
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Apply the notices in an audit log, in order."""
+        """Apply the notices in an audit log, in order, but for those that are over."""
+        now = self._around.now()
         for record in records:
-            if notice := record.get("notice"):
-                self._apply(notice, orjson.dumps(notice))
+            if (notice := record.get("notice")) and _ends(document := orjson.dumps(notice)) > now:
+                self._apply(notice, document)
 
     @property
     def notices(self) -> Mapping[str, bytes]:
@@ -275,7 +278,18 @@ class Containment:
             return
         event, agent, what = words
         record = notice_record(event, self._around.now(), self._around.mono_ns(), self._who(agent), f"{what}{more}", notice)
-        self._around.audit.append(record)
+        try:
+            self._around.audit.append(record)
+        except AuditUnavailable:
+            self._unrecorded.append((notice, more))
+            raise
+
+    def _catch_up(self) -> None:
+        """Record what could not be recorded when it was done, or a restart would undo it."""
+        owed, self._unrecorded = self._unrecorded, []
+        for notice, more in owed:
+            with suppress(AuditUnavailable):
+                self._record(notice, more)
 
     # What people do.
 
@@ -324,9 +338,9 @@ class Containment:
 
     # Approvals of calls.
 
-    def approved(self, binding: tuple[str, ...]) -> Asked | None:
-        """The approval by which this call may pass, once."""
-        found = self.approvals.found(binding, self._around.now())
+    def approved(self, binding: tuple[str, ...], need: Approval) -> Asked | None:
+        """The approval by which this call may pass what needs it, once."""
+        found = self.approvals.found(binding, need, self._around.now())
         return found[0] if found and found[1] == "approved" else None
 
     def use(self, asked: Asked) -> None:
@@ -336,7 +350,7 @@ class Containment:
     def ask(self, refused: Decision, need: Approval, binding: tuple[str, ...], shown: Mapping[str, Any]) -> Decision:
         """Ask people about a call; the denial that it gets meanwhile, or since they said no."""
         now = self._around.now()
-        asked, status = self.approvals.found(binding, now) or (None, "")
+        asked, status = self.approvals.found(binding, need, now) or (None, "")
         if asked and status == "rejected":
             told = self.approvals.described(asked, now)
             return deny(Code.APPROVAL_REJECTED, f"people were asked ({asked.id}) and said no", rule=need.rule, approval=told)
@@ -353,7 +367,8 @@ class Containment:
         return deny(code, f"{refused.detail}; approval {asked.id}", rule=refused.rule, approval=told)
 
     def sweep(self) -> None:
-        """Let go of what is over, and record what nobody answered or used."""
+        """Let go of what is over, and record what nobody answered or used, and what could not be recorded before."""
+        self._catch_up()
         now = self._around.now()
         for asked in self.approvals.forget(now):
             self._end(asked, "expired")
@@ -379,6 +394,15 @@ def _ends(document: bytes) -> float:
         return float("inf")
     notice = orjson.loads(document)
     return float(notice.get("expires") or notice["asked"]["expires"])
+
+
+def _read(notice_id: str, document: bytes) -> Notice:
+    """What another broker says. Raises where it could not be let go one day, or would take another's place."""
+    notice: Notice = orjson.loads(document)
+    _ends(document)
+    if notice["id"] != notice_id:
+        raise ValueError(f"it calls itself {notice['id']!r}")
+    return notice
 
 
 def _recorded(notice: Notice) -> tuple[str, str, str] | None:

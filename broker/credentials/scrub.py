@@ -117,6 +117,20 @@ class Scrubber:
         either = "|".join("".join(f"\\x{octet:02x}" for octet in head) for head in self._heads)
         self._suspicion = jsonschema_rs.Draft202012Validator({"pattern": either}, pattern_options=jsonschema_rs.RegexOptions())
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both find the same."""
+        return isinstance(other, Scrubber) and self._heads == other._heads
+
+    def __hash__(self) -> int:
+        """Of the beginnings of what is found."""
+        return hash(frozenset(self._heads))
+
+    def shown(self, data: bytes) -> bool:
+        """Whether a value stands in it, as `scan` finds it; at memory speed also where it is made of the beginnings of one."""
+        if not self._suspicion.is_valid(data.decode("latin-1")):
+            return False
+        return any(head in data and any(each in data for each in literals) for head, literals in self._heads.items())
+
     def header(self, value: str) -> tuple[str, int]:
         """A header's value without them, and how often one stood in it. The value is Latin-1, as it came."""
         clean, found, _ = self.scan(value.encode("latin-1", "replace"), last=True)

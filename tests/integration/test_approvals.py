@@ -50,6 +50,7 @@ def place():
         stack.tool("bank", f"http://127.0.0.1:{bank.port}", OPERATIONS, upstream=LOOPBACK),
         *(stack.agent(name, granted()) for name in ("teller", "clerk", "changing", "many", "cancelled")),
         stack.agent("mailer", granted("mail.send")),
+        stack.agent("grouped", {"bank": {"operations": {"notes.create": {"approval": {"groups": ["finance"]}}}}}),
         stack.platform(flow=FLOW),
     )
     broker = stack.Broker(manifests, folder / "state")
@@ -134,6 +135,27 @@ def test_two_different_people_must_approve_where_the_manifest_says_two_and_one_n
     assert (late.returncode, "rejected already" in late.stderr) == (1, True)
     assert verb(place, "approvals", "approve", "a-nothing", check=False).returncode == 1
     assert place.bank.seen == []
+
+
+def test_where_the_manifest_names_a_group_only_a_token_that_says_so_may_approve_and_no_agent_ever(place):
+    broker = place.broker
+    approval = post(place, "grouped", "/notes", b"{}").json()["approval"]["id"]
+    refused = verb(place, "approvals", "approve", approval, check=False)
+    assert (refused.returncode, "only people in finance" in refused.stderr) == (1, True)
+
+    def approve(token):
+        return httpx.post(f"{broker.admin}/approvals/{approval}/approve", headers={"authorization": f"Bearer {token}"})
+
+    def operator(*groups):
+        options = [word for group in groups for word in ("--group", group)]
+        return verb(place, "token", "ann", "--operator", *options).stdout.strip()
+
+    assert approve(broker.token("grouped")).status_code == 401
+    assert httpx.get(f"{broker.admin}/approvals").status_code == 401
+    assert approve(operator("dev")).status_code == 409
+    done = approve(operator("dev", "finance"))
+    assert (done.status_code, done.json()["status"], done.json()["approved_by"]) == (200, "approved", ["ann"])
+    assert post(place, "grouped", "/notes", b"{}").status_code == 200
 
 
 def test_of_fifty_parallel_calls_with_one_approval_one_reaches_the_tool(place):

@@ -171,6 +171,6 @@ def test_a_call_asked_about_at_one_broker_is_approved_at_others_and_passes_once_
     for broker in fleet.brokers:
         stack.until(lambda broker=broker: listed(broker)[approval]["status"] == "approved", 5)
     fleet.plain.seen.clear()
-    with ThreadPoolExecutor(30) as pool:
-        answers = list(pool.map(lambda number: post(fleet.brokers[number % 3]).status_code, range(30)))
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda number: post(fleet.brokers[number % 3]).status_code, range(50)))
     assert answers.count(200) == len(fleet.plain.seen) == 1

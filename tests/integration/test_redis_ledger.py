@@ -17,6 +17,7 @@ from ledgers import answered, limit, shared, spend
 from redis_server import RedisServer
 
 from broker.errors import UsageError
+from broker.ledger import answers
 from broker.ledger import redis as module
 from broker.ledger.base import Granted, LedgerUnavailable, Refused
 from broker.ledger.memory import MemoryLedger
@@ -234,7 +235,7 @@ def test_a_broker_that_stands_still_itself_does_not_take_redis_for_slow(server):
             for _ in range(3):
                 await asyncio.sleep(0)
             assert ledger._flying
-            time.sleep(2 * module.SLOW_S)  # noqa: ASYNC251 - that is the attack
+            time.sleep(2 * answers.SLOW_S)  # noqa: ASYNC251 - that is the attack
             assert isinstance(await waiting, Granted)
 
     asyncio.run(run())

@@ -8,6 +8,7 @@ from broker.policy.approval import Approval
 
 NOW = 1_800_000_000.0
 BINDING = ("bot", "r", "bank/refund", "hash", "sha256:1")
+NEED = Approval("r#")
 
 
 def asked(id_="a-1", *, binding=BINDING, approvers=1, groups=(), at=NOW):
@@ -44,7 +45,7 @@ def book(*steps, of=None):
 def test_how_it_stands(approvers, votes, now, status):
     approvals, question = book(*votes, of=asked(approvers=approvers))
     assert approvals.status(question, now) == status
-    found = approvals.found(BINDING, now)
+    found = approvals.found(BINDING, NEED, now)
     assert (found and found[1]) == (status if status != "expired" else None)
 
 
@@ -52,16 +53,16 @@ def test_how_it_stands(approvers, votes, now, status):
 def test_an_answer_is_for_one_binding(position):
     approvals, _ = book(vote())
     other = (*BINDING[:position], "another", *BINDING[position + 1 :])
-    assert approvals.found(other, NOW + 2) is None
+    assert approvals.found(other, NEED, NOW + 2) is None
 
 
 def test_what_is_used_is_asked_anew():
     approvals, question = book(vote())
     approvals.use("a-1")
     assert approvals.status(question, NOW + 2) == "used"
-    assert approvals.found(BINDING, NOW + 2) is None
+    assert approvals.found(BINDING, NEED, NOW + 2) is None
     approvals.ask(again := asked("a-2"))
-    assert approvals.found(BINDING, NOW + 2) == (again, "waiting")
+    assert approvals.found(BINDING, NEED, NOW + 2) == (again, "waiting")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,11 @@ def test_a_vote_that_is_heard_before_the_question_counts_and_a_second_copy_of_ei
 def test_a_revocation_ends_what_was_asked_before_it_also_where_that_is_heard_late(agent):
     approvals, question = book(vote())
     approvals.cancel(agent, NOW + 5)
-    assert approvals.found(BINDING, NOW + 6) is None
+    assert approvals.found(BINDING, NEED, NOW + 6) is None
     approvals.hear(question, vote())
-    assert approvals.found(BINDING, NOW + 6) is None
+    assert approvals.found(BINDING, NEED, NOW + 6) is None
     approvals.ask(later := asked("a-2", at=NOW + 7))
-    assert approvals.found(BINDING, NOW + 8) == (later, "waiting")
+    assert approvals.found(BINDING, NEED, NOW + 8) == (later, "waiting")
 
 
 def test_what_is_over_is_forgotten_and_named_if_nobody_used_or_rejected_it():
@@ -130,3 +131,18 @@ def test_people_see_it_the_oldest_first_with_all_that_is_sent():
     assert {(each["body"], each["why"]) for each in shown} == {("{}", "it is large")}
     assert approvals.waiting("bot", NOW) == 2
     assert approvals.waiting("other", NOW) == 0
+
+
+def test_a_no_counts_for_the_same_call_also_where_two_brokers_asked_about_it_at_once():
+    approvals, _ = book(vote())
+    approvals.hear(asked("a-2"), vote("bob", "a-2", approves=False))
+    assert approvals.found(BINDING, NEED, NOW + 2) == (asked("a-2"), "rejected")
+
+
+@pytest.mark.parametrize("name", ["ANN", " ann ", "a\u200bnn", "\uff41nn"])
+def test_a_person_is_one_person_however_the_name_is_written(name):
+    approvals, question = book(vote(), of=asked(approvers=2))
+    with pytest.raises(Refusal, match="another person must"):
+        approvals.judge("a-1", vote(name), NOW + 2)
+    approvals.hear(question, vote(name))
+    assert approvals.status(question, NOW + 2) == "waiting"

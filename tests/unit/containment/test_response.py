@@ -1,5 +1,6 @@
 """What is done about an agent: recorded, told to other brokers, in force, undone. The outside is lists."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_revoking_is_in_force_recorded_told_and_paged_and_undone_by_its_release(
     broker, cut = Broker(), []
     broker.held.open.enter(Opened("bot", None, cut.append))
     done = broker.held.revoke("bot", None, "it lies", "jo")
-    assert (broker.view().revoked, cut, broker.dropped) == ("it lies (by jo)", ["it lies (by jo)"], ["bot"])
+    assert (broker.view().revoked, cut, broker.dropped) == (done.id, ["it lies (by jo)"], ["bot"])
     assert broker.events() == [
         ("revocation", "bot", "revoke_agent by jo: it lies"),
         ("alert", "bot", "bot is revoked: it lies (by jo)"),
@@ -105,8 +106,9 @@ def test_what_holds_and_what_was_lifted_come_back_from_the_record():
     broker.held.revoke(EVERYONE, None, "three", "jo")
     broker.held.release(EVERYONE, None, "over", "jo")
     again = broker.restarted()
-    assert again.view().revoked == "one (by jo)"
-    assert (again.view("other", "run-7").revoked, again.view("other", "run-8").revoked) == ("two (by jo)", "")
+    assert [each.reason for each in again.held.standing.of("bot")] == ["one"]
+    assert again.view().revoked
+    assert (bool(again.view("other", "run-7").revoked), again.view("other", "run-8").revoked) == (True, "")
     assert (again.records, again.alerts, again.dropped) == ([], [], []), "a replay sets nothing off"
     assert again.held.notices.keys() == broker.held.notices.keys(), "and others can be told all of it"
 
@@ -116,7 +118,7 @@ def test_other_brokers_do_the_same_record_it_and_tell_nobody_twice():
     first, cut = Broker("f", [second]), []
     second.held.open.enter(Opened("bot", "r", cut.append))
     first.held.revoke("bot", None, "it lies", "jo")
-    assert (second.view().revoked, cut, second.dropped) == ("it lies (by jo)", ["it lies (by jo)"], ["bot"])
+    assert (second.view(), cut, second.dropped) == (first.view(), ["it lies (by jo)"], ["bot"])
     assert second.events() == [("revocation", "bot", "revoke_agent by jo: it lies, as another broker says")]
     assert (second.alerts, second.shared) == ([], {})
     second.held.learn(dict(first.held.notices))
@@ -143,7 +145,7 @@ def test_with_a_full_disk_it_holds_all_the_same_and_whoever_asked_is_told():
     broker.held.open.enter(Opened("bot", "r", cut.append))
     with pytest.raises(AuditUnavailable):
         broker.held.revoke("bot", None, "it lies", "jo")
-    assert (broker.view().revoked, len(cut), len(broker.shared), len(broker.alerts)) == ("it lies (by jo)", 1, 1, 1)
+    assert (broker.view().revoked, len(cut), len(broker.shared), len(broker.alerts)) == ("r-n1", 1, 1, 1)
     broker.held.act((finding(Action.REVOKE_AGENT),))
 
 
@@ -159,14 +161,15 @@ def test_with_a_full_disk_it_holds_all_the_same_and_whoever_asked_is_told():
 def test_a_finding_does_what_its_rule_says_once_and_tells_people_in_one_incident(action, field, other_run):
     broker = Broker()
     broker.held.act((finding(action), finding(action)))
-    assert getattr(broker.view(), field) == "20 calls were denied (by detector denied_burst)"
+    [held] = broker.held.standing.of("bot")
+    assert getattr(broker.view(), field) == held.id
+    assert held.why == "20 calls were denied (by detector denied_burst)"
     assert bool(getattr(broker.view(run="another"), field)) is other_run
     assert [event for event, *_ in broker.events()] == ["revocation", "alert"]
     alert, [page] = broker.records[1], broker.alerts
     assert (alert["kind"], alert["action"], alert["rule"]) == ("denied_burst", action, "p#x")
     assert alert["decision_ids"] == ["d1", "d2"]
     assert page.severity is Severity.HIGH
-    [held] = broker.held.standing.of("bot")
     assert page.dedup_key == held.id
     assert broker.found == [("denied_burst", action)] * 2
 
@@ -233,11 +236,11 @@ def test_asking_approving_using_and_asking_again():
         True,
     )
     assert ask(broker).approval["id"] == id_
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert broker.held.vote(id_, ANN, "fine", approves=True)["status"] == "approved"
-    asked = broker.held.approved(BINDING)
+    asked = broker.held.approved(BINDING, NEED)
     broker.held.use(asked)
-    assert broker.held.approved(BINDING) is None
+    assert broker.held.approved(BINDING, NEED) is None
     assert ask(broker).approval["id"] != id_
     assert [detail for event, _, detail in broker.events()] == [f"{id_} approved by ann: fine", f"{id_} used"]
     assert [(alert.kind, alert.severity) for alert in broker.alerts] == [("approval", Severity.LOW)] * 2
@@ -248,10 +251,10 @@ def test_an_answer_survives_a_restart_and_so_does_its_use_and_what_only_waits_do
     ask(broker, waits := (*BINDING[:3], "other", BINDING[4]))
     id_ = ask(broker).approval["id"]
     broker.held.vote(id_, ANN, "", approves=True)
-    assert broker.restarted().held.approved(BINDING).id == id_
-    assert broker.restarted().held.approvals.found(waits, NOW) is None
-    broker.held.use(broker.held.approved(BINDING))
-    assert broker.restarted().held.approved(BINDING) is None
+    assert broker.restarted().held.approved(BINDING, NEED).id == id_
+    assert broker.restarted().held.approvals.found(waits, NEED, NOW) is None
+    broker.held.use(broker.held.approved(BINDING, NEED))
+    assert broker.restarted().held.approved(BINDING, NEED) is None
 
 
 def test_a_no_is_told_with_its_approval():
@@ -291,3 +294,80 @@ def test_what_is_over_is_recorded_let_go_and_taken_out_of_what_others_are_told()
     broker.now += 86_400
     broker.held.sweep()
     assert (broker.over, list(broker.held.notices)) == ([id_], [broker.held.standing.of("other")[0].id])
+
+
+# What was tried against it.
+
+
+def test_a_revocation_that_a_full_disk_did_not_take_is_recorded_when_there_is_room_and_survives_a_restart():
+    broker = Broker()
+    broker.records.full = True
+    with pytest.raises(AuditUnavailable):
+        broker.held.revoke("bot", None, "it lies", "jo")
+    broker.held.sweep()
+    broker.records.full = False
+    broker.held.sweep()
+    broker.held.sweep()
+    assert [event for event, *_ in broker.events()] == ["revocation"]
+    assert broker.restarted().view().revoked == "it lies (by jo)"
+
+
+def test_an_issuer_that_can_not_drop_a_lease_keeps_no_revocation_from_the_record_nor_from_other_brokers():
+    peer = Broker("p")
+    broker = Broker(peers=[peer])
+    broker.held._around = replace(broker.held._around, drop_leases=lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broker.held.revoke("bot", None, "it lies", "jo")
+    assert peer.view().revoked == broker.restarted().view().revoked == "it lies (by jo)"
+
+
+ASKED = {"id": "a-9", "binding": ["bot"], "approvers": 1, "groups": [], "at": NOW, "expires": NOW + 9, "why": "", "shown": {}}
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        pytest.param({"kind": "release", "of": 5}, id="a release of nothing"),
+        pytest.param({"kind": "asked", "asked": {**ASKED, "expires": "soon"}}, id="a question without an end"),
+        pytest.param({"kind": "asked", "asked": {**ASKED, "approvers": "all"}}, id="a question to nobody knows how many"),
+        pytest.param({"kind": "used", "of": "a-9", "expires": "soon"}, id="an end that is no time"),
+        pytest.param({"kind": "vote", "asked": {**ASKED, "binding": []}, "vote": {}}, id="a vote without a call"),
+        pytest.param({"kind": "tokens", "agent": ["bot"], "at": NOW}, id="an agent that is none"),
+        pytest.param({"kind": "restriction", "id": "r-2"}, id="half a restriction"),
+        pytest.param({"kind": "tokens", "agent": "q", "at": 0, "id": "r-n1", "by": ""}, id="one in another's place"),
+    ],
+)
+def test_what_another_broker_says_in_a_wrong_form_changes_nothing_and_holds_up_nothing(malformed):
+    broker, teller = Broker(), Broker("p")
+    broker.held.revoke("bot", None, "it lies", "jo")
+    before = dict(broker.held.notices)
+    teller.held.revoke("other", None, "it lies too", "al")
+    documents = {"x": orjson.dumps({"id": "x", **malformed}), "list": b"[]", **teller.held.notices}
+    broker.held.learn(documents)
+    assert (broker.view().revoked, broker.view("other").revoked) == ("it lies (by jo)", "it lies too (by al)")
+    assert broker.held.notices == {**before, **teller.held.notices}
+    ask(broker)
+    broker.now += 10**6
+    broker.held.sweep()
+
+
+def test_questions_that_are_over_do_not_pile_up_however_fast_they_end():
+    broker, need = Broker(), Approval("r#", expires=60)
+    for minute in range(60):
+        for number in range(MOST_WAITING):
+            broker.held.ask(REFUSED, need, (*BINDING[:3], f"{minute}/{number}", BINDING[4]), {"body": "x" * 65_536})
+        broker.now += 60
+        broker.held.sweep()
+    assert len(broker.held.notices) <= 3 * MOST_WAITING
+
+
+def test_what_is_over_before_a_restart_is_neither_told_nor_recorded_again():
+    broker = Broker()
+    broker.held.vote(ask(broker).approval["id"], ANN, "", approves=True)
+    broker.now += 3600
+    broker.held.sweep()
+    again = Broker()
+    again.now = broker.now
+    again.held.replay(broker.records)
+    again.held.sweep()
+    assert (again.held.notices, again.records) == ({}, [])
