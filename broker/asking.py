@@ -5,7 +5,9 @@ and means nothing: of the headers those in `_INCIDENTAL`, of an MCP message its 
 """
 
 import base64
+import contextlib
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ _INCIDENTAL = frozenset(
     }
 )  # fmt: skip
 """Headers that name neither what is done nor to whom; the content type stands by itself."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Asking:
@@ -108,7 +111,8 @@ class Asking:
 
 
 def _text(body: bytes) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        return f"base64:{base64.b64encode(body).decode()}"
+    """The body as people see it, at most twice as long: as base64 where JSON would need six characters for one."""
+    with contextlib.suppress(UnicodeDecodeError):
+        if not _CONTROL.search(text := body.decode()):
+            return text
+    return f"base64:{base64.b64encode(body).decode()}"

@@ -58,7 +58,8 @@ class Operators:
 
     def _revoke(self, path: Mapping[str, str], said: Mapping[str, Any], who: Person) -> dict[str, Any]:
         name = path["name"]
-        if name != EVERYONE and name not in self._snapshot().agents:
+        # An agent whose manifest was taken away makes no new call, but what it has open goes on until it is cut.
+        if name != EVERYONE and name not in self._snapshot().agents and name not in self._containment.open:
             raise UsageError(f"no manifest names an agent {name!r}", "see `broker agents list`")
         done = self._containment.revoke(name, _run(said), _reason(said), who.name)
         return {"agent": name, "revoked": _told(done)}

@@ -159,5 +159,8 @@ class OpenCalls:
                 log.exception("a call of %s could not be cut", each.agent)
         return len(found)
 
+    def __contains__(self, agent: str) -> bool:
+        return agent in self._open
+
     def __len__(self) -> int:
         return sum(map(len, self._open.values()))

@@ -36,7 +36,6 @@ _BEAT_S = 0.4  # well within the grace; and a notice is known everywhere after a
 _CONNECT_S = 1.0
 _RETRY_S = 0.2
 _BATCH = 128  # reservations in one round trip: about 5 ms of Redis's time
-_NOTICES_AT_ONCE = 16  # each at most some 64 KiB
 _DOUBTS = 10_000  # beyond that, all is said again
 
 _BEGIN, *_TEXTS = (
@@ -48,12 +47,16 @@ _RESERVE, _APPLY, _JOIN = (sha1(text.encode(), usedforsecurity=False).hexdigest(
 
 @dataclass(slots=True)
 class _Sent:
-    """A command under way: how its answer is read, who waits for that, and whose spending is in doubt until it is there."""
+    """A command under way: how its answer is read, who waits for that, and whose spending is in doubt until it is there.
+
+    A `large` one is the last of its round trip: a notice may have 200 KB, and many at once would take longer than `SLOW_S`.
+    """
 
     command: Words
     read: Callable[[Any], Any]
     spend: Spend | None = None
     waiting: "asyncio.Future[Any] | None" = None
+    large: bool = False
 
 
 class RedisLedger:
@@ -173,7 +176,7 @@ class RedisLedger:
     def share(self, notice_id: str, document: bytes) -> None:
         """Tell the other brokers. While Redis is away nothing is sent: when it is back, all that it lacks is."""
         if self._healthy:
-            self._apply([(NOTICES, "note", notice_id, document)], None, 0)
+            self._note(notice_id, document)
 
     def unshare(self, notice_ids: Iterable[str]) -> None:
         """These are over; they come back where a broker that still has them joins, until that lets go of them too."""
@@ -268,6 +271,10 @@ class RedisLedger:
         self._queue.append(_Sent(self._said(items, now), self._beaten, spend))
         self._wake.set()
 
+    def _note(self, notice_id: str, document: bytes) -> None:
+        self._queue.append(_Sent(self._said([(NOTICES, "note", notice_id, document)]), self._beaten, large=True))
+        self._wake.set()
+
     def _beaten(self, answer: list[Any]) -> float:
         """In how many seconds reservations are served."""
         _, now, wait, last_notice = answer
@@ -277,20 +284,20 @@ class RedisLedger:
             self._queue.append(_Sent(("HKEYS", NOTICES), self._missed))
         return float(wait)
 
-    def _named(self, names: list[bytes]) -> list[list[str]]:
-        """Of these notices, in batches, those that this broker lacks; what Redis lacks is told to it."""
+    def _named(self, names: list[bytes]) -> list[str]:
+        """Of these notices those that this broker lacks; what Redis lacks is told to it."""
         there, mine = {name.decode() for name in names if name}, self.notices()
         for notice_id in mine.keys() - there:
-            self._apply([(NOTICES, "note", notice_id, mine[notice_id])], None, 0)
-        new = sorted(there - mine.keys())
-        return [new[start : start + _NOTICES_AT_ONCE] for start in range(0, len(new), _NOTICES_AT_ONCE)]
+            self._note(notice_id, mine[notice_id])
+        return sorted(there - mine.keys())
 
     def _missed(self, names: list[bytes]) -> None:
-        for ids in self._named(names):
-            self._queue.append(_Sent(("HMGET", NOTICES, *ids), partial(self._told, ids)))
+        for notice_id in self._named(names):
+            self._queue.append(_Sent(("HMGET", NOTICES, notice_id), partial(self._told, notice_id), large=True))
 
-    def _told(self, ids: list[str], documents: list[bytes | None]) -> None:
-        self.on_notices({notice_id: document for notice_id, document in zip(ids, documents, strict=True) if document})
+    def _told(self, notice_id: str, documents: list[bytes | None]) -> None:
+        if document := documents[0]:
+            self.on_notices({notice_id: document})
 
     def _ask(self, sent: _Sent) -> "asyncio.Future[Any]":
         sent.waiting = asyncio.get_running_loop().create_future()
@@ -342,8 +349,8 @@ class RedisLedger:
         self._tell(healthy=True, why="")
 
     async def _hear_all(self, connection: AbstractConnection) -> None:
-        for ids in self._named((await round_trip(connection, [("HKEYS", NOTICES)]))[0]):
-            self._told(ids, (await round_trip(connection, [("HMGET", NOTICES, *ids)]))[0])
+        for notice_id in self._named((await round_trip(connection, [("HKEYS", NOTICES)]))[0]):
+            self._told(notice_id, (await round_trip(connection, [("HMGET", NOTICES, notice_id)]))[0])
 
     async def _say_again(self, connection: AbstractConnection) -> float:
         doubts, everything, wait = self._doubts, self._everything, 0.0
@@ -370,7 +377,7 @@ class RedisLedger:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_BEAT_S):
                         await self._wake.wait()
-            while self._queue and len(self._flying) < _BATCH:
+            while self._queue and len(self._flying) < _BATCH and not (self._flying and self._flying[-1].large):
                 self._flying.append(self._queue.popleft())
             for answer in await round_trip(connection, [sent.command for sent in self._flying]):
                 sent = self._flying[0]

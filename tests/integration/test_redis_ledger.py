@@ -445,3 +445,30 @@ def test_a_redis_that_may_forget_is_not_used(server):
                 ledger.reserve(spend(), 0)
 
     asyncio.run(run())
+
+
+def test_no_round_trip_carries_more_than_one_notice_or_a_slow_network_would_never_be_joined_again(server, monkeypatch):
+    """An agent has people asked about 32 calls of 64 KiB: told at once, they took longer than an answer may."""
+    carried, round_trip = [], module._round
+
+    async def spied(connection, commands):
+        answers = await round_trip(connection, commands)
+        words = (word for each in (*commands, *answers) if isinstance(each, tuple | list) for word in each)
+        carried.append(sum(len(word) > 1000 for word in words if isinstance(word, bytes)))
+        return answers
+
+    async def run() -> None:
+        told = {f"a-{number}": b"x" * 150_000 for number in range(32)}
+        heard: dict[str, bytes] = {}
+        async with fleet(server.url, 2) as [one, two]:
+            await healthy(one, two)
+            one.notices, two.notices, two.on_notices = lambda: told, lambda: heard, heard.update
+            for notice_id, document in told.items():
+                one.share(notice_id, document)
+            async with asyncio.timeout(10):
+                while heard != told:  # noqa: ASYNC110 - what an event would say is what is tested
+                    await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(module, "_round", spied)
+    asyncio.run(run())
+    assert max(carried) == 1

@@ -12,9 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.applications import Starlette
 
 from broker.admin.api import acting
+from broker.admin.operators import Operators
 from broker.audit.record import Attempt
 from broker.containment.response import Containment, Surroundings
+from broker.containment.standing import Opened
 from broker.credentials.scrub import Scrubber
+from broker.errors import UsageError
 from broker.events import Cut, RequestBody, RequestHead, ResponseHead, Send, Services
 from broker.exchange import Exchange
 from broker.identity import Evidence, Person, TokenAuthority
@@ -68,7 +71,8 @@ def broker(flow=(), granted=GRANTED):
 def call(services, method="POST", path="/bank/refunds", *headers, body=b"{}", run="r1"):
     """The answer to one call: its problem, or `Send`."""
     token = TOKENS.mint("bot", NOW)
-    said = (("content-type", "application/json"), ("x-run-id", run), ("x-broker-token", token), *headers)
+    named = () if run is None else (("x-run-id", run),)
+    said = (("content-type", "application/json"), *named, ("x-broker-token", token), *headers)
     wire = Wire(Door.BASE_URL, "http", "127.0.0.1", path, "", "", "bank")
     has_body = method != "GET"
     exchange = Exchange(services)
@@ -195,3 +199,35 @@ def test_nobody_can_fill_the_memory_or_break_the_parser_over_tcp(body):
     asyncio.run(Starlette(routes=routes)(scope, receive, send))
     assert status[0] in (400, 413)
     assert (next(sizes, None) is None) is (len(body) < 100_000), "the rest is not read"
+
+
+def test_what_an_agent_has_open_can_be_cut_although_its_manifest_is_gone():
+    services, cut = broker(), []
+    acts = Operators(services.snapshot, services.ledger, services.containment, lambda: NOW).acts
+    with pytest.raises(UsageError):
+        acts["POST /agents/{name:path}/revoke"]({"name": "gone"}, {"reason": "x"}, ANN)
+    services.containment.open.enter(Opened("gone", None, cut.append))
+    acts["POST /agents/{name:path}/revoke"]({"name": "gone"}, {"reason": "x"}, ANN)
+    assert cut == ["x (by ann)"]
+
+
+# Runs, by what an agent says.
+
+
+@pytest.mark.parametrize(
+    "named",
+    [("x-run-id", " r1 "), ("baggage", "run.id=r1"), ("baggage", "a=b,run.id = r%31;p=1")],
+    ids=["blanks", "baggage", "baggage with escapes"],
+)
+def test_a_revoked_run_is_the_same_run_however_it_is_named(named):
+    services = broker()
+    services.containment.revoke("bot", "r1", "it loops", "jo")
+    assert call(services, "GET", "/bank/pages", named, run=None)["code"] == "agent_revoked"
+
+
+@pytest.mark.parametrize("named", ["", "a b", "x" * 129, "ghp_0123456789abcdef"], ids=["empty", "no name", "long", "credential"])
+def test_what_is_no_run_id_is_the_implicit_run_which_can_be_revoked_too(named):
+    services = broker()
+    services.containment.revoke("bot", "", "it loops", "jo")
+    assert call(services, "GET", "/bank/pages", run=named)["code"] == "agent_revoked"
+    assert isinstance(call(services, "GET", "/bank/pages", run="r1"), Send)
