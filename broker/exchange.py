@@ -85,6 +85,8 @@ class Exchange:
     def handle(self, event: Event) -> Command:
         """The next command. Never raises: a fault before the request left is a denial, after that a cut."""
         try:
+            if self.revoked:
+                return Cut()
             if self._steps is not None:
                 return self._steps.send(event)
             if not isinstance(event, RequestHead):
@@ -120,8 +122,8 @@ class Exchange:
             return Pass()
         if event.details == _VIA_UPSTREAM:
             self._enter(event.agent, None)
-            revoked = self._case.services.containment.standing.view(event.agent, None).revoked
-            return Pass() if event.agent and not revoked else Cut()
+            self.revoked = self._case.services.containment.standing.view(event.agent, None).revoked if event.agent else "nobody's"
+            return Cut() if self.revoked else Pass()
         named = any(name == _DECISION_HEADER for name, _ in event.headers)
         return Pass() if named else Mark(self._case.attempt.decision_id)
 

@@ -194,6 +194,7 @@ def codes() -> str:
     unused = _unused()
     rows = "\n".join(_denial(code) for code in Code if code not in unused)
     later = ", ".join(f"`{code}`" for code in unused)
+    reserved = f"Reserved for parts that are not built yet; no call gets them today: {later}.\n\n" if unused else ""
     found = "\n".join(_finding(example) for _, example in sorted(_findings().items()))
     return (
         f"{_MADE}# Codes\n\n"
@@ -202,7 +203,7 @@ def codes() -> str:
         f"`code` in a problem body (its `type` is `{TYPE_PREFIX}` and the code), in the audit record, and as a label of the "
         "metric `broker_decisions_total`. At the proxy door `agent_unknown` answers 407.\n\n"
         f"| code | HTTP | title | next steps, as the agent reads them |\n| --- | --- | --- | --- |\n{rows}\n\n"
-        f"Reserved for parts that are not built yet; no call gets them today: {later}.\n\n"
+        f"{reserved}"
         "## Findings of `broker check`\n\n"
         "Each with an example: the message, and after the first semicolon what to do. Warnings don't change the exit code.\n\n"
         f"| code | severity | example |\n| --- | --- | --- |\n{found}\n"

@@ -107,13 +107,13 @@ class Standing:
         """How an agent stands in one of its runs; None is for what belongs to no run (a tunnel)."""
         if not self._holding:
             return FREE
-        why = {
-            _FIELDS[each.action]: each.why
+        held = {
+            _FIELDS[each.action]: each.id
             for name in (agent, EVERYONE)
             for each in self._holding.get(name, {}).values()
             if each.run_id is None or each.run_id == run_id
         }
-        return View(**why)
+        return View(**held)
 
 
 FREE = View()

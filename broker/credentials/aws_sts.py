@@ -24,7 +24,7 @@ from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outg
 from broker.credentials.http import Answer, ask
 from broker.credentials.settings import Issued, Lifetime, bare, chosen, lifetime, parsed
 from broker.credentials.sigv4 import Signer
-from broker.manifest.models import Model, Reference, Url, Word, refusal
+from broker.manifest.words import Model, Reference, Url, Word, refusal
 
 _SHORTEST_S = 900
 # AWS takes a signature for five minutes; a clock that is off by less needs no second try.

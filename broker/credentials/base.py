@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
 from broker.errors import BrokerError
-from broker.manifest.models import Model
+from broker.manifest.words import Model
 from broker.policy.snapshot import Agent, CredentialSpec, Operation, Tool
 from broker.policy.types import Json
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased
 from broker.credentials.settings import MAX_ANSWER, Issued, bare, document, granted, lifetime, parsed, scopes_of
-from broker.manifest.models import Model, Seconds, Word, refusal
+from broker.manifest.words import Model, Seconds, Word, refusal
 from broker.redaction import redacted
 
 log = logging.getLogger(__name__)

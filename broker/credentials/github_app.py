@@ -15,7 +15,7 @@ from pydantic import Field
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, ask
 from broker.credentials.settings import Issued, bare, chosen, lifetime, parsed
-from broker.manifest.models import Model, Reference, Url, Word
+from broker.manifest.words import Model, Reference, Url, Word
 
 # The most that GitHub takes is ten minutes; it asks to begin a minute back, for clocks that differ.
 _JWT_S, _BACK_S = 540, 60

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable
 from broker.credentials.settings import MAX_ANSWER, document
-from broker.manifest.models import PemFile
+from broker.manifest.words import PemFile
 
 _TIMEOUT_S = 10.0
 _REDIRECTS = range(300, 400)

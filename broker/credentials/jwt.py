@@ -13,7 +13,7 @@ from pydantic import Field
 
 from broker.credentials.base import Lease, Occasion, leased
 from broker.credentials.settings import Lifetime, Scope
-from broker.manifest.models import Model, Word
+from broker.manifest.words import Model, Word
 
 DEFAULT_TTL_S = 300
 # A token is replaced this long before it ends, so that none ends on its way.

@@ -27,7 +27,7 @@ from broker import clock
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, ask
 from broker.credentials.settings import Issued, bare, granted, lifetime, parsed, scopes_of
-from broker.manifest.models import Model, Reference, Url, Word, refusal
+from broker.manifest.words import Model, Reference, Url, Word, refusal
 
 _TYPES = "urn:ietf:params:oauth:token-type:"
 _BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"

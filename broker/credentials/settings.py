@@ -11,7 +11,7 @@ import orjson
 from pydantic import Field, ValidationError, WithJsonSchema
 
 from broker.credentials.base import CredentialUnavailable, Occasion
-from broker.manifest.models import Model, Word
+from broker.manifest.words import Model, Word
 
 MAX_ANSWER = 65_536
 """The bytes that an issuer's answer may have."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, leased, referenced
-from broker.manifest.models import Model, Reference
+from broker.manifest.words import Model, Reference
 
 
 class StaticSettings(Model):

@@ -16,7 +16,7 @@ from pydantic import Field, JsonValue
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Secret, leased, referenced
 from broker.credentials.http import Answer, Roots, ask
 from broker.credentials.settings import Issued, bare, chosen, lifetime, parsed
-from broker.manifest.models import Model, Reference, Url, Word
+from broker.manifest.words import Model, Reference, Url, Word
 
 _Path = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*(/[A-Za-z0-9_][A-Za-z0-9_.@-]*)*$", max_length=512)]
 

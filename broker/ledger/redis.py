@@ -23,13 +23,11 @@ from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 from redis.exceptions import RedisError
 
 from broker.errors import UsageError
+from broker.ledger.answers import bucket, crowd, reason, round_trip, window
 from broker.ledger.base import LEASE_S, Balance, Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.memory import PER_RUN, MemoryLedger, counted, idle
 from broker.ledger.said import MEMBERS, NOTICES, Words, chunks, ended, key_of, mine, pieces, run_key
 from broker.policy.limits import Kind, Limit, Measure
-
-SLOW_S = 0.05
-"""An answer that takes longer is not waited for."""
 
 GRACE_S = 3.0
 """For how long nobody is served after Redis lost its data, so that every broker can notice and say what it spent."""
@@ -166,12 +164,12 @@ class RedisLedger:
         for limit in limits:
             match limit.kind:
                 case Kind.WINDOW:
-                    waiting.append(self._ask(_Sent(("HMGET", key_of(limit.key), "i", "t"), partial(_window, told, limit.key))))
+                    waiting.append(self._ask(_Sent(("HMGET", key_of(limit.key), "i", "t"), partial(window, told, limit.key))))
                 case Kind.RATE:
-                    waiting.append(self._ask(_Sent(("GET", key_of(limit.key)), partial(_bucket, told, limit.key))))
+                    waiting.append(self._ask(_Sent(("GET", key_of(limit.key)), partial(bucket, told, limit.key))))
                 case Kind.CONCURRENCY:
                     command = ("ZCOUNT", key_of(limit.key), f"({now!r}", "+inf")
-                    waiting.append(self._ask(_Sent(command, partial(_crowd, told, limit.key))))
+                    waiting.append(self._ask(_Sent(command, partial(crowd, told, limit.key))))
         await asyncio.gather(*waiting)
         return await told.balances(limits, now)
 
@@ -319,7 +317,7 @@ class RedisLedger:
                     pause = 0.0
                     await self._serve(connection)
                 except Exception as error:  # noqa: BLE001 - whatever it was: calls are denied, and it begins anew
-                    self._part(_reason(error))
+                    self._part(reason(error))
                 finally:
                     await connection.disconnect(nowait=True)
                 await asyncio.sleep(pause)
@@ -330,14 +328,14 @@ class RedisLedger:
         async with asyncio.timeout(_CONNECT_S):
             await connection.connect()  # type: ignore[no-untyped-call]
             info = dict(
-                line.split(":", 1) for line in (await _round(connection, [("INFO",)]))[0].decode().splitlines() if ":" in line
+                line.split(":", 1) for line in (await round_trip(connection, [("INFO",)]))[0].decode().splitlines() if ":" in line
             )
-            await _round(connection, [("SCRIPT", "LOAD", text) for text in _SCRIPTS])
+            await round_trip(connection, [("SCRIPT", "LOAD", text) for text in _SCRIPTS])
         if info.get("maxmemory_policy", "noeviction") != "noeviction":
             raise LedgerUnavailable(f"Redis may forget what was spent: its maxmemory-policy is {info['maxmemory_policy']}")
         last, self._token = self._token, os.urandom(8).hex()
         words = (last, info["run_id"], self.grace, self.own.now)
-        kept, now, left = (await _round(connection, [self._command(_JOIN, [], words, 0)]))[0]
+        kept, now, left = (await round_trip(connection, [self._command(_JOIN, [], words, 0)]))[0]
         self._everything |= kept != b"kept"
         self.own.now = float(now)
         self._heard(float(now))
@@ -351,8 +349,8 @@ class RedisLedger:
         self._tell(healthy=True, why="")
 
     async def _hear_all(self, connection: AbstractConnection) -> None:
-        for notice_id in self._named((await _round(connection, [("HKEYS", NOTICES)]))[0]):
-            self._told(notice_id, (await _round(connection, [("HMGET", NOTICES, notice_id)]))[0])
+        for notice_id in self._named((await round_trip(connection, [("HKEYS", NOTICES)]))[0]):
+            self._told(notice_id, (await round_trip(connection, [("HMGET", NOTICES, notice_id)]))[0])
 
     async def _say_again(self, connection: AbstractConnection) -> float:
         doubts, everything, wait = self._doubts, self._everything, 0.0
@@ -361,7 +359,7 @@ class RedisLedger:
             # Only who has something to say holds the others up: else each would, in turn, for ever.
             hold = [(MEMBERS, "hold")] if doubts or everything else []
             for items in chunks(mine(self.own, doubts.values(), everything=everything)):
-                wait = self._beaten((await _round(connection, [self._said(hold + items)]))[0])
+                wait = self._beaten((await round_trip(connection, [self._said(hold + items)]))[0])
         except BaseException:
             self._doubts, self._everything = {**doubts, **self._doubts}, everything or self._everything
             raise
@@ -381,7 +379,7 @@ class RedisLedger:
                         await self._wake.wait()
             while self._queue and len(self._flying) < _BATCH and not (self._flying and self._flying[-1].large):
                 self._flying.append(self._queue.popleft())
-            for answer in await _round(connection, [sent.command for sent in self._flying]):
+            for answer in await round_trip(connection, [sent.command for sent in self._flying]):
                 sent = self._flying[0]
                 found = sent.read(answer)
                 self._flying.popleft()
@@ -406,44 +404,3 @@ class RedisLedger:
         self._tried.set()
         if changed:
             self._on_change(healthy, why)
-
-
-def _window(told: MemoryLedger, key: str, answer: list[bytes | None]) -> None:
-    window, spent = answer
-    if window and spent:
-        told.windows[key] = int(window), int(spent)
-
-
-def _bucket(told: MemoryLedger, key: str, answer: bytes | None) -> None:
-    if answer:
-        told.full_at[key] = float(answer)
-
-
-def _crowd(told: MemoryLedger, key: str, answer: int) -> None:
-    told.open[key] = dict.fromkeys(map(str, range(answer)), float("inf"))
-
-
-async def _round(connection: AbstractConnection, commands: list[Words]) -> list[Any]:
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(None) as patience:
-        # One step of the loop after its time: what came while the loop itself stood still is read first.
-        late = loop.call_later(SLOW_S, loop.call_soon, _lose, patience)
-        try:
-            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-            answers = [await connection.read_response() for _ in commands]
-        finally:
-            late.cancel()
-    if [b"away"] in answers:
-        raise LedgerUnavailable("Redis lost its data, or this broker's place in it")
-    return answers
-
-
-def _lose(patience: asyncio.Timeout) -> None:
-    with suppress(RuntimeError):  # it has just been answered
-        patience.reschedule(0)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {SLOW_S * 1000:.0f} ms"
-    return f"{type(error).__name__}: {error}" if isinstance(error, RedisError | OSError) else str(error)

@@ -12,20 +12,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.manifest.findings import Finding
-from broker.manifest.models import (
-    Agent,
-    Alerts,
-    Containment,
-    Honeytoken,
-    Kind,
-    Match,
-    OperationSpec,
-    Params,
-    Platform,
-    Tool,
-    ToolSpec,
-)
+from broker.manifest.models import Agent, Match, OperationSpec, Tool, ToolSpec
+from broker.manifest.platform import Alerts, Containment, Honeytoken, Platform
 from broker.manifest.strict_yaml import Document, Pointer
+from broker.manifest.words import Kind, Params
 from broker.policy.match import PathTemplate
 from broker.policy.providers import PROVIDERS, api_at
 from broker.policy.schema import json_pointer

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from broker.manifest import models
+from broker.manifest import models, platform, words
 from broker.manifest.admission import Source, named_models
 from broker.manifest.containment import alerting, decoys, rules
 from broker.manifest.limits import bearing, limits, prices
@@ -23,7 +23,7 @@ from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Spire, Tool, Upstream
 from broker.policy.types import Effect
 
-_Kind = TypeVar("_Kind", bound=models.Kind)
+_Kind = TypeVar("_Kind", bound=words.Kind)
 
 
 def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Path) -> PolicySnapshot:
@@ -33,13 +33,13 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     for tool in tools.values():
         place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
         hosts[place] = (*hosts.get(place, ()), tool)
-    policy = next(_of(sources, models.Platform), None)
-    platform = policy[1].spec if policy else models.PlatformSpec.model_construct()
+    policy = next(_of(sources, platform.Platform), None)
+    written = policy[1].spec if policy else platform.PlatformSpec.model_construct()
     above = _ceilings(*policy) if policy else {}
     flows = _flows(*policy) if policy else ()
     agents = {model.metadata.name: _agent(source, model, tools, above, flows) for source, model in _of(sources, models.Agent)}
-    bundles = {name: pems[part["file"]] for name, part in platform.identity.trust_bundles.items()}
-    spire, anchored = platform.identity.spire, partial(_anchored, base=base)
+    bundles = {name: pems[part["file"]] for name, part in written.identity.trust_bundles.items()}
+    spire, anchored = written.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
     return PolicySnapshot(
         revision="sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -49,14 +49,14 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         by_spiffe=MappingProxyType({agent.spiffe: agent for agent in agents.values() if agent.spiffe}),
         trust_bundles=MappingProxyType(bundles),
         spire=Spire(spire.socket, spire.svid or DEFAULT_SVID) if spire else None,
-        max_ttl=platform.credentials.max_ttl,
-        refuse_own=platform.credentials.own == "refuse",
-        environment=platform.environment,
-        prices=prices(platform),
-        unsafe_reads=platform.ledger.get("unsafe_reads_without_redis", False),
-        rules=rules(policy[0] if policy else None, platform.containment),
-        decoys=decoys(platform.containment, anchored),
-        alerting=alerting(platform.alerts, anchored),
+        max_ttl=written.credentials.max_ttl,
+        refuse_own=written.credentials.own == "refuse",
+        environment=written.environment,
+        prices=prices(written),
+        unsafe_reads=written.ledger.get("unsafe_reads_without_redis", False),
+        rules=rules(policy[0] if policy else None, written.containment),
+        decoys=decoys(written.containment, anchored),
+        alerting=alerting(written.alerts, anchored),
     )
 
 
@@ -64,7 +64,7 @@ def _of(sources: Sequence[Source], kind: type[_Kind]) -> Iterator[tuple[Source, 
     return ((source, source.model) for source in sources if isinstance(source.model, kind))
 
 
-def _ceilings(source: Source, model: models.Platform) -> Mapping[str, tuple[Limit, ...]]:
+def _ceilings(source: Source, model: platform.Platform) -> Mapping[str, tuple[Limit, ...]]:
     """What bounds the agents of each team, and those of none (under an empty name)."""
     spec = model.spec
     everyone = limits(source, spec.ceilings, f"environment/{spec.environment}", "spec", "ceilings")
@@ -127,19 +127,19 @@ def _anchored(value: Any, base: Path) -> Any:
     return [_anchored(part, base) for part in value] if isinstance(value, list) else value
 
 
-def _placed(params: models.Params, rule: str) -> Mapping[str, ParameterSchema]:
+def _placed(params: words.Params, rule: str) -> Mapping[str, ParameterSchema]:
     return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
 
 
-_Flow = tuple[models.FlowDeny, Limit]
+_Flow = tuple[platform.FlowDeny, Limit]
 
 
-def _flows(source: Source, model: models.Platform) -> tuple[_Flow, ...]:
+def _flows(source: Source, model: platform.Platform) -> tuple[_Flow, ...]:
     """The flow rules, each as which calls it denies and as a limit of their run."""
     found = []
     for index, each in enumerate(model.spec.flow):
         rule = source.rule("spec", "flow", index)
-        lifted = models.Approvers.model_construct() if each.unless == "approval" else each.unless
+        lifted = words.Approvers.model_construct() if each.unless == "approval" else each.unless
         unless = approval(f"{rule}/unless", lifted) if lifted else None
         found.append((each.deny, Limit("flow", f"flow/{index}", 0, rule, after=each.after, unless=unless)))
     return tuple(found)
@@ -213,7 +213,7 @@ def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protoco
     )
 
 
-def approval(rule: str, spec: models.Approvers) -> Approval:
+def approval(rule: str, spec: words.Approvers) -> Approval:
     """Who must say yes, as written at `rule`."""
     when = _placed(spec.when, f"{rule}/when") if isinstance(spec, models.Approval) and spec.when else {}
     return Approval(rule, spec.approvers, frozenset(spec.groups), spec.expires, when)

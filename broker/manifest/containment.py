@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
 
-from broker.manifest import models
+from broker.manifest import platform
 from broker.manifest.admission import Source
 from broker.policy.containment import DEFAULTS, PAGERDUTY, Alerting, Decoys, Detector, PagerDutySink, Route, Rule, WebhookSink
 
 Anchored = Callable[[Any], Any]
 """Makes the file that a reference names absolute: it is relative to the manifests folder."""
 
-_Written = models.Counted | models.Different | models.Instant | models.Honeytoken
+_Written = platform.Counted | platform.Different | platform.Instant | platform.Honeytoken
 
 
-def rules(source: Source | None, spec: models.Containment) -> tuple[Rule, ...]:
+def rules(source: Source | None, spec: platform.Containment) -> tuple[Rule, ...]:
     """Of each detector what is written, or else its defaults."""
     return tuple(rule for detector in Detector for rule in _of(source, detector, getattr(spec, detector)))
 
@@ -25,7 +25,7 @@ def _of(source: Source | None, detector: Detector, written: _Written) -> Iterato
         yield from defaults
         return
     one = not isinstance(written, tuple)
-    for index, each in enumerate((written,) if isinstance(written, models.InstantRule) else written):
+    for index, each in enumerate((written,) if isinstance(written, platform.InstantRule) else written):
         place = source.rule("spec", "containment", detector, *(() if one else (index,)))
         usual, count, window = defaults[0], getattr(each, "count", None), getattr(each, "window", None)
         yield Rule(
@@ -39,13 +39,13 @@ def _of(source: Source | None, detector: Detector, written: _Written) -> Iterato
         )
 
 
-def decoys(spec: models.Containment, anchored: Anchored) -> Decoys:
+def decoys(spec: platform.Containment, anchored: Anchored) -> Decoys:
     """What no honest call touches."""
-    written = spec.honeytoken or models.Honeytoken.model_construct()
+    written = spec.honeytoken or platform.Honeytoken.model_construct()
     return Decoys(frozenset(written.hosts), frozenset(written.tools), tuple(map(anchored, written.credentials)))
 
 
-def alerting(spec: models.Alerts, anchored: Anchored) -> Alerting:
+def alerting(spec: platform.Alerts, anchored: Anchored) -> Alerting:
     """Who hears of what."""
     sinks: dict[str, PagerDutySink | WebhookSink] = {
         name: WebhookSink(each.url, anchored(each.secret), anchored(each.ca)["file"] if each.ca else "")

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from broker.manifest.admission import Source
-from broker.manifest.models import Ceilings, ModelPrice, PlatformSpec, Rate
+from broker.manifest.platform import ModelPrice, PlatformSpec
+from broker.manifest.words import Ceilings, Rate
 from broker.policy.limits import WORDS, Limit, Price
 from broker.policy.providers import PROVIDERS
 from broker.policy.types import Effect

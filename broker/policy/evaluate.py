@@ -10,7 +10,10 @@ from broker.policy.types import ALLOW, Code, Decision, Effect, ToolCall, Violati
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How the agent and its run stand: why each of these was done to it, empty where it was not."""
+    """How the agent and its run stand: the ID of what was done to it, empty where it was not.
+
+    Why is for people: an agent that is talked into something must not learn what gave it away.
+    """
 
     revoked: str = ""
     read_only: str = ""
@@ -27,7 +30,7 @@ def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Deci
     2. no manifest of that name → `agent_unknown`
     """
     if view.revoked:
-        return deny(Code.AGENT_REVOKED, f"agent {agent_name!r} is revoked: {view.revoked}")
+        return deny(Code.AGENT_REVOKED, f"agent {agent_name!r} is revoked ({view.revoked})")
     agent = snapshot.agents.get(agent_name)
     if agent is None:
         return deny(Code.AGENT_UNKNOWN, "no manifest names this agent" if agent_name else "the request carries no valid identity")
@@ -64,7 +67,7 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, view: View 
     if violations := _violations(call, operation, grant) or _of_model(call, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
     if view.read_only and operation.effect is not Effect.READ:
-        return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read: {view.read_only}")
+        return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read ({view.read_only})")
     return ALLOW
 
 

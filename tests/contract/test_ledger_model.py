@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from ledgers import Embedded, Shared, limit, spend
 
-from broker.ledger import redis as module
+from broker.ledger import answers as module
 from broker.ledger.base import IDLE_S, LEASE_S, NAMED_IDLE_S, Granted, Refused, Spend
 from broker.policy.limits import Kind, Limit, Measure
 

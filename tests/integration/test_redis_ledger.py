@@ -17,6 +17,7 @@ from ledgers import answered, limit, shared, spend
 from redis_server import RedisServer
 
 from broker.errors import UsageError
+from broker.ledger import answers
 from broker.ledger import redis as module
 from broker.ledger.base import Granted, LedgerUnavailable, Refused
 from broker.ledger.memory import MemoryLedger
@@ -234,7 +235,7 @@ def test_a_broker_that_stands_still_itself_does_not_take_redis_for_slow(server):
             for _ in range(3):
                 await asyncio.sleep(0)
             assert ledger._flying
-            time.sleep(2 * module.SLOW_S)  # noqa: ASYNC251 - that is the attack
+            time.sleep(2 * answers.SLOW_S)  # noqa: ASYNC251 - that is the attack
             assert isinstance(await waiting, Granted)
 
     asyncio.run(run())
@@ -448,7 +449,7 @@ def test_a_redis_that_may_forget_is_not_used(server):
 
 def test_no_round_trip_carries_more_than_one_notice_or_a_slow_network_would_never_be_joined_again(server, monkeypatch):
     """An agent has people asked about 32 calls of 64 KiB: told at once, they took longer than an answer may."""
-    carried, round_trip = [], module._round
+    carried, round_trip = [], module.round_trip
 
     async def spied(connection, commands):
         answers = await round_trip(connection, commands)
@@ -468,6 +469,6 @@ def test_no_round_trip_carries_more_than_one_notice_or_a_slow_network_would_neve
                 while heard != told:  # noqa: ASYNC110 - what an event would say is what is tested
                     await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(module, "_round", spied)
+    monkeypatch.setattr(module, "round_trip", spied)
     asyncio.run(run())
     assert max(carried) == 1

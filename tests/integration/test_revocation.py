@@ -93,7 +93,7 @@ def test_revoking_cuts_what_is_open_at_once_also_when_idle_and_nothing_new_passe
     with broker.direct("rogue") as client:
         refused = client.get("/plain/items/x")
         assert (refused.status_code, refused.json()["code"]) == (403, "agent_revoked")
-        assert "it lies" in refused.json()["detail"]
+        assert "it lies" not in refused.text, "why is for people"
     with stack.tunnel(broker, f"localhost:{place.secure.port}", "rogue") as (_, answer):
         assert answer.startswith(b"HTTP/1.1 403")
     ended = [r for r in broker.records() if r["event"] == "outcome" and r["agent"]["name"] == "rogue"]
@@ -143,8 +143,8 @@ def test_a_revocation_survives_a_kill_and_one_made_while_no_broker_runs_holds_fr
     broker.start()
     for name, reason in (("restarted", "before the kill"), ("other", "at night")):
         with broker.direct(name) as client:
-            refused = client.post("/plain/items").json()
-            assert (refused["code"], reason in refused["detail"]) == ("agent_revoked", True)
+            assert client.post("/plain/items").json()["code"] == "agent_revoked"
+        assert f"standing  revoke_agent: {reason} (by " in verb(broker, "agents", "show", name).stdout
     assert verb(broker, "agents", "release", "other", "--reason", "morning").returncode == 0
     with broker.direct("other") as client:
         assert client.post("/plain/items").status_code == 501

@@ -45,7 +45,9 @@ def a_busy_broker():
     metrics.decided("allow", "", 120_000)
     metrics.waited_for_ledger(900_000)
     metrics.ended("caller", "openai", "gpt-5-mini", Ending(status=500, duration_ms=30, usage=Usage(9, 6, 3), usd=0.25), "5xx")
-    return metrics, replace(WELL, balances=[Balance(TOKENS, 15, 0), Balance(USD, 250_000_000, 0)])
+    metrics.found("probing", "alert")
+    held = {"restrictions": {"hold": 1}, "alerts": {("pagerduty", "delivered"): 2}, "alerts_waiting": 3, "self_test": False}
+    return metrics, replace(WELL, balances=[Balance(TOKENS, 15, 0), Balance(USD, 250_000_000, 0)], **held)
 
 
 def test_a_model_call_counts_its_tokens_by_agent_model_and_type_and_its_dollars():
@@ -54,6 +56,14 @@ def test_a_model_call_counts_its_tokens_by_agent_model_and_type_and_its_dollars(
     tokens = {kind: found["broker_tokens_total", *sorted(("caller", "gpt-5-mini", kind))] for kind in kinds}
     assert tokens == {"input": 9, "output": 6, "cached": 3}
     assert found["broker_cost_usd_total", "caller", "gpt-5-mini"] == 0.25
+
+
+def test_what_is_found_what_holds_and_who_was_told_are_shown():
+    found = samples(*a_busy_broker())
+    assert found["broker_findings_total", "alert", "probing"] == 1
+    assert found["broker_restrictions", "hold"] == 1
+    assert found["broker_alerts_total", "delivered", "pagerduty"] == 2
+    assert (found["broker_alerts_waiting",], found["broker_self_test_passed",]) == (3, 0)
 
 
 def test_budgets_are_shown_in_their_own_unit_dollars_in_dollars():
