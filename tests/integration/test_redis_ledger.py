@@ -449,7 +449,7 @@ def test_a_redis_that_may_forget_is_not_used(server):
 
 def test_no_round_trip_carries_more_than_one_notice_or_a_slow_network_would_never_be_joined_again(server, monkeypatch):
     """An agent has people asked about 32 calls of 64 KiB: told at once, they took longer than an answer may."""
-    carried, round_trip = [], module._round
+    carried, round_trip = [], module.round_trip
 
     async def spied(connection, commands):
         answers = await round_trip(connection, commands)
@@ -469,6 +469,6 @@ def test_no_round_trip_carries_more_than_one_notice_or_a_slow_network_would_neve
                 while heard != told:  # noqa: ASYNC110 - what an event would say is what is tested
                     await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(module, "_round", spied)
+    monkeypatch.setattr(module, "round_trip", spied)
     asyncio.run(run())
     assert max(carried) == 1
