@@ -16,7 +16,7 @@ from broker.case import Case
 from broker.containment.approvals import MOST_SHOWN, Asked
 from broker.policy.approval import Approval
 from broker.policy.evaluate import approval_for
-from broker.policy.limits import Limit, once
+from broker.policy.limits import Kind, Limit, once
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.types import Code, Decision, Effect, Request, ToolCall, deny
 
@@ -31,7 +31,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Asking:
-    """One call that may be let go. `approved` are the approvals by which it goes; `refusal` is there if it can't without one."""
+    """One call that may be let go. `approved` are the approvals by which it goes; `lacks` is the one that is missing."""
 
     def __init__(self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes) -> None:  # noqa: PLR0913, PLR0917 - all that people judge
         self._case, self._tool, self._call, self._request, self._sent = case, tool, call, request, sent
@@ -39,10 +39,13 @@ class Asking:
         self._need = approval_for(agent, call, effect, case.view(agent.name))
         self._agent = agent
         self.approved: tuple[Asked, ...] = ()
-        self.refusal: Decision | None = None
+        self.lacks: Approval | None = None
 
     def limits(self, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-        """What the call is held to: to the approvals that it has, and not to the flow rules that these lift."""
+        """What the call is held to: to the approvals that it has, and not to the flow rules that these lift.
+
+        One that lacks its own is held to flow rules alone: people are asked for it only where it may be done at all.
+        """
         needs = [need for need in (self._need, *(limit.unless for limit in limits)) if need]
         if not needs:
             return limits
@@ -51,13 +54,18 @@ class Asking:
         used = {asked: once(asked.id, rule) for rule, asked in given.items()}
         self.approved = tuple(used)
         self._case.note(approval=", ".join(asked.id for asked in self.approved))
+        held_to = tuple(limit for limit in limits if limit.unless is None or limit.unless.rule not in given)
         if self._need and self._need.rule not in given:
-            what = f"{self._tool.name}/{self._call.operation} waits for a human's approval"
-            held = f", since the agent is {self._need.rule}" if self._need.rule.startswith("held: ") else ""
-            rule = "" if held else self._need.rule
-            self.refusal = self._asked(self._need, deny(Code.APPROVAL_REQUIRED, what + held, rule=rule))
-        held_to = (limit for limit in limits if limit.unless is None or limit.unless.rule not in given)
+            self.lacks = self._need
+            return tuple(limit for limit in held_to if limit.kind is Kind.FLOW)
         return (*used.values(), *held_to)
+
+    def wait(self, need: Approval) -> Decision:
+        """The denial of a call that waits for what its manifest needs."""
+        what = f"{self._tool.name}/{self._call.operation} waits for a human's approval"
+        held = need.rule.startswith("held: ")
+        why = f"{what}, since the agent is {need.rule}" if held else what
+        return self._asked(need, deny(Code.APPROVAL_REQUIRED, why, rule="" if held else need.rule))
 
     def ask(self, limit: Limit, refusal: Decision) -> Decision:
         """The denial of a call that this limit refused: people are asked where they may lift it."""

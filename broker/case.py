@@ -110,14 +110,14 @@ class Case:
             return False
         return True
 
-    def spend(self, limits: tuple[Limit, ...], amounts: Mapping[Measure, int], call: ToolCall) -> Spend:
+    def spend(self, limits: tuple[Limit, ...], amounts: Mapping[Measure, int], *, step: bool) -> Spend:
         """What the ledger is asked for."""
         about = self.attempt
         about.args_hash = about.args_hash or args_hash(about.params)
         fingerprint = f"{about.tool}/{about.operation}/{about.args_hash}"
-        run = None if call.housekeeping else about.run_id
         read = about.effect == Effect.READ
-        return Spend(about.decision_id, about.agent["name"], limits, amounts, run, fingerprint, read)
+        whole = about.decision_id, about.agent["name"], limits, amounts, about.run_id, fingerprint, read
+        return Spend(*whole, step=step)
 
     def retry_key(self, operation: Operation | None, request: Request, body: bytes) -> tuple[tuple[str, str], ...]:
         """The header by which the tool knows this write again; none where it has no such header, or the agent sent its own.

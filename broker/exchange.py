@@ -273,12 +273,10 @@ class Exchange:
         self, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes
     ) -> Generator[Command, Event, Decision | None]:
         case = self._case
-        limits = agent.housekeeping[tool.name] if call.operation is None else agent.tools[tool.name][call.operation].limits
         asking = Asking(case, agent, tool, call, request, sent)
-        limits = asking.limits(limits)
-        if asking.refusal:
-            return asking.refusal
-        self._asking = asking
+        limits = asking.limits(agent.bounds(call))
+        if asking.lacks and not limits:
+            return asking.wait(asking.lacks)
         amounts = called(len(case.attempt.path) + len(request.query) + len(sent))
         if call.model:
             provider, price = case.snapshot.price(tool, call.model.name)
@@ -286,7 +284,7 @@ class Exchange:
                 return unknown
             amounts |= bound(call.model, price)
             case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
-        answer = yield from self._granted(case.spend(limits, amounts, call))
+        answer = yield from self._granted(case.spend(limits, amounts, step=not (asking.lacks or call.housekeeping)))
         if isinstance(answer, LedgerUnavailable):
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
         if isinstance(answer, Refused):
@@ -294,6 +292,9 @@ class Exchange:
             case.note(limits=refused(answer))
             refusal = answer.limit.refusal(answer.spent, answer.needed, answer.retry_after, answer.trail)
             return asking.ask(answer.limit, refusal)
+        if asking.lacks:
+            return asking.wait(asking.lacks)
+        self._asking = asking
         case.run_began = answer.began
         case.note(step=answer.step, limits=reserved(amounts, degraded=answer.degraded))
         return None

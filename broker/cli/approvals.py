@@ -83,14 +83,17 @@ def described(each: dict[str, Any]) -> Iterator[str]:
     until = datetime.fromtimestamp(each["expires"], UTC).astimezone()
     yield f"{each['id']}  {each['status']}: {len(each['approved_by'])} of {each['approvers']}, until {until:%Y-%m-%d %H:%M:%S}"
     named = {
-        "agent": f"{each['agent']} ({each['owner']})",
+        "agent": f"{each['agent']} ({each['owner']})" if "owner" in each else each["agent"],
         "run": each["run_id"] or "(without a run ID)",
-        "call": f"{each['operation']} ({each['effect']})",
+        "call": f"{each['operation']} ({each['effect']})" if "effect" in each else each["operation"],
         "why": each["why"],
         "only": " or ".join(each["groups"]),
-        "sends": f"{each['method']} {each['url']}",
-        "type": each["content_type"],
+        "sends": f"{each['method']} {each['url']}" if "url" in each else _UNKNOWN,
+        "type": each.get("content_type", ""),
     }
     yield from (f"  {word:<7}{value}" for word, value in named.items() if value)
-    yield from (f"  {'with':<7}{name}: {value}" for name, value in each["headers"].items())
-    yield from (f"  {'' if number else 'body':<7}{line}" for number, line in enumerate(each["body"].splitlines()))
+    yield from (f"  {'with':<7}{name}: {value}" for name, value in each.get("headers", {}).items())
+    yield from (f"  {'' if number else 'body':<7}{line}" for number, line in enumerate(each.get("body", "").splitlines()))
+
+
+_UNKNOWN = "(not known since the broker was restarted; known again once the agent makes the call again)"

@@ -30,6 +30,8 @@ def token(
     authority = TokenAuthority(ed25519(folder.keys / "tokens.key"))
     if groups and not operator:
         raise UsageError("only people are in groups", "write --operator too")
+    if operator and revoke:
+        raise UsageError("an operator's tokens can't be taken back", "they end by themselves; give short ones with --ttl")
     if operator:
         made = authority.mint_operator(Person(name, groups), clock.now(), ttl := ttl or MAX_OPERATOR_S)
         document = {"operator": name, "groups": groups, "token": made, "expires_in": ttl}

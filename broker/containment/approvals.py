@@ -94,7 +94,9 @@ class Approvals:
     def ask(self, asked: Asked) -> None:
         """People are asked from now on, unless that came to an end already."""
         if asked.at > max(self._since.get(asked.agent, 0.0), self._since.get(EVERYONE, 0.0)):
-            self._asked.setdefault(asked.id, asked)
+            known = self._asked.get(asked.id)
+            # A vote that is replayed brings its question without what was shown.
+            self._asked[asked.id] = known if known and (known.shown or not asked.shown) else asked
 
     def hear(self, asked: Asked, vote: Vote) -> None:
         """A vote counts; one person has one, the first."""
@@ -160,6 +162,8 @@ class Approvals:
             raise Refusal(f"it is {status} already")
         if vote.person in votes:
             raise Refusal(f"{vote.by} has said so already; another person must")
+        if vote.approves and not asked.shown:
+            raise Refusal("what it asks for is not known since the broker was restarted; the agent must make the call again")
         if vote.approves and asked.groups and not set(asked.groups) & set(vote.groups):
             raise Refusal(f"only people in {' or '.join(asked.groups)} may approve this; use an operator token that says so")
         return asked
@@ -180,4 +184,6 @@ class Approvals:
     def listed(self, now: float) -> Iterator[dict[str, Json]]:
         """All of them, the oldest first, with what is shown to people."""
         for asked in sorted(self._asked.values(), key=lambda each: each.at):
-            yield {**self.described(asked, now), "asked": asked.at, "why": asked.why, **asked.shown}
+            agent, run_id, operation, *_ = asked.binding
+            bound = {"agent": agent, "run_id": run_id, "operation": operation}
+            yield {**self.described(asked, now), "asked": asked.at, "why": asked.why, **bound, **asked.shown}

@@ -9,7 +9,7 @@ must not protect an agent. People hear of it last, and nobody waits for that.
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -358,13 +358,18 @@ class Containment:
             if self.approvals.waiting(binding[0], now) >= MOST_WAITING:
                 return deny(refused.code or Code.APPROVAL_REQUIRED, f"{refused.detail}; {_CROWDED}", rule=refused.rule)
             asked = Asked.about(need, binding, refused.detail, shown, now, f"a-{self._around.random_id()}")
-            self.publish({"id": asked.id, "kind": "asked", "asked": asdict(asked), "expires": asked.expires})
+            self._put(asked)
             people = "person" if asked.approvers == 1 else f"{asked.approvers} people"
             what = f"{binding[0]} waits for {people} to approve {binding[2]} ({asked.id}): {refused.detail}"
             self._around.send(Alert("approval", Severity.LOW, what, asked.id, self._who(binding[0])))
+        elif not asked.shown:
+            self._put(replace(asked, shown=shown))
         told = self.approvals.described(asked, now)
         code = refused.code or Code.APPROVAL_REQUIRED
         return deny(code, f"{refused.detail}; approval {asked.id}", rule=refused.rule, approval=told)
+
+    def _put(self, asked: Asked) -> None:
+        self.publish({"id": asked.id, "kind": "asked", "asked": asdict(asked), "expires": asked.expires})
 
     def sweep(self) -> None:
         """Let go of what is over, and record what nobody answered or used, and what could not be recorded before."""

@@ -34,7 +34,8 @@ class LedgerUnavailable(BrokerError):
 class Spend:
     """What one call may spend. `amounts` is its upper bound by measure; a limit on what is 0 or not in it does not bear on it.
 
-    `run` is the run ID that the call names, empty for the agent's implicit run, None where the call is no step of a run.
+    `run` is the run ID that the call names, empty for the agent's implicit run, None where the call has none. One that is no
+    `step` of its run (a protocol's own traffic) is held to that run's flow rules and leaves it as it is.
     `fingerprint` tells identical calls; `read` is whether the call changes nothing. Of the limits, the first that refuses is
     reported.
     """
@@ -46,6 +47,7 @@ class Spend:
     run: str | None = None
     fingerprint: str = ""
     read: bool = False
+    step: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,11 +153,11 @@ class MemoryLedger:
 
     def _take(self, spend: Spend, charges: list[tuple[Limit, int]], run: Run | None, now: float) -> Granted:
         taken = [(limit, need, self._add(limit, spend, need, run, now)) for limit, need in charges]
-        if run and spend.run is not None:
+        if run and spend.run is not None and spend.step:
             run.last, run.steps = now, run.steps + 1
             self.runs.pop((spend.agent, spend.run), None)
             self.runs[spend.agent, spend.run] = run
-        granted = Granted(run.steps, began=run.started // 1) if run else Granted()
+        granted = Granted(run.steps, began=run.started // 1) if run and spend.step else Granted()
         self.grants[spend.decision_id] = Grant(spend, now, granted, run, taken)
         return granted
 

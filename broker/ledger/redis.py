@@ -129,7 +129,7 @@ class RedisLedger:
         if not self._healthy:
             return self._alone(spend, now)
         run = MEMBERS if spend.run is None else run_key(spend.agent, spend.run)
-        keys, words, asked = [run], ["" if spend.run is None else idle(spend.run)], []
+        keys, words, asked = [run], ["" if spend.run is None else idle(spend.run), int(spend.step)], []
         for limit in spend.limits:
             begins = limit.measure is Measure.RUNS
             if spend.run is None and (begins or limit.kind in PER_RUN):
@@ -218,7 +218,10 @@ class RedisLedger:
             return Refused(asked[index], int(float(spent)), int(float(needed)), float(wait), trail)
         now, began, step, *full = rest
         self._heard(float(now))
-        granted, times = self.own.take(spend, float(now), step if spend.run is not None else 0, float(began)), iter(full)
+        granted, times = (
+            self.own.take(spend, float(now), step if spend.run is not None and spend.step else 0, float(began)),
+            iter(full),
+        )
         taken = self.own.grants[spend.decision_id].taken
         for index, (limit, need, _) in enumerate(taken):
             if limit.kind is Kind.RATE:

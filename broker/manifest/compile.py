@@ -7,6 +7,7 @@ import hashlib
 import ipaddress
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -145,13 +146,22 @@ def _flows(source: Source, model: platform.Platform) -> tuple[_Flow, ...]:
     return tuple(found)
 
 
-def _flowing(flows: tuple[_Flow, ...], tool: Tool, operation: Operation) -> Iterator[Limit]:
-    """The flow rules that bear on an operation's calls, and the labels that these give their run."""
+def _flowing(flows: tuple[_Flow, ...], tool: Tool, effect: Effect | None) -> Iterator[Limit]:
+    """The flow rules that bear on calls with this effect (None: housekeeping)."""
     for denied, limit in flows:
         effects = {Effect.WRITE, Effect.DESTRUCTIVE} if denied.effect is Effect.WRITE else {denied.effect}
         where = "external" if tool.external else "internal"
-        if (not denied.effect or operation.effect in effects) and denied.egress in (None, where):
+        if (not denied.effect or effect in effects) and denied.egress in (None, where):
             yield limit
+
+
+def _own_traffic(flows: tuple[_Flow, ...], tool: Tool, effect: Effect | None, shared: tuple[Limit, ...]) -> tuple[Limit, ...]:
+    """What limits a protocol's own traffic; nobody is asked to approve any of it."""
+    return (*(replace(limit, unless=None) for limit in _flowing(flows, tool, effect)), *bearing(shared, None, tool.protocol))
+
+
+def _labels(flows: tuple[_Flow, ...], operation: Operation) -> Iterator[Limit]:
+    """The labels that an operation's calls give their run."""
     asked = {name for _, limit in flows for name in limit.after}
     yield from (label(name) for name in operation.data if name in asked)
 
@@ -168,11 +178,13 @@ def _agent(
     common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
     tools: dict[str, Mapping[str, Grant]] = {}
     housekeeping: dict[str, tuple[Limit, ...]] = {}
+    answers: dict[str, tuple[Limit, ...]] = {}
     every = dict.fromkeys(common)
     for tool, part in spec.tools.items():
         here = ("spec", "tools", tool)
         shared = (*limits(source, part.limits, f"agent/{name}/{tool}", *here, "limits"), *common)
-        housekeeping[tool] = bearing(shared, None, catalog[tool].protocol)
+        housekeeping[tool] = _own_traffic(flows, catalog[tool], None, shared)
+        answers[tool] = _own_traffic(flows, catalog[tool], Effect.WRITE, shared)
         grants = {}
         for operation, grant in part.operations.items():
             place = (*here, "operations", operation)
@@ -180,7 +192,8 @@ def _agent(
             every |= dict.fromkeys((*own, *shared))
             declared = catalog[tool].operations[operation]
             bounds = (
-                *_flowing(flows, catalog[tool], declared),
+                *_flowing(flows, catalog[tool], declared.effect),
+                *_labels(flows, declared),
                 *bearing((*own, *shared), declared.effect, catalog[tool].protocol),
             )
             grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
@@ -195,6 +208,7 @@ def _agent(
         token=spec.identity.token,
         namespace=spec.identity.namespace or "",
         housekeeping=MappingProxyType(housekeeping),
+        answers=MappingProxyType(answers),
         limits=tuple(every),
     )
 

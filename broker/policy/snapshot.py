@@ -14,7 +14,7 @@ from broker.policy.limits import Limit, Price
 from broker.policy.match import PathTemplate
 from broker.policy.providers import MAX_OUTPUT
 from broker.policy.schema import ParameterSchema
-from broker.policy.types import Effect
+from broker.policy.types import Effect, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,8 @@ class Grant:
 class Agent:
     """A principal: who it is, who answers for it, and what it may do. `tools` maps tool → operation → grant.
 
-    `housekeeping` maps a tool to what limits its protocol's own traffic; `limits` are all of the agent's, however narrow.
+    `housekeeping` maps a tool to what limits its protocol's own traffic, `answers` to what limits that of it which answers the
+    tool; `limits` are all of the agent's, however narrow.
     """
 
     name: str
@@ -152,7 +153,14 @@ class Agent:
     token: bool = False
     namespace: str = ""
     housekeeping: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
+    answers: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+
+    def bounds(self, call: ToolCall) -> tuple[Limit, ...]:
+        """What limits a call that it may make."""
+        if call.operation is not None:
+            return self.tools[call.tool][call.operation].limits
+        return (self.answers if call.answers else self.housekeeping)[call.tool]
 
     @property
     def described(self) -> dict[str, str]:

@@ -150,6 +150,7 @@ class ToolCall:
 
     `operation` is a name from the catalog; None when the request matches no operation of the tool. `housekeeping` marks the
     methods by which a protocol keeps itself alive (MCP `initialize`, `ping`, …): they pass for every agent that holds the tool.
+    `answers` marks that of it which answers what the tool asked (MCP elicitation, sampling): it carries content out, as a write.
     `params` maps a location (`path`, `query`, `body`, `arguments`) to its value. `label` names what was tried for people
     ("POST /repos/acme/web/issues", "tools/call search_pages"). `correlation` is the protocol's own request ID, for its denial.
     `model` is there for calls of model providers. `exact` is all that the body says but for what differs each time (a message's
@@ -164,6 +165,7 @@ class ToolCall:
     correlation: Json = None
     model: ModelCall | None = None
     exact: Json = None
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class Mcp:
             return replace(error.refusal, correlation=correlation)
         housekeeping = method is None or method in HOUSEKEEPING
         label = "(answer)" if method is None else method[:_SHOWN]
-        return ToolCall(tool.name, None, housekeeping=housekeeping, label=label, correlation=correlation)
+        return ToolCall(tool.name, None, housekeeping=housekeeping, label=label, correlation=correlation, answers=method is None)
 
     def denial(self, problem: Mapping[str, Json], decision: Decision | Refusal, correlation: Json) -> Reply | None:
         """Law 5; a refusal without a correlation never got to be a message, and is an error without an ID."""

@@ -304,8 +304,20 @@ def test_a_run_that_has_all_labels_of_a_flow_rule_is_refused_and_told_by_which_c
     assert (refused.limit, refused.retry_after) == (FORBIDDEN, 0)
     assert refused.trail == "pii by crm/pii.get (decision pii), untrusted by crm/untrusted.get (decision untrusted)"
     assert isinstance(desk.reserve(spend(FORBIDDEN, run="r2"), T), Granted)
-    assert isinstance(desk.reserve(spend(FORBIDDEN, run=None), T), Granted), "a protocol's own traffic is no step of a run"
+    assert isinstance(desk.reserve(spend(FORBIDDEN, run=None), T), Granted)
+    own = desk.reserve(spend(FORBIDDEN, **write, step=False), T)
+    assert isinstance(own, Refused), "a protocol's own traffic would carry out what a call may not"
     assert isinstance(desk.reserve(spend(FORBIDDEN, agent="b", **write), T), Granted)
+
+
+def test_what_is_no_step_of_a_run_leaves_it_as_it_is(desk):
+    steps, idle = limit("steps_per_run", 2), limit("time_per_run", HOUR)
+    for _ in range(3):
+        assert desk.reserve(spend(FORBIDDEN, **RUN, step=False), T) == Granted()
+    first = desk.reserve(spend(steps, idle, limit("runs", 1, DAY), **RUN), T + 10)
+    assert (first.step, first.began) == (1, T + 10)
+    assert desk.reserve(spend(FORBIDDEN, **RUN, step=False), T + 20) == Granted()
+    assert desk.reserve(spend(steps, **RUN), T + 30).step == 2
 
 
 def test_a_call_that_is_given_back_takes_its_label_along_and_one_that_ended_leaves_it(desk):

@@ -150,6 +150,8 @@ def test_where_the_manifest_names_a_group_only_a_token_that_says_so_may_approve_
         options = [word for group in groups for word in ("--group", group)]
         return verb(place, "token", "ann", "--operator", *options).stdout.strip()
 
+    kept = verb(place, "token", "ann", "--operator", "--revoke", check=False)
+    assert (kept.returncode, kept.stdout, "can't be taken back" in kept.stderr) == (2, "", True)
     assert approve(broker.token("grouped")).status_code == 401
     assert httpx.get(f"{broker.admin}/approvals").status_code == 401
     assert approve(operator("dev")).status_code == 409
@@ -205,6 +207,22 @@ def test_an_approval_survives_a_kill_and_stays_used_after_one(place):
     assert post(place, "many", "/refunds", first).json()["code"] == "approval_required"
     assert post(place, "many", "/refunds", second).status_code == 200
     assert [seen.body for seen in place.bank.seen] == [first, second]
+
+
+def test_a_second_person_judges_after_a_restart_only_what_the_agent_has_shown_anew(place):
+    broker = place.broker
+    approval = post(place, "clerk", "/notes", b'{"n": 9}', "again").json()["approval"]["id"]
+    verb(place, "approvals", "approve", approval, "--as", "ann")
+    broker.stop()
+    broker.start()
+    text = verb(place, "approvals", "list").stdout
+    assert (approval in text, "not known since the broker was restarted" in text) == (True, True)
+    blind = verb(place, "approvals", "approve", approval, "--as", "bob", check=False)
+    assert (blind.returncode, "make the call again" in blind.stderr) == (1, True)
+    assert post(place, "clerk", "/notes", b'{"n": 9}', "again").json()["approval"]["approved_by"] == ["ann"]
+    assert '{"n": 9}' in verb(place, "approvals", "list").stdout
+    assert verb(place, "approvals", "approve", approval, "--as", "bob").stdout == f"{approval} is approved\n"
+    assert post(place, "clerk", "/notes", b'{"n": 9}', "again").status_code == 200
 
 
 def test_a_run_that_read_a_strangers_text_and_personal_data_may_not_write_outside_and_is_told_by_which_calls(place):

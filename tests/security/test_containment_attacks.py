@@ -119,23 +119,33 @@ def test_what_differs_with_each_try_and_means_nothing_needs_no_new_approval():
 
 def test_one_persons_approval_of_the_operation_does_not_lift_a_flow_rule_that_wants_two_of_a_group():
     services = broker([FLOW])
-    assert isinstance(call(services, "GET", "/bank/pages"), Send)
     asked = call(services)
     assert (asked["code"], asked["approval"]["approvers"]) == ("approval_required", 1)
     approve(services, asked, Person("eve"))
+    assert isinstance(call(services, "GET", "/bank/pages"), Send)
     refused = call(services)
     assert (refused["code"], refused["approval"]["approvers"], refused["approval"]["groups"]) == ("flow_forbidden", 2, ["secops"])
     approve(services, refused, ANN, BOB)
     assert isinstance(call(services), Send)
     # Both were used up by it.
-    assert call(services)["code"] == "approval_required"
+    assert call(services)["code"] == "flow_forbidden"
+
+
+def test_people_are_not_asked_for_what_a_flow_rule_forbids_anyway():
+    services = broker([{**FLOW, "unless": None}])
+    assert isinstance(call(services, "GET", "/bank/pages"), Send)
+    refused = call(services)
+    assert (refused["code"], "approval" in refused, services.containment.listed()) == ("flow_forbidden", False, [])
+    # Another run has read nothing, so there people are asked, as often as it takes.
+    first = call(services, run="r2")
+    assert (first["code"], call(services, run="r2")["approval"]["id"]) == ("approval_required", first["approval"]["id"])
 
 
 def test_the_word_of_a_wider_circle_does_not_lift_a_rule_that_asks_a_narrower_one():
     services = broker([FLOW], {**GRANTED, "refunds.create": {"approval": {"approvers": 2, "groups": ["secops", "ops"]}}})
-    call(services, "GET", "/bank/pages")
     asked = call(services)
     approve(services, asked, ANN, BOB)
+    call(services, "GET", "/bank/pages")
     assert call(services)["code"] == "flow_forbidden"
 
 

@@ -72,8 +72,9 @@ def _document(kind: str, name: str, **spec: Any) -> bytes:
     return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": metadata, "spec": spec}).encode()
 
 
-def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str = "", **agent: Any) -> Any:
+def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str = "", flow: Any = (), **agent: Any) -> Any:
     title = {"type": "object", "properties": {"title": {"type": "string", "maxLength": 5}}, "additionalProperties": False}
+    search = {"effect": "read", **({"data": ["pii"]} if flow else {})}
     rest: dict[str, dict[str, Any]] = {
         "items.list": {"match": {"method": "GET", "path": "/items"}, "effect": "read"},
         "items.create": {"match": {"method": "POST", "path": "/items"}, "effect": "write", "params": {"body": title}},
@@ -91,12 +92,13 @@ def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str 
             ),
             "t2.yaml": _document(
                 "Tool", "wiki", protocol="mcp", endpoint="http://127.0.0.1:2/mcp", **local,
-                operations={"search": {"effect": "read"}, "drop": {"effect": "destructive"}},
+                operations={"search": search, "drop": {"effect": "destructive"}},
             ),
             "a1.yaml": _document(
                 "Agent", "caller", identity={"token": True}, mode="enforce",
                 tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent,
             ),
+            **({"p.yaml": _document("Platform", "acme", flow=flow)} if flow else {}),
             "a2.yaml": _document("Agent", "nobody", identity={"token": True}, mode="enforce", tools={}),
         },
         Path(),
@@ -860,6 +862,18 @@ def test_a_refused_mcp_call_is_a_result_that_the_model_can_read_and_housekeeping
     result = json.loads(refused.body)["result"]
     assert (refused.status, result["isError"]) == (200, True)
     assert "steps_exhausted" in result["content"][0]["text"]
+
+
+def test_a_run_that_may_write_nowhere_any_more_also_answers_no_question_of_a_tool():
+    flow = [{"after": ["pii"], "deny": {"effect": "write"}, "unless": "approval"}]
+    outside = limited(Desk(), snapshot=lambda: _snapshot(flow=flow))
+    said = RequestBody(
+        json.dumps({"jsonrpc": "2.0", "id": 7, "result": {"content": {"type": "text", "text": "secret"}}}).encode()
+    )
+    assert isinstance(play(outside, CALL, said, ANSWER)[1], Send)
+    assert isinstance(play(outside, CALL, rpc("tools/call", name="search", arguments={}), ANSWER)[1], Send)
+    assert problem_of(play(outside, CALL, said)[1])["code"] == "flow_forbidden"
+    assert isinstance(play(outside, CALL, rpc("ping"), ANSWER)[1], Send)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 -- Take what a call may spend, all or nothing. KEYS[2]: its run; then a key for each limit. ARGV[4]: decision ID, lease, idle ('' for
--- no run); then for each limit: kind, need, amount, per, burst, name in the run. As `MemoryLedger.reserve`, line by line.
+-- no run), whether it is a step of it (0, 1); then for each limit: kind, need, amount, per, burst, name in the run. As
+-- `MemoryLedger.reserve`, line by line.
 local id, lease, idle, run = ARGV[4], ARGV[5], tonumber(ARGV[6]), KEYS[2]
 local began, last, steps = now, now, 0
 if idle then
@@ -8,7 +9,7 @@ if idle then
 end
 local answer, takes = {'granted', text(now), text(began), steps + 1}, {}
 for index = 3, #KEYS do
-  local key, at = KEYS[index], index * 6 - 12
+  local key, at = KEYS[index], index * 6 - 11
   local kind, need, amount, per = ARGV[at + 1], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
   local burst, name, spent, wait = tonumber(ARGV[at + 5]), ARGV[at + 6], 0, 0
   local function counts(hash, field)
@@ -68,7 +69,7 @@ for index = 3, #KEYS do
   end
   if spent + need > amount then return {'refused', index - 3, text(spent), text(need), text(need > amount and 0 or wait)} end
 end
-if idle then
+if idle and ARGV[7] == '1' then
   if steps == 0 then
     redis.call('DEL', run)
     redis.call('HSET', run, 'began', text(began), 'by', me)

@@ -1,5 +1,7 @@
 """What people are asked and what they say of it. Time is what a test says it is."""
 
+from dataclasses import replace
+
 import pytest
 
 from broker.containment.approvals import Approvals, Asked, Refusal, Vote
@@ -83,6 +85,19 @@ def test_whose_word_is_not_taken(question, before, said, why):
         approvals.judge(said.of, said, said.at)
 
 
+def test_nobody_approves_what_is_not_shown_since_only_a_vote_on_it_was_kept_until_it_is_asked_again():
+    approvals, whole = Approvals(), asked(approvers=2)
+    approvals.hear(replace(whole, shown={}), vote())
+    [listed] = approvals.listed(NOW + 2)
+    assert (listed["agent"], listed["run_id"], listed["operation"], "body" in listed) == ("bot", "r", "bank/refund", False)
+    with pytest.raises(Refusal, match="make the call again"):
+        approvals.judge("a-1", vote("bob"), NOW + 2)
+    approvals.judge("a-1", vote("bob", approves=False), NOW + 2)
+    approvals.ask(whole)
+    approvals.hear(replace(whole, shown={}), vote())
+    assert approvals.judge("a-1", vote("bob"), NOW + 2) == whole
+
+
 def test_anyone_may_say_no_and_a_member_yes():
     approvals, question = book(of=asked(groups=("sec",)))
     approvals.judge("a-1", vote(approves=False), NOW + 1)
@@ -124,8 +139,8 @@ def test_what_is_over_is_forgotten_and_named_if_nobody_used_or_rejected_it():
 
 def test_people_see_it_the_oldest_first_with_all_that_is_sent():
     approvals = Approvals()
-    approvals.ask(asked("second", binding=("bot", "2"), at=NOW + 1))
-    approvals.ask(asked("first", binding=("bot", "1")))
+    approvals.ask(asked("second", binding=(*BINDING[:3], "2"), at=NOW + 1))
+    approvals.ask(asked("first", binding=(*BINDING[:3], "1")))
     shown = [*approvals.listed(NOW)]
     assert [each["id"] for each in shown] == ["first", "second"]
     assert {(each["body"], each["why"]) for each in shown} == {("{}", "it is large")}

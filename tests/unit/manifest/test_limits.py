@@ -150,6 +150,23 @@ def test_a_protocols_own_traffic_is_bound_by_rates_and_bytes_alone():
     ]
 
 
+@pytest.mark.parametrize(
+    ("denied", "of"),
+    [
+        pytest.param({"egress": "external"}, {"housekeeping", "answers"}, id="whatever goes out"),
+        pytest.param({"effect": "write", "egress": "external"}, {"answers"}, id="what an answer to a tool's question does"),
+        pytest.param({"effect": "read"}, set(), id="neither is a read"),
+        pytest.param({"egress": "internal"}, set(), id="where the tool is not"),
+    ],
+)
+def test_a_protocols_own_traffic_is_under_flow_rules_that_nobody_lifts(denied, of):
+    flow = [{"after": ["pii"], "deny": denied, "unless": "approval"}]
+    agent = compiled(**FULL, platform={**PLATFORM, "flow": flow}).agents["bot"]
+    found = {name: [each for each in getattr(agent, name)["rest"] if each.word == "flow"] for name in ("housekeeping", "answers")}
+    assert {name for name, bounds in found.items() if bounds} == of
+    assert all(each.unless is None for bounds in found.values() for each in bounds)
+
+
 def test_an_agent_knows_all_of_its_limits_each_once():
     limits = compiled(**FULL, platform=PLATFORM).agents["bot"].limits
     assert len(limits) == len(set(limits)) == 3 + 2 + 2 + 1 + 3

@@ -127,7 +127,7 @@ def test_all_else_is_no_operation(method: str) -> None:
     ],
 )
 def test_messages_without_an_answer_have_no_correlation(message: object, label: str) -> None:
-    assert _send(message) == ToolCall("wiki", None, housekeeping=True, label=label)
+    assert _send(message) == ToolCall("wiki", None, housekeeping=True, label=label, answers=label == "(answer)")
 
 
 @pytest.mark.parametrize(
