@@ -21,6 +21,7 @@ from broker.containment.alerts import Alert
 from broker.containment.approvals import MOST_WAITING, Approvals, Asked, Refusal, Vote
 from broker.containment.contents import Contents
 from broker.containment.detectors import Detectors, Finding
+from broker.containment.notices import Notice, ends, read, recorded
 from broker.containment.standing import EVERYONE, MOST_RUNS, OpenCalls, Restriction, Standing
 from broker.credentials.scrub import Scrubber
 from broker.identity import Person
@@ -30,8 +31,6 @@ from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.policy.types import Code, Decision, Json, deny
 
 log = logging.getLogger(__name__)
-
-Notice = Mapping[str, Any]
 
 _INJECTED = 8  # credentials of one agent that are looked for in its requests, the latest; each takes a pass over the body
 _KEPT_S = 60.0  # how long a notice is kept after its end, which brokers' clocks may see at different times
@@ -210,7 +209,7 @@ class Containment:
         """What other brokers say; what is known already does nothing."""
         for notice_id in documents.keys() - self._notices.keys():
             try:
-                notice = _read(notice_id, documents[notice_id])
+                notice = read(notice_id, documents[notice_id])
                 self._apply(notice, documents[notice_id])
                 self._enforce(notice)
                 self._record(notice, ", as another broker says")
@@ -223,7 +222,7 @@ class Containment:
         """Apply the notices in an audit log, in order, but for those that are over."""
         now = self._around.now()
         for record in records:
-            if (notice := record.get("notice")) and _ends(document := orjson.dumps(notice)) > now:
+            if (notice := record.get("notice")) and ends(document := orjson.dumps(notice)) > now:
                 self._apply(notice, document)
 
     @property
@@ -273,7 +272,7 @@ class Containment:
             self._injected.pop(name, None)
 
     def _record(self, notice: Notice, more: str = "") -> None:
-        words = _recorded(notice)
+        words = recorded(notice)
         if words is None:
             return
         event, agent, what = words
@@ -377,7 +376,7 @@ class Containment:
         now = self._around.now()
         for asked in self.approvals.forget(now):
             self._end(asked, "expired")
-        over = [notice_id for notice_id, document in self._notices.items() if _ends(document) + _KEPT_S <= now]
+        over = [notice_id for notice_id, document in self._notices.items() if ends(document) + _KEPT_S <= now]
         for notice_id in over:
             del self._notices[notice_id]
         self._around.unshare(over)
@@ -391,44 +390,3 @@ class Containment:
 
 
 _CROWDED = f"{MOST_WAITING} of its calls wait for people already, so nobody is asked about this one"
-
-
-def _ends(document: bytes) -> float:
-    """When a notice is over, in seconds since the epoch; for ever later for one that stays."""
-    if b'"expires":' not in document:
-        return float("inf")
-    notice = orjson.loads(document)
-    return float(notice.get("expires") or notice["asked"]["expires"])
-
-
-def _read(notice_id: str, document: bytes) -> Notice:
-    """What another broker says. Raises where it could not be let go one day, or would take another's place."""
-    notice: Notice = orjson.loads(document)
-    _ends(document)
-    if notice["id"] != notice_id:
-        raise ValueError(f"it calls itself {notice['id']!r}")
-    return notice
-
-
-def _recorded(notice: Notice) -> tuple[str, str, str] | None:
-    """The event, the agent and the sentence by which a notice is recorded; None for a question, which the denial records."""
-    match notice:
-        case {"kind": "restriction", "agent": agent, "action": action, "by": by, "reason": reason, "run_id": run}:
-            return "revocation", agent, f"{action}{f' {run!r}' if run is not None else ''} by {by}: {reason}"
-        case {"kind": "tokens", "agent": agent, "by": by}:
-            return "revocation", agent, f"tokens revoked by {by}"
-        case {"kind": "release", "agent": agent, "by": by, "reason": reason}:
-            return "release", agent, f"released by {by}: {reason}"
-        case {
-            "kind": "vote",
-            "vote": {"approves": approves, "by": by, "of": of, "reason": reason},
-            "asked": {"binding": binding},
-        }:
-            return (
-                "approval",
-                binding[0],
-                f"{of} {'approved' if approves else 'rejected'} by {by}{f': {reason}' if reason else ''}",
-            )
-        case {"kind": "used" | "expired" as how, "of": of, "agent": agent}:
-            return "approval", agent, f"{of} {how}"
-    return None
