@@ -86,7 +86,7 @@ class Answer:
         found: ResponseFilter | None = None
         if not (self._call.model and self._ending.status >= _ERROR):
             found = self._adapter.response_filter(self._tool, self._agent.tools[self._tool.name], self._call, content_type)
-            self._meter = found if isinstance(found, Meter) else None
+            self._meter = found if found is not None and isinstance(found, Meter) else None
         self._stream = self._scrubber.stream() if self._scrubber and self._is_scrubbed(content_type.strip().lower()) else None
         return [each for each in (found, self._stream) if each]
 
