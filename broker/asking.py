@@ -19,6 +19,7 @@ from broker.policy.evaluate import approval_for
 from broker.policy.limits import Kind, Limit, once
 from broker.policy.snapshot import Agent, Tool
 from broker.policy.types import Code, Decision, Effect, Request, ToolCall, deny
+from broker.request import outgoing
 
 _INCIDENTAL = frozenset(
     {
@@ -100,8 +101,7 @@ class Asking:
     @property
     def _shown(self) -> Mapping[str, Any]:
         """Exactly what will be sent, and by whom."""
-        about, endpoint, request = self._case.attempt, self._tool.endpoint, self._request
-        query = f"?{request.query}" if request.query else ""
+        about, request = self._case.attempt, self._request
         return {
             "agent": self._agent.name,
             "owner": self._agent.owner,
@@ -109,7 +109,7 @@ class Asking:
             "operation": f"{self._tool.name}/{self._call.operation}",
             "effect": about.effect,
             "method": request.method,
-            "url": f"{endpoint.scheme}://{endpoint.authority}{endpoint.base_path}{request.path}{query}",
+            "url": outgoing(self._tool, request, self._sent).url,
             "content_type": request.header("content-type") or "",
             "headers": {name: ", ".join(self._request.all(name)) for name, _ in self._headers},
             "params": dict(self._call.params),

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from broker.admin import agents
 from broker.admin.api import Act
 from broker.containment.response import Containment
-from broker.containment.standing import EVERYONE, Restriction
+from broker.containment.standing import EVERYONE
 from broker.errors import UsageError
 from broker.identity import Person, TokenAuthority
 from broker.ledger.base import Ledger
@@ -62,13 +62,13 @@ class Operators:
         if name != EVERYONE and name not in self._snapshot().agents and name not in self._containment.open:
             raise UsageError(f"no manifest names an agent {name!r}", "see `broker agents list`")
         done = self._containment.revoke(name, _run(said), _reason(said), who.name)
-        return {"agent": name, "revoked": _told(done)}
+        return {"agent": name, "revoked": asdict(done)}
 
     def _release(self, path: Mapping[str, str], said: Mapping[str, Any], who: Person) -> dict[str, Any]:
         gone = self._containment.release(path["name"], _run(said), _reason(said), who.name)
         if not gone:
             raise ValueError(f"nothing holds for {path['name']!r} by its name; see `broker agents list`")
-        return {"agent": path["name"], "released": [_told(each) for each in gone]}
+        return {"agent": path["name"], "released": [asdict(each) for each in gone]}
 
     def _approvals(self, *_: object) -> dict[str, Any]:
         return {"approvals": list(self._containment.listed())}
@@ -88,10 +88,6 @@ def _reason(said: Mapping[str, Any]) -> str:
     if not isinstance(reason, str) or not reason.strip():
         raise ValueError("a reason is needed; it is recorded")
     return reason.strip()[:_LONGEST]
-
-
-def _told(restriction: Restriction) -> dict[str, Any]:
-    return asdict(restriction)
 
 
 def local(_: Request, said: Mapping[str, Any]) -> Person | None:
