@@ -143,6 +143,27 @@ class Seen:
         return next((value for key, value in self.headers if key.lower() == name), None)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def handle_error(self, *args: object) -> None:
+        pass
+
+
+def served(
+    handler: type[BaseHTTPRequestHandler], port: int = 0, certificate: tuple[Path, Path] | None = None
+) -> ThreadingHTTPServer:
+    """A server on loopback that has begun; with a certificate and its key, over TLS."""
+    server = _Server(("127.0.0.1", port), handler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    return server
+
+
 class Upstream:
     """An HTTP(S) server that keeps every request and answers with `answer(seen)` → (status, headers, body)."""
 
@@ -191,19 +212,8 @@ class Upstream:
             def log_message(self, *args: object) -> None:
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *args: object) -> None:
-                pass
-
-        self._server = Server(("127.0.0.1", port), Handler)
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*certificate)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+        self._server = served(Handler, port, certificate)
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
