@@ -286,13 +286,13 @@ def _recognised(snapshot: PolicySnapshot, call: Call) -> ToolCall:
 def _decision(snapshot: PolicySnapshot, call: Call) -> Callable[[], object]:
     tool, agent, request = snapshot.tools[call.tool], snapshot.agents[world.AGENT], _request(call)
     adapter = ADAPTERS[tool.protocol]
-    decision = evaluate(snapshot, agent, _recognised(snapshot, call))
+    decision = evaluate(snapshot, agent, _recognised(snapshot, call), 0.0)
     if decision is not ALLOW:
         raise SystemExit(f"the benchmark's call is denied: {decision.detail}")
 
     def once() -> object:
         found = adapter.recognise(tool, request, call.body)
-        return isinstance(found, ToolCall) and evaluate(snapshot, agent, found)
+        return isinstance(found, ToolCall) and evaluate(snapshot, agent, found, 0.0)
 
     return once
 

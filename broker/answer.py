@@ -85,7 +85,7 @@ class Answer:
         """What the body goes through, in order. Last comes what takes the credential out, of whatever the others made."""
         found: ResponseFilter | None = None
         if not (self._call.model and self._ending.status >= _ERROR):
-            found = self._adapter.response_filter(self._tool, self._agent.tools[self._tool.name], self._call, content_type)
+            found = self._adapter.response_filter(self._tool, self._agent.grants(self._tool.name), self._call, content_type)
             self._meter = found if found is not None and isinstance(found, Meter) else None
         self._stream = self._scrubber.stream() if self._scrubber and self._is_scrubbed(content_type.strip().lower()) else None
         return [each for each in (found, self._stream) if each]

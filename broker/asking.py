@@ -15,10 +15,10 @@ from broker.audit.record import canonical
 from broker.case import Case
 from broker.containment.approvals import MOST_SHOWN, Asked
 from broker.policy.approval import Approval
-from broker.policy.evaluate import approval_for
+from broker.policy.evaluate import approval_for, effect_of
 from broker.policy.limits import Kind, Limit, once
 from broker.policy.snapshot import Agent, Tool
-from broker.policy.types import Code, Decision, Effect, Request, ToolCall, deny
+from broker.policy.types import Code, Decision, Request, ToolCall, deny
 from broker.request import outgoing
 
 _INCIDENTAL = frozenset(
@@ -36,8 +36,7 @@ class Asking:
 
     def __init__(self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes) -> None:  # noqa: PLR0913, PLR0917 - all that people judge
         self._case, self._tool, self._call, self._request, self._sent = case, tool, call, request, sent
-        effect = Effect(case.attempt.effect) if call.operation is not None else None
-        self._need = approval_for(agent, call, effect, case.view(agent.name))
+        self._need = approval_for(agent, call, effect_of(case.snapshot, call), case.view(agent.name))
         self._agent = agent
         self.approved: tuple[Asked, ...] = ()
         self.lacks: Approval | None = None
@@ -95,7 +94,8 @@ class Asking:
     @property
     def _headers(self) -> list[tuple[str, str]]:
         """Those that may say what is done, or to whom."""
-        retried = self._tool.operations[self._call.operation or ""].idempotency
+        known = self._tool.operations.get(self._call.operation or "")
+        retried = known.idempotency if known else ""
         return [pair for pair in self._request.headers if pair[0] not in _INCIDENTAL and pair[0] != retried]
 
     @property

@@ -62,7 +62,7 @@ class Case:
         view = self.view(principal.agent)
         if not view.revoked and services.containment.standing.taken_back(principal):
             return deny(Code.AGENT_UNKNOWN, "the token was taken back")
-        agent = admit(self.snapshot, principal.agent, view)
+        agent = admit(self.snapshot, principal.agent, view, services.now())
         if isinstance(agent, Decision):
             known = self.snapshot.agents.get(principal.agent)
             self.note(agent=known.described if known else {"name": principal.agent} if view.revoked else {})

@@ -51,7 +51,7 @@ from broker.policy.agreement import destination
 from broker.policy.containment import Detector
 from broker.policy.evaluate import evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
-from broker.policy.snapshot import Agent, PolicySnapshot, Tool
+from broker.policy.snapshot import DEFAULT_MAX_BODY, Agent, PolicySnapshot, Tool
 from broker.policy.strip import Stripped, strip
 from broker.policy.types import Code, Decision, Door, Refusal, Request, ToolCall, deny
 from broker.protocols.base import Adapter
@@ -64,6 +64,7 @@ _HTTP_10 = "HTTP/1.0"
 _VIA_UPSTREAM = "via_upstream"
 _DECISION_HEADER = "x-broker-decision-id"
 _OVER_BUFFER = "request_payload_too_large"  # Envoy gave up on a body before it was whole
+_NOT_GRANTED = (Code.TOOL_NOT_DECLARED, Code.OPERATION_NOT_DECLARED)
 # By these an agent proves itself to the broker, so they hold a token that is no secret kept from it.
 _PROOFS = ("proxy-authorization", "x-broker-token")
 
@@ -176,7 +177,7 @@ class Exchange:
         adapter = services.adapters[tool.protocol]
         case.note(tool=tool.name, host=tool.endpoint.authority, path=tool.endpoint.base_path + path)
         clean = strip(tool, head.request, path)
-        call, body = yield from self._recognise(adapter, tool, clean, has_body=head.has_body)
+        call, body = yield from self._recognise(adapter, tool, clean, agent, has_body=head.has_body)
         self._note_call(tool, call)
         if gone := self._inspect(head, body):
             return _Denied(gone, adapter, call)
@@ -184,10 +185,11 @@ class Exchange:
             return _Denied(deny(call.code, call.detail, violations=call.violations), adapter, call)
 
         # evaluate
-        decision = evaluate(snapshot, agent, call, case.view(agent.name))
+        decision = evaluate(snapshot, agent, call, services.now(), case.view(agent.name))
         if not decision.allowed:
             return _Denied(decision, adapter, call)
         call, sent = _bounded(agent, call, body)
+        tool = _as_granted(tool, decision)
 
         # reserve
         no_room = yield from self._reserve(agent, tool, call, clean.request, sent)
@@ -216,13 +218,13 @@ class Exchange:
         return send, Answer(case, adapter, tool, agent, call, hidden(lease))
 
     def _recognise(
-        self, adapter: Adapter, tool: Tool, clean: Stripped, *, has_body: bool
+        self, adapter: Adapter, tool: Tool, clean: Stripped, agent: Agent, *, has_body: bool
     ) -> Generator[Command, Event, tuple[ToolCall | Refusal, bytes]]:
         request = clean.request
         if self._case.snapshot.refuse_own and clean.credential:
             why = f"the call brings a credential of the agent's own ({clean.credential}), and this platform refuses them"
             return Refusal(Code.PROTOCOL_VIOLATION, why), b""
-        limit = adapter.body_limit(tool, request) if has_body else None
+        limit = _body_limit(adapter, tool, request, agent) if has_body else None
         if isinstance(limit, Refusal):
             return limit, b""
         if limit is None:
@@ -388,11 +390,22 @@ def _destination(snapshot: PolicySnapshot, head: RequestHead) -> tuple[Tool, str
     return destination(snapshot, head.wire)
 
 
+def _body_limit(adapter: Adapter, tool: Tool, request: Request, agent: Agent) -> int | Refusal | None:
+    limit = adapter.body_limit(tool, request)
+    # In shadow mode a call may pass that nothing recognises, and what passes is looked through.
+    return DEFAULT_MAX_BODY if limit is None and agent.shadow else limit
+
+
+def _as_granted(tool: Tool, decision: Decision) -> Tool:
+    """The tool, without its credential for a call that nobody granted: shadow mode lets it pass, and grants nothing."""
+    return replace(tool, credential=None) if decision.code in _NOT_GRANTED else tool
+
+
 def _bounded(agent: Agent, call: ToolCall, body: bytes) -> tuple[ToolCall, bytes]:
     """The call and its body, with a bound on what a model may generate where the agent gave none."""
     if call.model is None or call.model.max_output is not None:
         return call, body
-    most = agent.tools[call.tool][call.operation or ""].max_output
+    most = agent.used(call).max_output
     return replace(call, model=replace(call.model, max_output=most)), with_max_output(body, call.model.output_field, most)
 
 

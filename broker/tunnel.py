@@ -5,12 +5,13 @@ An exception is a fault, and a fault is a denial.
 """
 
 import logging
+from dataclasses import replace
 
-from broker.case import Case
+from broker.case import UNRECORDED, Case
 from broker.events import Services
 from broker.identity import Evidence, Principal
 from broker.policy.agreement import connect_target
-from broker.policy.types import Code, Decision, Door, deny
+from broker.policy.types import Code, Decision, Door, Verdict, deny
 from broker.protocols.base import Reply
 from broker.protocols.problem import reply, status_at
 
@@ -25,7 +26,7 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Principal 
     1. no proven identity, or a token taken back → `agent_unknown`
     2. no manifest of that name → `agent_unknown`
     3. the catalog has nothing at exactly this host and port → `host_not_declared`
-    4. the agent's manifest lists no tool there → `tool_not_declared`
+    4. the agent's manifest lists no tool there → `tool_not_declared`; in shadow mode that is recorded, and it is opened
     """
     case = Case(services, door=Door.PROXY, method="CONNECT", host=target)
     try:
@@ -35,7 +36,8 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Principal 
         outcome = deny(Code.INTERNAL_FAULT, "the broker failed on this request; no tunnel was opened")
     if isinstance(outcome, Principal):
         return outcome
-    case.record(outcome)
+    if outcome is not UNRECORDED:
+        case.record(outcome)
     return reply(case.problem(outcome), status_at(outcome.code or Code.INTERNAL_FAULT, Door.PROXY))
 
 
@@ -47,7 +49,10 @@ def _decide(case: Case, evidence: Evidence, target: str) -> Principal | Decision
     tools = connect_target(case.snapshot, target)
     if not tools:
         return deny(Code.HOST_NOT_DECLARED, f"no tool in the catalog is at {target}")
-    if not any(tool.name in agent.tools for tool in tools):
-        case.note(tool=next((tool.name for tool in tools if tool.name in case.snapshot.decoys.tools), ""))
-        return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} lists no tool at {target}", rule=f"{agent.rule}/spec/tools")
-    return principal
+    if any(tool.name in agent.tools for tool in tools):
+        return principal
+    case.note(tool=next((tool.name for tool in tools if tool.name in case.snapshot.decoys.tools), ""))
+    denied = deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} lists no tool at {target}", rule=f"{agent.rule}/spec/tools")
+    if not any(tool.name in agent.shadow for tool in tools):
+        return denied
+    return principal if case.record(replace(denied, verdict=Verdict.WOULD_DENY)) else UNRECORDED

@@ -12,8 +12,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.manifest.findings import Finding
+from broker.manifest.lint import lint_grants, lint_tool
 from broker.manifest.models import Agent, Match, OperationSpec, Tool, ToolSpec
 from broker.manifest.platform import Alerts, Containment, Honeytoken, Platform
+from broker.manifest.rules import ADMISSION, Problem, lapses, rules
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.manifest.words import Kind, Params
 from broker.policy.match import PathTemplate
@@ -25,10 +27,14 @@ from broker.policy.types import Effect
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What this broker has: the parameter locations of each protocol, and each issuer's check of its settings."""
+    """What this broker has: the parameter locations of each protocol, and each issuer's check of its settings.
+
+    `now` is the time by which grants lapse, in seconds since the epoch.
+    """
 
     locations: Mapping[str, frozenset[str]]
     issuers: Mapping[str, Callable[[Mapping[str, object]], list[str]]]
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +55,12 @@ class Source:
         return f"{self.file}#{json_pointer(*place)}"
 
 
-Problem = tuple[Pointer, str, str]
-"""Where, which code, and what is wrong; what to do."""
-
-_WARNINGS = frozenset({"model_not_named", "not_enforced", "unsafe_plaintext", "unsafe_reads_without_redis", "unsafe_never"})
+_WARNINGS = frozenset(
+    {
+        "lapsed", "lapses_soon", "model_not_named", "schema_open", "shadow", "unsafe_never", "unsafe_plaintext",
+        "unsafe_reads_without_redis",
+    }
+)  # fmt: skip
 # These are about a value; all others are about the key that names the place.
 _AT_VALUE = frozenset(
     {
@@ -70,18 +78,21 @@ def admit(sources: Sequence[Source], words: Vocabulary, read: Callable[[str], by
     `read` gives a file's bytes by its name relative to the manifests folder, or raises `OSError`.
     """
     catalog = {tool.metadata.name: (tool.spec, source.document) for source in sources if isinstance(tool := source.model, Tool)}
+    policy = next((source.model for source in sources if isinstance(source.model, Platform)), None)
+    warned = _WARNINGS if policy and policy.spec.admission else _WARNINGS | ADMISSION
     taken: dict[object, str] = {}
     pems: dict[str, str] = {}
     findings = []
     for source in sources:
         problems = [*_claims(source, taken), *_not_built(source), *_files(source, read, pems)]
         if isinstance(source.model, Tool):
-            problems += [*_tool(source.model.spec, words), *_neighbours(source.model, sources)]
+            problems += [*_tool(source.model.spec, words), *_neighbours(source.model, sources), *lint_tool(source.model.spec)]
         if isinstance(source.model, Agent):
-            problems += _grants(source.model, catalog, words)
+            problems += [*_grants(source.model, catalog, words), *lint_grants(source.model, catalog)]
+            problems += [*rules(source.model, policy, catalog), *lapses(source.model, words.now)]
         if isinstance(source.model, Platform):
             problems += [*_sinks(source.model.spec.alerts), *_decoys(source.model.spec.containment, sources)]
-        findings += [_finding(source, *problem) for problem in problems if not _follows(source, *problem)]
+        findings += [_finding(source, *problem, warned) for problem in problems if not _follows(source, *problem)]
     return findings, pems
 
 
@@ -89,10 +100,10 @@ def _follows(source: Source, pointer: Pointer, code: str, _: str) -> bool:
     return code in _CONSEQUENCES and any(cut[: len(pointer)] == pointer for cut in source.cut)
 
 
-def _finding(source: Source, pointer: Pointer, code: str, why: str) -> Finding:
+def _finding(source: Source, pointer: Pointer, code: str, why: str, warned: frozenset[str]) -> Finding:
     message, _, advice = why.partition("; ")
     place = source.document.at(pointer, key=code not in _AT_VALUE)
-    return Finding(source.file, *place, code, message, advice, "warning" if code in _WARNINGS else "error")
+    return Finding(source.file, *place, code, message, advice, "warning" if code in warned else "error")
 
 
 def _claims(source: Source, taken: dict[object, str]) -> Iterator[Problem]:
@@ -135,8 +146,6 @@ def _not_built(source: Source) -> Iterator[Problem]:
         shape = "/".join("*" if index in (2, 4) else str(part) for index, part in enumerate(pointer))
         if found := _NOT_BUILT.get(f"{kind} {shape}"):
             yield pointer, *found
-    if isinstance(source.model, Agent) and source.model.spec.mode == "shadow":
-        yield ("spec", "mode"), "not_enforced", "shadow mode is not built yet and denials are enforced; write mode: enforce"
     if isinstance(source.model, Platform) and source.model.spec.ledger.get("unsafe_reads_without_redis"):
         why = "while Redis is away, each broker lets reads pass on limits of its own; take it out to have them denied"
         yield ("spec", "ledger", "unsafe_reads_without_redis"), "unsafe_reads_without_redis", why

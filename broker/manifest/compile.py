@@ -6,6 +6,7 @@ Law: whoever calls this has found no error, so nothing is checked here and nothi
 import hashlib
 import ipaddress
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,12 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     written = policy[1].spec if policy else platform.PlatformSpec.model_construct()
     above = _ceilings(*policy) if policy else {}
     flows = _flows(*policy) if policy else ()
-    agents = {model.metadata.name: _agent(source, model, tools, above, flows) for source, model in _of(sources, models.Agent)}
+    spared = decoys(written.containment, partial(_anchored, base=base))
+    exposed = {name: tool for name, tool in tools.items() if name not in spared.tools}
+    agents = {
+        model.metadata.name: _agent(source, model, tools, exposed if model.spec.mode == "shadow" else {}, above, flows)
+        for source, model in _of(sources, models.Agent)
+    }
     bundles = {name: pems[part["file"]] for name, part in written.identity.trust_bundles.items()}
     spire, anchored = written.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
@@ -56,7 +62,7 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
         prices=prices(written),
         unsafe_reads=written.ledger.get("unsafe_reads_without_redis", False),
         rules=rules(policy[0] if policy else None, written.containment),
-        decoys=decoys(written.containment, anchored),
+        decoys=spared,
         alerting=alerting(written.alerts, anchored),
     )
 
@@ -166,19 +172,21 @@ def _labels(flows: tuple[_Flow, ...], operation: Operation) -> Iterator[Limit]:
     yield from (label(name) for name in operation.data if name in asked)
 
 
-def _agent(
+def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
     source: Source,
     model: models.Agent,
     catalog: Mapping[str, Tool],
+    exposed: Mapping[str, Tool],
     ceilings: Mapping[str, tuple[Limit, ...]],
     flows: tuple[_Flow, ...],
 ) -> Agent:
+    """`exposed` is what it may use of the catalog in shadow mode."""
     spec, name = model.spec, model.metadata.name
     above = ceilings.get(model.metadata.owner, ceilings.get("", ()))
     common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
     tools: dict[str, Mapping[str, Grant]] = {}
-    housekeeping: dict[str, tuple[Limit, ...]] = {}
-    answers: dict[str, tuple[Limit, ...]] = {}
+    housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
+    answers = {tool: _own_traffic(flows, each, Effect.WRITE, common) for tool, each in exposed.items()}
     every = dict.fromkeys(common)
     for tool, part in spec.tools.items():
         here = ("spec", "tools", tool)
@@ -191,13 +199,10 @@ def _agent(
             own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
             every |= dict.fromkeys((*own, *shared))
             declared = catalog[tool].operations[operation]
-            bounds = (
-                *_flowing(flows, catalog[tool], declared.effect),
-                *_labels(flows, declared),
-                *bearing((*own, *shared), declared.effect, catalog[tool].protocol),
-            )
+            bounds = _bounds(flows, catalog[tool], declared, (*own, *shared))
             grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
         tools[tool] = MappingProxyType(grants)
+    mode = source.rule("spec", "mode")
     return Agent(
         name=name,
         owner=model.metadata.owner,
@@ -210,6 +215,27 @@ def _agent(
         housekeeping=MappingProxyType(housekeeping),
         answers=MappingProxyType(answers),
         limits=tuple(every),
+        shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, common) for name, tool in exposed.items()}),
+        shadow_until=spec.shadow_until or 0.0,
+    )
+
+
+def _bounds(flows: tuple[_Flow, ...], tool: Tool, declared: Operation, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+    """All that an operation's calls are held to, and the labels that they give."""
+    counted = bearing(limits, declared.effect, tool.protocol)
+    return (*_flowing(flows, tool, declared.effect), *_labels(flows, declared), *counted)
+
+
+def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Limit, ...]) -> Mapping[str, Grant]:
+    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the agent as a whole."""
+    # What a provider's unknown API would spend nobody could count; elsewhere, the unknown counts as the worst.
+    unknown = {} if tool.protocol in PROVIDERS else {"": Operation("", Effect.DESTRUCTIVE, tool.rule)}
+    nothing = models.GrantSpec.model_construct()
+    return MappingProxyType(
+        {
+            name: _grant(rule, nothing, _bounds(flows, tool, each, limits), tool.protocol, each)
+            for name, each in {**tool.operations, **unknown}.items()
+        }
     )
 
 
@@ -224,6 +250,8 @@ def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protoco
         server_tools=frozenset(spec.server_tools),
         max_output=min(_maxima(protocol, declared, schemas), default=MAX_OUTPUT),
         pins=_pins(declared, schemas),
+        expires=math.inf if spec.expires is None else spec.expires,
+        shadow_until=spec.shadow_until or 0.0,
     )
 
 

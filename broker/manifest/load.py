@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from broker import clock
 from broker.errors import UsageError
 from broker.manifest.admission import Source, Vocabulary, admit
 from broker.manifest.compile import compile_policy
@@ -34,13 +35,15 @@ class Loaded:
 
 
 def vocabulary() -> Vocabulary:
-    """The protocols and issuers that this broker has."""
+    """The protocols and issuers that this broker has, and the time."""
     from broker.credentials import ISSUERS  # noqa: PLC0415 - what needs no registry (schemas, `findings`) must not import all
     from broker.credentials.settings import problems  # noqa: PLC0415 - the same
     from broker.protocols.registry import ADAPTERS  # noqa: PLC0415 - the same
 
     locations = {name: adapter.locations for name, adapter in ADAPTERS.items()}
-    return Vocabulary(locations, {name: partial(problems, issuer.Settings, name) for name, issuer in ISSUERS.items()})
+    return Vocabulary(
+        locations, {name: partial(problems, issuer.Settings, name) for name, issuer in ISSUERS.items()}, clock.now()
+    )
 
 
 def load(directory: Path, words: Vocabulary | None = None) -> Loaded:

@@ -23,6 +23,7 @@ from broker.manifest.words import (
     Header,
     Kind,
     Model,
+    Moment,
     Money,
     Name,
     OperationName,
@@ -219,6 +220,12 @@ class GrantSpec(Model):
     params: Params = Field({}, description="A JSON Schema for each location, in addition to the catalog's.")
     limits: Limits | None = Field(None, description="Bounds on this operation alone.")
     approval: Approval | None = Field(None, description="Asks a human before each call.")
+    expires: Moment | None = Field(None, description="When it lapses by itself: a date (from 00:00 UTC on) or a time.")
+    shadow_until: Moment | None = Field(
+        None,
+        description="Until then, calls of this operation that break its parameters' rules are recorded as would_deny and let "
+        "through: docs/shadow.md.",
+    )
     server_tools: tuple[ServerTool, ...] = Field(
         (),
         description="What a model provider may run or fetch by itself in these calls, by its word: a tool's type such as "
@@ -239,10 +246,24 @@ class AgentSpec(Model):
     """Who the agent is and what it may do."""
 
     identity: Identity = Field(description="How the broker knows the agent.")
-    mode: Literal["shadow", "enforce"] = Field("enforce", description="shadow records what would be denied, and lets it through.")
+    mode: Literal["shadow", "enforce"] = Field(
+        "enforce",
+        description="shadow records what the manifest does not permit as would_deny, and lets it through to the catalog's hosts, "
+        "until shadow_until: docs/shadow.md.",
+    )
+    shadow_until: Moment | None = Field(None, description="When mode: shadow ends by itself; the manifest is then enforced.")
     tools: dict[Name, AgentTool] = Field(description="What it may use; an empty map denies everything.")
     limits: Limits | None = Field(None, description="Bounds on all that it does.")
     callers: tuple[Name, ...] | None = Field(None, description="The agents that may call this one (protocol a2a).")
+
+    @model_validator(mode="after")
+    def _shadow_ends(self) -> Self:
+        if self.mode == "shadow" and self.shadow_until is None:
+            raise refusal("shadow mode needs an end; write shadow_until: DATE beside it", "shadow_without_end", "/mode")
+        if self.mode == "enforce" and self.shadow_until is not None:
+            why = "an end without mode: shadow means nothing; write mode: shadow beside it, or take it out"
+            raise refusal(why, pointer="/shadow_until")
+        return self
 
 
 class Agent(Kind):

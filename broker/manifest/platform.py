@@ -210,8 +210,22 @@ class Alerts(Model):
         return frozenset(self.webhooks) | ({PAGERDUTY} if self.pagerduty else set())
 
 
+class Admission(Model):
+    """What manifests must keep to be admitted at all. Where this stands, be it empty, each rule here holds for all agents."""
+
+    tools: tuple[Name, ...] | None = Field(
+        None, description="The approved tools: a manifest may list no others. Absent: every tool of the catalog."
+    )
+
+
 class PlatformSpec(Model):
     """What manifests may ask for at all; every part is optional."""
+
+    admission: Admission | None = Field(
+        None,
+        description="Rules for manifests: the owner is one of teams, an on-call contact is known (the agent's or its team's), an "
+        "operation that destroys pins a parameter to listed values or needs approval. Absent: these are warnings.",
+    )
 
     teams: dict[Word, Team] = Field({}, description="The teams that own agents (their metadata.owner).")
     environment: Word = Field("", description="The name of this environment, such as production.")

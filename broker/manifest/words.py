@@ -7,6 +7,7 @@ Law: whatever a value tells by itself is judged here. A secret is named by refer
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainValidator, model_validator
@@ -97,6 +98,20 @@ def _rate(units: Mapping[str, int], example: str, parts: int = 1) -> Callable[[s
     return read
 
 
+def moment(text: str) -> float:
+    """A date, which begins at 00:00 UTC, or a time with its zone (RFC 3339), in seconds since the epoch. Raises `ValueError`."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise refusal(_NO_MOMENT) from None
+    if found.tzinfo is None and len(text) > len("2027-01-31"):
+        raise refusal(_NO_MOMENT)
+    return found.replace(tzinfo=found.tzinfo or UTC).timestamp()
+
+
+_NO_MOMENT = "it should be a date or a time with its zone; write 2027-01-31 (from 00:00 UTC on) or 2027-01-31T17:00:00Z"
+
+
 def _cidr(text: str) -> str:
     if "/" not in text:
         raise refusal("it should be an address range in CIDR form; write 127.0.0.1/32 for one address")
@@ -179,6 +194,12 @@ OperationName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 # Free text that names something outside the broker.
 Word = Annotated[str, Field(min_length=1, max_length=256)]
 Seconds = Annotated[int, _text(_seconds, shown=Annotated[str, Field(pattern="^[1-9][0-9]{0,8}[smhd]$", examples=["5m", "1h"])])]
+Moment = Annotated[
+    float,
+    _text(
+        moment, shown=Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d(T.+)?$", examples=["2027-01-31", "2027-01-31T17:00:00Z"])]
+    ),
+]
 # Up to 1 GiB, as a number or with a unit.
 Bytes = Annotated[
     int,

@@ -1,11 +1,11 @@
 """The decision: one pure function over the snapshot, the call and what the ledger knows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from broker.policy.approval import Approval
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot
-from broker.policy.types import ALLOW, Code, Decision, Effect, ToolCall, Violation, deny
+from broker.policy.types import ALLOW, Code, Decision, Effect, ToolCall, Verdict, Violation, deny
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class View:
 _FREE = View()
 
 
-def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Decision:
-    """Whether this principal may call anything at all: the first two steps of the precedence, before a byte is parsed.
+def admit(snapshot: PolicySnapshot, agent_name: str, view: View, now: float) -> Agent | Decision:
+    """Whether this principal may call anything at all, and who it is at this time: the first two steps, before a byte is parsed.
 
     1. revoked → `agent_revoked`
     2. no manifest of that name → `agent_unknown`
@@ -34,22 +34,50 @@ def admit(snapshot: PolicySnapshot, agent_name: str, view: View) -> Agent | Deci
     agent = snapshot.agents.get(agent_name)
     if agent is None:
         return deny(Code.AGENT_UNKNOWN, "no manifest names this agent" if agent_name else "the request carries no valid identity")
-    return agent
+    return agent.at(now)
 
 
-def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, view: View = _FREE) -> Decision:
+def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: float, view: View = _FREE) -> Decision:
     """Decide on a recognised call of an admitted agent, but for what people or the ledger have to say of it.
 
     First that applies, after the steps of `admit`:
 
     3. the tool is not in the agent's manifest → `tool_not_declared`
     4. a protocol's own housekeeping → allow
-    5. the operation is not in the catalog or not in the manifest → `operation_not_declared`
+    5. the operation is not in the catalog or not in the manifest, or its grant has lapsed → `operation_not_declared`
     6. the parameters break the catalog's schema, then the manifest's → `params_invalid`
     7. the manifest does not name the model, or what the provider would do by itself → `params_invalid`
     8. the agent was made read-only, and this is no read → `agent_read_only`
     9. allow; the ledger then asks the flow rules (`Kind.FLOW`), and `approval_for` says whether people must approve
+
+    In shadow mode, 3 and 5 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9.
     """
+    decision = _permitted(snapshot, agent, call, now)
+    if not decision.allowed and _in_shadow(agent, call, now):
+        decision = replace(decision, verdict=Verdict.WOULD_DENY)
+    if decision.allowed and view.read_only and effect_of(snapshot, call) not in (None, Effect.READ):
+        return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read ({view.read_only})")
+    return decision
+
+
+def effect_of(snapshot: PolicySnapshot, call: ToolCall) -> Effect | None:
+    """What a call does: the worst, where nobody knows; None for a protocol's own housekeeping."""
+    if call.housekeeping:
+        return None
+    operation = snapshot.tools[call.tool].operations.get(call.operation or "")
+    return operation.effect if operation else Effect.DESTRUCTIVE
+
+
+def _in_shadow(agent: Agent, call: ToolCall, now: float) -> bool:
+    if call.housekeeping:
+        return call.tool in agent.shadow
+    listed = agent.tools.get(call.tool, {}).get(call.operation or "")
+    # A grant that has lapsed takes its own shadow along.
+    alone = listed is not None and now < min(listed.shadow_until, listed.expires)
+    return alone or (call.operation or "") in agent.shadow.get(call.tool, {})
+
+
+def _permitted(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: float) -> Decision:
     tool, grants = snapshot.tools[call.tool], agent.tools.get(call.tool)
     listed = f"{agent.rule}/spec/tools"
     if grants is None:
@@ -64,10 +92,10 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, view: View 
     if grant is None:
         what = f"agent {agent.name!r} does not list {name}"
         return deny(Code.OPERATION_NOT_DECLARED, what, rule=f"{listed}/{tool.name}/operations")
+    if now >= grant.expires:
+        return deny(Code.OPERATION_NOT_DECLARED, f"the grant of {name} has lapsed", rule=f"{grant.rule}/expires")
     if violations := _violations(call, operation, grant) or _of_model(call, grant):
         return deny(Code.PARAMS_INVALID, _summary(violations), rule=violations[0].rule, violations=violations)
-    if view.read_only and operation.effect is not Effect.READ:
-        return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read ({view.read_only})")
     return ALLOW
 
 
@@ -78,7 +106,7 @@ def approval_for(agent: Agent, call: ToolCall, effect: Effect | None, view: View
     """
     if effect is None:
         return None
-    grant = agent.tools[call.tool][call.operation or ""]
+    grant = agent.used(call)
     if grant.approval and grant.approval.bears_on(call):
         return grant.approval
     return Approval(f"held: {view.hold}") if view.hold and effect is not Effect.READ else None

@@ -4,8 +4,9 @@ Law: a snapshot is the seam between configuration and run time. Nothing in it ch
 snapshot, and whatever is not in it is denied.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker.policy.approval import Approval
@@ -71,6 +72,10 @@ class CredentialSpec:
         return f"the header {self.header}" if self.basic is None else f"Basic authentication of {self.basic!r}"
 
 
+DEFAULT_MAX_BODY = 1_048_576
+"""Bytes of a request body, where the catalog says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One thing a tool can do, from the catalog.
@@ -89,7 +94,7 @@ class Operation:
     template: PathTemplate | None = None
     alias: str = ""
     schemas: Mapping[str, ParameterSchema] = field(default_factory=dict)
-    max_body: int = 1_048_576
+    max_body: int = DEFAULT_MAX_BODY
     scrub: str = "auto"
     idempotency: str = ""
 
@@ -123,7 +128,8 @@ class Grant:
     by itself), and `max_output`, the tokens that a call may generate which names no maximum.
 
     `limits` are all that bear on its calls: its own, then the tool's, the agent's, the team's and the environment's. `pins` maps
-    a parameter to the only values that the schemas let it have.
+    a parameter to the only values that the schemas let it have. `expires` is when it lapses, `shadow_until` until when calls that
+    break its rules for parameters pass all the same; both in seconds since the epoch.
     """
 
     rule: str
@@ -134,6 +140,8 @@ class Grant:
     server_tools: frozenset[str] = frozenset()
     max_output: int = MAX_OUTPUT
     pins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    expires: float = math.inf
+    shadow_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +149,9 @@ class Agent:
     """A principal: who it is, who answers for it, and what it may do. `tools` maps tool → operation → grant.
 
     `housekeeping` maps a tool to what limits its protocol's own traffic, `answers` to what limits that of it which answers the
-    tool; `limits` are all of the agent's, however narrow.
+    tool; `limits` are all of the agent's, however narrow. `shadow` has what it does not list of the catalog and may use all the
+    same until `shadow_until`, with what then limits it: per tool and operation, under an empty name those that the catalog does
+    not have.
     """
 
     name: str
@@ -155,12 +165,26 @@ class Agent:
     housekeeping: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
     answers: Mapping[str, tuple[Limit, ...]] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    shadow: Mapping[str, Mapping[str, Grant]] = field(default_factory=dict)
+    shadow_until: float = 0.0
 
     def bounds(self, call: ToolCall) -> tuple[Limit, ...]:
         """What limits a call that it may make."""
-        if call.operation is not None:
-            return self.tools[call.tool][call.operation].limits
-        return (self.answers if call.answers else self.housekeeping)[call.tool]
+        if call.housekeeping:
+            return (self.answers if call.answers else self.housekeeping)[call.tool]
+        return self.used(call).limits
+
+    def grants(self, tool: str) -> Mapping[str, Grant]:
+        """All that it may use of a tool, with what it may use in shadow only."""
+        return {**self.shadow.get(tool, {}), **self.tools.get(tool, {})} if self.shadow else self.tools.get(tool, {})
+
+    def used(self, call: ToolCall) -> Grant:
+        """The grant that an allowed call of an operation uses. Raises `KeyError` for one that it may not make."""
+        return self.grants(call.tool)[call.operation or ""]
+
+    def at(self, now: float) -> "Agent":
+        """The agent as it stands at this time: shadow mode ends by itself."""
+        return replace(self, shadow={}, shadow_until=0.0) if 0 < self.shadow_until <= now else self
 
     @property
     def described(self) -> dict[str, str]:

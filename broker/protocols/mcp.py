@@ -103,7 +103,7 @@ class Mcp:
         """Law 6, for all that may carry a list: `tools/list` itself, and the streams on which one may be replayed."""
         if not call.housekeeping or call.label not in _MAY_LIST:
             return None
-        return list_filter(tuple(tool.operations[name].alias for name in grants), content_type)
+        return list_filter(tuple(tool.operations[name].alias for name in grants if name in tool.operations), content_type)
 
 
 def _at_endpoint(request: Request) -> bool:

@@ -31,10 +31,10 @@ def test_a_right_folder_ends_with_0_and_its_revision(run):
 
 
 def test_a_warning_does_not_change_the_exit_code(run, tmp_path):
-    (tmp_path / "manifests/bot.yaml").write_text(GOOD.replace("tools: {}", "tools: {}, mode: shadow"))
+    (tmp_path / "manifests/bot.yaml").write_text(GOOD.replace("tools: {}", "tools: {}, mode: shadow, shadow_until: 2099-01-31"))
     result = run()
     assert result.exit_code == 0
-    assert ": not_enforced: " in result.stdout
+    assert ": shadow: " in result.stdout
     assert "0 errors, 1 warning in 1 file" in result.stderr
 
 
@@ -69,7 +69,7 @@ spec:
   operations:
     get: {{match: {{method: GET, path: /a}}, effect: read}}
     list: {{match: {{method: GET, path: /}}, effect: read}}
-    put: {{match: {{method: PUT, path: /a}}, effect: write}}
+    put: {{match: {{method: DELETE, path: /a}}, effect: write}}
 """
 
 
@@ -119,14 +119,15 @@ def test_without_the_option_no_issuer_is_asked(run, server):
 
 def test_explain_names_the_credential_with_its_scopes_life_and_place_and_asks_nobody(run, server, capsys):
     with pytest.raises(SystemExit):
-        main(["explain", "--agent", "bot", "PUT", "https://crm.example/a"])
+        main(["explain", "--agent", "bot", "DELETE", "https://crm.example/a"])
     assert "credential oauth, scopes write, for at most 600 s, in the header authorization" in capsys.readouterr().out
     assert server.heard == []
 
 
-def test_explain_says_that_there_would_be_none_where_the_scopes_name_no_such_operation(run, server, tmp_path, capsys):
+def test_explain_says_that_there_would_be_none_where_the_scopes_name_no_such_operation(run, server, tmp_path, capsys, caplog):
     path = tmp_path / "manifests/bot.yaml"
     path.write_text(path.read_text().replace("{read: [read], write: [write]}", "{read: [read]}"))
     with pytest.raises(SystemExit):
-        main(["explain", "--agent", "bot", "PUT", "https://crm.example/a"])
-    assert "none can be had from oauth: the scopes of 'crm' name neither" in capsys.readouterr().out
+        main(["explain", "--agent", "bot", "DELETE", "https://crm.example/a"])
+    assert capsys.readouterr().out.startswith("deny credential_unavailable: ")
+    assert "no credential: the scopes of 'crm' name neither" in caplog.text

@@ -116,7 +116,7 @@ EXPECTED = {
 }
 # These load, and say what their author may not think.
 WARNED = {
-    "not_enforced.yaml": ["6:3 not_enforced"],
+    "shadow.yaml": ["7:3 shadow"],
     "unsafe_never.yaml": ["8:61 unsafe_never"],
     "unsafe_reads_without_redis.yaml": ["5:12 unsafe_reads_without_redis"],
 }

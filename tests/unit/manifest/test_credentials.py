@@ -17,7 +17,7 @@ spec:
   operations:
     issues.create:
       match: {{method: POST, path: "/repos/{{owner}}/{{repo}}/issues"}}
-      effect: write
+      effect: read
       params: {{{catalog}}}
 ---
 apiVersion: broker/v1

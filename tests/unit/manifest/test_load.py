@@ -42,7 +42,7 @@ spec:
   upstream: {addresses: [127.0.0.0/8, "::1/128"]}
   operations:
     search_pages: {effect: read, params: {arguments: {type: object}}}
-    pages/delete: {match: {tool: delete_page}, effect: destructive}
+    pages/delete: {match: {tool: delete_page}, effect: destructive, params: {arguments: {additionalProperties: false}}}
 """
 AGENT = b"""
 apiVersion: broker/v1
@@ -56,7 +56,7 @@ spec:
         issues.create:
           params: {path: {properties: {owner: {const: acme}}}}
           approval: {approvers: 1}
-    wiki: {operations: {pages/delete: {}}}
+    wiki: {operations: {pages/delete: {approval: {}}}}
 """
 MODELS = b"""
 apiVersion: broker/v1
@@ -278,9 +278,10 @@ def test_a_providers_api_needs_no_match(endpoint, path):
     assert tool.operations["chat.completions"].template.text == "/v2/chat/completions", "what is written counts"
 
 
-def test_shadow_mode_is_enforced_and_says_so():
-    loaded = load_texts({"t.yaml": TOOLS, "a.yaml": AGENT.replace(b"  tools:", b"  mode: shadow\n  tools:", 1)}, Path())
-    assert [finding.code for finding in loaded.findings] == ["not_enforced"]
+def test_shadow_mode_says_that_it_is_on():
+    shadow = AGENT.replace(b"  tools:", b"  mode: shadow\n  shadow_until: 2099-01-31\n  tools:", 1)
+    loaded = load_texts({"t.yaml": TOOLS, "a.yaml": shadow}, Path())
+    assert [finding.code for finding in loaded.findings] == ["shadow"]
     assert loaded.snapshot is not None
 
 

@@ -9,6 +9,7 @@ from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Endpoint, Grant, Operation, PolicySnapshot, Tool
 from broker.policy.types import Code, Decision, Effect, ModelCall, ToolCall, Verdict
 
+NOW = 1_800_000_000.0
 BODY = ParameterSchema({"type": "object", "properties": {"amount": {"type": "integer"}}}, "tools/pay.yaml#/body")
 NARROW = ParameterSchema({"properties": {"amount": {"maximum": 50}}}, "agents/bot.yaml#/body")
 PAY = Tool(
@@ -44,13 +45,13 @@ def call(operation=None, tool="pay", **params):
     ],
 )
 def test_who_is_not_admitted(agent, view, code):
-    decision = admit(SNAPSHOT, agent, view)
+    decision = admit(SNAPSHOT, agent, view, NOW)
     assert isinstance(decision, Decision)
     assert (decision.verdict, decision.code) == (Verdict.DENY, code)
 
 
 def test_who_is_admitted():
-    assert admit(SNAPSHOT, "bot", View()) is BOT
+    assert admit(SNAPSHOT, "bot", View(), NOW) is BOT
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,16 @@ def test_who_is_admitted():
     ],
 )
 def test_what_is_denied_and_by_which_rule(attempt, code, rule):
-    decision = evaluate(SNAPSHOT, BOT, attempt)
+    decision = evaluate(SNAPSHOT, BOT, attempt, NOW)
     assert (decision.verdict, decision.code, decision.rule) == (Verdict.DENY, code, rule)
     assert not decision.allowed
 
 
 def test_an_agent_that_may_only_read_is_denied_what_changes_something():
     view = View(read_only="r-1")
-    decision = evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 5}), view)
+    decision = evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 5}), NOW, view)
     assert (decision.code, "(r-1)" in decision.detail) == (Code.AGENT_READ_ONLY, True)
-    assert evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 51}), view).code is Code.PARAMS_INVALID
+    assert evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 51}), NOW, view).code is Code.PARAMS_INVALID
 
 
 @pytest.mark.parametrize(
@@ -141,26 +142,26 @@ def test_several_violations_are_counted_in_the_detail():
         "pay", "t", "rest", PAY.endpoint, "r#", {"refund": Operation("refund", Effect.WRITE, "r#", schemas={"body": schema})}
     )
     snapshot = PolicySnapshot("1", {}, {"pay": tool}, {}, {})
-    decision = evaluate(snapshot, BOT, call("refund", body={"b": 1}))
+    decision = evaluate(snapshot, BOT, call("refund", body={"b": 1}), NOW)
     assert decision.detail.endswith("(and 1 more)")
     assert len(decision.violations) == 2
 
 
 def test_an_agent_with_an_empty_tools_map_may_do_nothing():
     nobody = Agent("nobody", "team", "primary", "agents/nobody.yaml#", {})
-    assert evaluate(SNAPSHOT, nobody, call("refund", body={})).code is Code.TOOL_NOT_DECLARED
+    assert evaluate(SNAPSHOT, nobody, call("refund", body={}), NOW).code is Code.TOOL_NOT_DECLARED
 
 
 def test_within_both_schemas_it_is_allowed():
-    decision = evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 50}))
+    decision = evaluate(SNAPSHOT, BOT, call("refund", body={"amount": 50}), NOW)
     assert (decision.verdict, decision.code, decision.allowed) == (Verdict.ALLOW, None, True)
 
 
 def test_a_protocols_housekeeping_passes_for_an_agent_that_holds_the_tool_and_for_no_other():
     holder = Agent("holder", "team", "primary", "a#", {"wiki": {}})
     ping = ToolCall("wiki", None, housekeeping=True, label="ping")
-    assert evaluate(SNAPSHOT, holder, ping).verdict is Verdict.ALLOW
-    assert evaluate(SNAPSHOT, BOT, ping).code is Code.TOOL_NOT_DECLARED
+    assert evaluate(SNAPSHOT, holder, ping, NOW).verdict is Verdict.ALLOW
+    assert evaluate(SNAPSHOT, BOT, ping, NOW).code is Code.TOOL_NOT_DECLARED
 
 
 # Calls of models.
@@ -173,7 +174,7 @@ def ask(models=("m", "n"), granted=(), name="m", tools=()):
     grant = Grant("agents/bot.yaml#/ask", models=frozenset(models), server_tools=frozenset(granted))
     model = ModelCall(name, 10, "sha256:0", server_tools=tools)
     return evaluate(
-        MODELS, Agent("bot", "t", "p", "a#", {"gpt": {"ask": grant}}), ToolCall("gpt", "ask", label="POST", model=model)
+        MODELS, Agent("bot", "t", "p", "a#", {"gpt": {"ask": grant}}), ToolCall("gpt", "ask", label="POST", model=model), NOW
     )
 
 
