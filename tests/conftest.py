@@ -69,6 +69,8 @@ def world() -> Iterator[SimpleNamespace]:
             },
         ),
         stack.agent("nobody", {}),
+        stack.agent("dropout", {}, mode="shadow", shadow_until="2099-01-31"),
+        stack.agent("trainee", {"plain": {"operations": granted}}, mode="shadow", shadow_until="2099-01-31"),
         stack.agent("mutual", {"secure": {"operations": granted}}, identity={"spiffe": "spiffe://acme.example/agents/mutual"}),
     )
     broker = stack.Broker(folder / "manifests", folder / "state", {"UPSTREAM_SECRET": SECRET})

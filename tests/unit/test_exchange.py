@@ -95,7 +95,7 @@ def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str 
                 operations={"search": search, "drop": {"effect": "destructive"}},
             ),
             "a1.yaml": _document(
-                "Agent", "caller", identity={"token": True}, mode="enforce",
+                "Agent", "caller", identity={"token": True},
                 tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent,
             ),
             **({"p.yaml": _document("Platform", "acme", flow=flow)} if flow else {}),
@@ -1355,3 +1355,81 @@ def test_the_driver_aborts_the_stream_of_an_agent_that_is_revoked_while_nothing_
             await hung_up
 
     asyncio.run(run())
+
+
+# Shadow mode.
+
+
+def shadow(**more: Any) -> Services:
+    spec = {"mode": "shadow", "shadow_until": "2099-01-31", **more}
+    snapshot = _snapshot(create=False, **spec)
+    return services(snapshot=lambda: snapshot)
+
+
+def test_in_shadow_mode_an_operation_that_nobody_granted_goes_on_without_a_credential_and_is_recorded_first():
+    outside = shadow()
+    _, sent, passed = play(outside, POST, BODY, OK)
+    assert isinstance(sent, Send)
+    assert SECRET not in str(sent), "shadow mode grants nothing"
+    assert passed == Pass()
+    (decision, outcome) = outside.audit
+    assert (decision["verdict"], decision["code"], decision["credential"]) == ("would_deny", "operation_not_declared", None)
+    assert (outcome["event"], outcome["upstream"]["status"]) == ("outcome", 200)
+
+
+def test_in_shadow_mode_a_granted_call_whose_parameters_break_a_rule_goes_on_with_what_was_granted():
+    snapshot = _snapshot(mode="shadow", shadow_until="2099-01-31")
+    outside = services(snapshot=lambda: snapshot)
+    _, sent, _ = play(outside, POST, RequestBody(b'{"title":"longer than five"}'), OK)
+    assert ("authorization", f"Bearer {SECRET}") in sent.set_headers
+    assert (outside.audit[0]["verdict"], outside.audit[0]["code"]) == ("would_deny", "params_invalid")
+
+
+def test_in_shadow_mode_what_the_catalog_does_not_know_is_held_until_it_is_whole_and_counted_as_the_worst():
+    outside = shadow(limits={"destructive": "1/day"})
+    unknown = head("POST", "/plain/other", body=True)
+    wanted, sent, _ = play(outside, unknown, RequestBody(b"raw"), OK)
+    assert (wanted, type(sent)) == (WantBody(), Send)
+    denied = play(outside, unknown, RequestBody(b"raw"))[-1]
+    assert problem_of(denied)["code"] == "rate_limited", "limits hold in shadow mode"
+
+
+def test_in_shadow_mode_a_host_that_the_catalog_does_not_have_is_denied():
+    away = head("GET", "/elsewhere/x")
+    assert problem_of(play(shadow(), away)[0])["code"] == "tool_not_declared"
+
+
+def test_in_shadow_mode_what_can_not_be_read_is_denied():
+    broken = play(shadow(), POST, RequestBody(b'{"title":1,"title":2}'))[-1]
+    assert problem_of(broken)["code"] == "body_malformed"
+
+
+def test_in_shadow_mode_an_mcp_client_may_call_what_nobody_granted():
+    outside = shadow()
+    _, sent, _ = play(outside, CALL, rpc("tools/call", name="drop", arguments={}), ANSWER)
+    assert isinstance(sent, Send)
+    assert (outside.audit[0]["verdict"], outside.audit[0]["operation"]) == ("would_deny", "drop")
+
+
+def test_shadow_mode_ends_by_itself():
+    outside = replace(shadow(), now=lambda: 4_102_444_800.0, tokens=None)
+    agent = outside.snapshot().agents["caller"]
+    assert agent.shadow
+    assert not agent.at(outside.now()).shadow
+
+
+def test_in_shadow_mode_a_decoy_is_not_let_through():
+    decoy = {"containment": {"honeytoken": {"tools": ["wiki"]}}}
+    text = {"p.yaml": _document("Platform", "acme", **decoy)}
+    made = load_texts(
+        {
+            **text,
+            "t.yaml": _document(
+                "Tool", "wiki", protocol="mcp", endpoint="http://127.0.0.1:2/mcp", upstream={"addresses": ["127.0.0.0/8"]},
+                operations={"search": {"effect": "read"}},
+            ),
+            "a.yaml": _document("Agent", "caller", identity={"token": True}, mode="shadow", shadow_until="2099-01-31", tools={}),
+        },
+        Path(),
+    )  # fmt: skip
+    assert made.snapshot.agents["caller"].shadow == {}

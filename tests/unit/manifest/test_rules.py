@@ -19,7 +19,7 @@ def document(kind, name, spec, **metadata):
     return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": known, "spec": spec}).encode()
 
 
-def found(*, platform=None, agent=None, grants=None, operations=None, oncall="primary", owner="team-a"):
+def found(*, platform=None, agent=None, grants=None, operations=None, oncall="primary", owner="team-a"):  # noqa: PLR0913 - all that a rule looks at
     """The findings about one agent and one tool."""
     operations = operations or {
         "drop": {"match": {"method": "DELETE", "path": "/repos/{repo}"}, "effect": "destructive"},
@@ -51,7 +51,9 @@ DROP = {"drop": {}}
     ("platform", "manifest", "expected"),
     [
         pytest.param(None, {"oncall": "", "grants": DROP}, [], id="without a platform policy nobody asks"),
-        pytest.param({}, {"oncall": "", "grants": DROP}, ["destructive_unbounded (warning)", "oncall_missing (warning)"], id="warned"),
+        pytest.param(
+            {}, {"oncall": "", "grants": DROP}, ["oncall_missing (warning)", "destructive_unbounded (warning)"], id="warned"
+        ),
         pytest.param(STRICT, {}, [], id="all is well"),
         pytest.param({"admission": {}}, {}, ["owner_unknown"], id="an owner that is no team"),
         pytest.param(STRICT, {"owner": "team-b"}, ["owner_unknown"], id="an owner that is another"),
@@ -107,9 +109,7 @@ def test_no_manifest_asks_for_more_than_its_team_may_have(ceilings, limits, refu
 
 
 @pytest.mark.parametrize(
-    ("days", "expected"),
-    [(-1, ["lapsed (warning)"]), (13, ["lapses_soon (warning)"]), (15, [])],
-    ids=["over", "soon", "not yet"],
+    ("days", "expected"), [(-1, ["lapsed (warning)"]), (13, ["lapses_soon (warning)"]), (15, [])], ids=["over", "soon", "not yet"]
 )
 def test_a_grant_that_lapses_is_told_of_before(days, expected):
     assert codes(found(grants={"read": {"expires": (NOW + timedelta(days)).isoformat()}})) == expected
@@ -127,9 +127,13 @@ def test_shadow_mode_is_told_of(days, expected, whole):
     ("params", "expected"),
     [
         pytest.param({"body": {"properties": {"title": {"const": "x"}}}}, [], id="a rule that can be kept"),
-        pytest.param({"body": {"properties": {"title": {"enum": [7, "toolongforit"]}}}}, ["unsatisfiable"], id="no value listed fits"),
+        pytest.param(
+            {"body": {"properties": {"title": {"enum": [7, "toolongforit"]}}}}, ["unsatisfiable"], id="no value listed fits"
+        ),
         pytest.param({"body": {"properties": {"title": {"enum": [7, "fits"]}}}}, [], id="one of them does"),
-        pytest.param({"body": {"properties": {"title": {"minLength": 10}}}}, ["unsatisfiable"], id="longer than the catalog takes"),
+        pytest.param(
+            {"body": {"properties": {"title": {"minLength": 10}}}}, ["unsatisfiable"], id="longer than the catalog takes"
+        ),
         pytest.param({"body": {"properties": {"title": {"minLength": 9}}}}, [], id="as long"),
         pytest.param({"body": {"properties": {"titel": {"const": "x"}}}}, ["unreachable"], id="a name that is misspelt"),
         pytest.param({"body": {"required": ["titel"]}}, ["unsatisfiable"], id="a name that nobody may send"),
@@ -137,9 +141,13 @@ def test_shadow_mode_is_told_of(days, expected, whole):
         pytest.param({"body": {"properties": {"title": {"enum": []}}}}, [], id="an empty list is not judged here"),
         pytest.param({"query": {"properties": {"n": {"minimum": 5, "maximum": 4}}}}, ["unsatisfiable"], id="crossed bounds"),
         pytest.param(
-            {"query": {"additionalProperties": False, "properties": {"a": {}}, "required": ["b"]}}, ["unsatisfiable"], id="its own"
+            {"query": {"additionalProperties": False, "properties": {"a": {}}, "required": ["b"]}},
+            ["unsatisfiable"],
+            id="its own",
         ),
-        pytest.param({"query": {"properties": {"l": {"items": {"minimum": 2, "maximum": 1}}}}}, ["unsatisfiable"], id="in a list"),
+        pytest.param(
+            {"query": {"properties": {"l": {"items": {"minimum": 2, "maximum": 1}}}}}, ["unsatisfiable"], id="in a list"
+        ),
         pytest.param({"query": {"$ref": "#/$defs/a", "$defs": {"a": {}}, "const": {}}}, [], id="what refers to its whole"),
     ],
 )
@@ -175,7 +183,9 @@ def test_a_finding_stands_where_the_mistake_is():
 
 
 @pytest.mark.parametrize(
-    "end", ["2027-02-30", "tomorrow", "2027-01-31T12:00:00", "12:00", ""], ids=["no day", "a word", "no zone", "no date", "nothing"]
+    "end",
+    ["2027-02-30", "tomorrow", "2027-01-31T12:00:00", "12:00", ""],
+    ids=["no day", "a word", "no zone", "no date", "nothing"],
 )
 def test_an_end_that_is_none(end):
     assert codes(found(grants={"read": {"expires": end}})) == ["field_invalid"]

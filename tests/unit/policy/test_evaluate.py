@@ -4,6 +4,7 @@ import pytest
 
 from broker.policy.approval import Approval
 from broker.policy.evaluate import View, admit, approval_for, evaluate
+from broker.policy.limits import Limit
 from broker.policy.providers import api_at
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Endpoint, Grant, Operation, PolicySnapshot, Tool
@@ -236,3 +237,91 @@ def test_a_model_call_needs_its_model_and_what_the_provider_would_do_in_the_mani
 )
 def test_which_api_a_request_calls(protocol, method, path, api):
     assert api_at(protocol, method, path) == api
+
+
+# What ends by itself, and shadow mode.
+
+PAYS = {"refund": GRANTS["refund"]}
+
+
+def shadowed(until=NOW + 1, tools=None):
+    """The bot in shadow mode, which may then use the catalog's refunds and lists, and what it does not know of `wiki`."""
+    exposed = {"pay": {"refund": Grant("s#"), "list": Grant("s#")}, "wiki": {"": Grant("s#")}}
+    agent = Agent("bot", "t", "p", "a#", {"pay": PAYS} if tools is None else tools, shadow=exposed, shadow_until=until)
+    return agent.at(NOW)
+
+
+@pytest.mark.parametrize(
+    ("agent", "attempt", "verdict", "code"),
+    [
+        pytest.param(shadowed(), call("refund", body={"amount": 5}), Verdict.ALLOW, None, id="what is permitted is allowed"),
+        pytest.param(shadowed(), call("list"), Verdict.WOULD_DENY, Code.OPERATION_NOT_DECLARED, id="not listed"),
+        pytest.param(
+            shadowed(),
+            call("refund", body={"amount": 51}),
+            Verdict.WOULD_DENY,
+            Code.PARAMS_INVALID,
+            id="parameters that break a rule",
+        ),
+        pytest.param(
+            shadowed(tools={}), call("list"), Verdict.WOULD_DENY, Code.TOOL_NOT_DECLARED, id="a tool that is not listed"
+        ),
+        pytest.param(
+            shadowed(tools={"wiki": {}}), call(None, "wiki"), Verdict.WOULD_DENY, Code.OPERATION_NOT_DECLARED, id="nothing known"
+        ),
+        pytest.param(shadowed(), call("merge"), Verdict.DENY, Code.OPERATION_NOT_DECLARED, id="what shadow mode does not expose"),
+        pytest.param(shadowed(NOW), call("list"), Verdict.DENY, Code.OPERATION_NOT_DECLARED, id="shadow mode has ended"),
+        pytest.param(
+            shadowed(NOW), call("refund", body={"amount": 51}), Verdict.DENY, Code.PARAMS_INVALID, id="and with it for parameters"
+        ),
+        pytest.param(
+            shadowed(tools={}),
+            ToolCall("wiki", None, housekeeping=True),
+            Verdict.WOULD_DENY,
+            Code.TOOL_NOT_DECLARED,
+            id="a protocol's own traffic",
+        ),
+    ],
+)
+def test_in_shadow_mode(agent, attempt, verdict, code):
+    decision = evaluate(SNAPSHOT, agent, attempt, NOW)
+    assert (decision.verdict, decision.code) == (verdict, code)
+
+
+def granted(**grant):
+    return Agent("bot", "t", "p", "a#", {"pay": {"refund": Grant("g#", {"body": NARROW}, **grant)}})
+
+
+@pytest.mark.parametrize(
+    ("grant", "amount", "verdict", "code"),
+    [
+        pytest.param({"shadow_until": NOW + 1}, 51, Verdict.WOULD_DENY, Code.PARAMS_INVALID, id="an operation in shadow"),
+        pytest.param({"shadow_until": NOW}, 51, Verdict.DENY, Code.PARAMS_INVALID, id="no longer"),
+        pytest.param({"expires": NOW + 1}, 5, Verdict.ALLOW, None, id="a grant that has not lapsed"),
+        pytest.param({"expires": NOW}, 5, Verdict.DENY, Code.OPERATION_NOT_DECLARED, id="one that has"),
+        pytest.param(
+            {"expires": NOW, "shadow_until": NOW + 1}, 5, Verdict.DENY, Code.OPERATION_NOT_DECLARED, id="and its shadow with it"
+        ),
+    ],
+)
+def test_a_grant_ends_by_itself(grant, amount, verdict, code):
+    decision = evaluate(SNAPSHOT, granted(**grant), call("refund", body={"amount": amount}), NOW)
+    assert (decision.verdict, decision.code) == (verdict, code)
+
+
+def test_containment_is_enforced_in_shadow_mode():
+    view = View(read_only="r-1", hold="h-1")
+    assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW, view).verdict is Verdict.WOULD_DENY, "a read"
+    assert evaluate(SNAPSHOT, shadowed(), call("refund", body={"amount": 51}), NOW, view).code is Code.AGENT_READ_ONLY
+    unknown = evaluate(SNAPSHOT, shadowed(tools={"wiki": {}}), call(None, "wiki"), NOW, view)
+    assert (unknown.verdict, unknown.code) == (Verdict.DENY, Code.AGENT_READ_ONLY), "what nobody knows may be the worst"
+    ping = ToolCall("wiki", None, housekeeping=True)
+    assert evaluate(SNAPSHOT, shadowed(tools={}), ping, NOW, view).verdict is Verdict.WOULD_DENY, "a protocol's own traffic"
+    assert approval_for(shadowed(), call("refund"), Effect.WRITE, view).rule == "held: h-1"
+
+
+def test_what_limits_a_call_in_shadow_mode_is_what_limits_the_agent():
+    bounds = (Limit("calls", "agent/bot", 1, "a#"),)
+    agent = Agent("bot", "t", "p", "a#", {}, shadow={"pay": {"list": Grant("s#", limits=bounds)}}, shadow_until=NOW + 1)
+    assert agent.bounds(call("list")) == bounds
+    assert BOT.at(NOW) is BOT
