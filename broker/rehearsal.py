@@ -5,7 +5,7 @@ out: a credential is named and not issued, and the record is a list that is thro
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +40,12 @@ class Call:
     url: str
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
+
+    def with_json(self, body: Json) -> "Call":
+        """The same with a JSON body."""
+        typed = any(name == "content-type" for name, _ in self.headers)
+        more = () if typed else (("content-type", "application/json"),)
+        return replace(self, headers=(*self.headers, *more), body=orjson.dumps(body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +175,12 @@ def call_of(tool: Tool, operation: str, body: Json, headers: tuple[tuple[str, st
     None where the operation's name alone does not say where it goes.
     """
     known, root = tool.operations.get(operation), f"{tool.endpoint.scheme}://{tool.endpoint.authority}{tool.endpoint.base_path}"
-    typed = (("content-type", "application/json"), *headers)
     if tool.protocol == "mcp":
-        asked = {"name": known.alias if known else operation, "arguments": body or {}}
-        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked}
+        asked: Json = {"name": known.alias if known else operation, "arguments": body or {}}
+        message: Json = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": asked}
         accepts = ("accept", "application/json, text/event-stream")
-        return Call("POST", root, (accepts, *typed), orjson.dumps(message))
+        return Call("POST", root, (accepts, *headers)).with_json(message)
     if known is None or known.template is None or any(name for name, _ in known.template.parts):
         return None
-    return Call(known.method, root + known.template.text, typed, b"" if body is None else orjson.dumps(body))
+    call = Call(known.method, root + known.template.text, headers)
+    return call if body is None else call.with_json(body)

@@ -21,7 +21,7 @@ from broker.dataplane.site import Site
 from broker.errors import BrokerError, UsageError, counted
 from broker.keys import ed25519
 from broker.manifest.findings import FORMATS
-from broker.manifest.load import load
+from broker.manifest.load import Loaded, load
 from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
@@ -154,7 +154,15 @@ class ManifestErrors(BrokerError):
 
 
 def snapshot(manifests: Path) -> PolicySnapshot:
-    """What the manifests compile to; says what is wrong on stderr. Raises `ManifestErrors`, and `UsageError` without a folder."""
+    """What the manifests compile to. Raises as `compiled`."""
+    return compiled(manifests)[0]
+
+
+def compiled(manifests: Path) -> tuple[PolicySnapshot, Loaded]:
+    """What the manifests compile to, and all that was read; says what is wrong on stderr.
+
+    Raises `ManifestErrors`, and `UsageError` without a folder.
+    """
     loaded = load(manifests)
     errors = [finding for finding in loaded.findings if finding.severity == "error"]
     click.echo(FORMATS["text"](errors), err=True, nl=False)
@@ -162,7 +170,7 @@ def snapshot(manifests: Path) -> PolicySnapshot:
         click.echo(f"{counted(warnings, 'warning')} in the manifests; `broker check {manifests}` shows them", err=True)
     if loaded.snapshot is None:
         raise ManifestErrors("the manifests have errors", f"correct them; `broker check {manifests}` shows them again")
-    return loaded.snapshot
+    return loaded.snapshot, loaded
 
 
 def site(state_folder: State, proxy: tuple[str, int], base_url: tuple[str, int]) -> Site:

@@ -27,11 +27,15 @@ from broker.redaction import redacted
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What came of a folder. `snapshot` is None exactly when a finding is an error. `files`: all that was read."""
+    """What came of a folder. `snapshot` is None exactly when a finding is an error.
+
+    `files`: all that was read; `sources`: what is in them.
+    """
 
     snapshot: PolicySnapshot | None
     findings: tuple[Finding, ...]
     files: tuple[Path, ...]
+    sources: tuple[Source, ...] = ()
 
 
 def vocabulary() -> Vocabulary:
@@ -106,7 +110,7 @@ def load_texts(
     findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *more)})
     failed = any(finding.severity == "error" for finding in findings)
     files = tuple(base / name for name in (*sorted(texts), *pems))
-    return Loaded(None if failed else compile_policy(sources, pems, base), tuple(findings), files)
+    return Loaded(None if failed else compile_policy(sources, pems, base), tuple(findings), files, tuple(sources))
 
 
 def _typed(file: str, document: Document) -> tuple[Source | None, list[Finding]]:

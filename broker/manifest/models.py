@@ -274,12 +274,22 @@ class Agent(Kind):
 
 
 class CallSpec(Model):
-    """A call that an agent might make."""
+    """A call that an agent might make: an HTTP request, or an operation of an MCP server or a model provider by its name."""
 
-    method: str = Field(description="The HTTP method.")
-    url: str = Field(description="The whole URL.")
+    method: str | None = Field(None, description="The HTTP method.")
+    url: str | None = Field(None, description="The whole URL.")
     headers: dict[str, str] = Field({}, description="Headers, by name.")
-    body: JsonValue = Field(None, description="The body, sent as JSON.")
+    body: JsonValue = Field(None, description="The body, sent as JSON; of a model call, what its API is sent.")
+    tool: Name | None = Field(None, description="In place of method and URL: the MCP server or model provider of the catalog.")
+    operation: OperationName | None = Field(None, description="And which of its operations is called.")
+    arguments: dict[str, JsonValue] | None = Field(None, description="What the MCP tool is called with.")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        http, named = {self.method is not None, self.url is not None}, {self.tool is not None, self.operation is not None}
+        if (http, named) not in (({True}, {False}), ({False}, {True})) or (http == {True} and self.arguments is not None):
+            raise refusal("a call is one thing; write method and url, or tool and operation (with arguments or body)")
+        return self
 
 
 class Expectation(Model):
@@ -292,11 +302,35 @@ class Expectation(Model):
     pointer: str | None = Field(None, description="Where the first violation is, such as /path/owner.")
 
 
+class Spent(Model):
+    """What was spent already: in every window that counts it, and in the call's run."""
+
+    calls: Count | None = Field(None, description="Calls.")
+    writes: Count | None = Field(None, description="Calls with effect write or destructive.")
+    destructive: Count | None = Field(None, description="Calls with effect destructive.")
+    runs: Count | None = Field(None, description="Runs.")
+    bytes_out: Bytes | None = Field(None, description="Bytes of requests.")
+    tokens: Count | None = Field(None, description="Model tokens.")
+    input_tokens: Count | None = Field(None, description="Model input tokens.")
+    output_tokens: Count | None = Field(None, description="Model output tokens.")
+    cached_tokens: Count | None = Field(None, description="Cached model input tokens.")
+    usd: Money | None = Field(None, description="US dollars.")
+
+
+class StateSpec(Model):
+    """What went before the call."""
+
+    spent: Spent = Field(Spent.model_construct(), description="What the agent has spent already.")
+    labels: tuple[Word, ...] = Field((), description="The labels (data classes) of the call's run.")
+    approvals: int = Field(0, ge=0, le=9, description="How many people approve the call when they are asked.")
+
+
 class Case(Model):
     """A call and the decision it must get."""
 
     name: Word = Field(description="A sentence that the case shows to be true.")
     call: CallSpec = Field(description="The call.")
+    state: StateSpec = Field(StateSpec.model_construct(), description="What went before.")
     expect: Expectation = Field(description="The decision that it must get.")
 
 
