@@ -55,5 +55,5 @@ def test_manifests_with_errors_end_with_1_and_a_folder_that_is_not_there_with_2(
     code, out, err = run()
     assert (code, out) == (1, "")
     assert "manifests/agents" not in out
-    assert "agents/refund-bot.yaml:2:8: yaml_syntax: " in err
+    assert "agents/refund-bot.yaml:3:1: yaml_syntax: " in err
     assert run("none")[0] == 2
