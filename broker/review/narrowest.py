@@ -1,0 +1,125 @@
+"""The narrowest schemas that admit certain values, and what a manifest would have to say.
+
+Laws: pure. What is made admits the values that were seen, of those that the record holds, and no others in the same location;
+what the record does not hold (redacted, too long, a prompt) can't be pinned, is left to the catalog's schema, and is told.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from broker.policy.schema import json_pointer
+
+Schema = dict[str, Any]
+
+
+class _Open:
+    """A value that the record does not hold."""
+
+    def __repr__(self) -> str:
+        return "(not in the record)"
+
+
+OPEN: Final = _Open()
+
+# What `broker/audit/record.py` writes in place of a value.
+_MARK = re.compile(
+    r"\[(?:redacted|(?:pii|secret) (?:\d+ chars|number)|\d+ chars sha256:[0-9a-f]{64}|\d+ bytes left out|\d+ more, too deep"
+    r"|number of \d+ bits)\]"
+)
+
+
+def opened(value: Any) -> Any:
+    """The value with `OPEN` for each mark of the record."""
+    if isinstance(value, dict):
+        return {name: opened(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [opened(part) for part in value]
+    return OPEN if isinstance(value, str) and _MARK.fullmatch(value) else value
+
+
+def unpinned(value: Any, *here: str | int) -> Iterator[str]:
+    """Where in it (RFC 6901) something is `OPEN`."""
+    if value is OPEN:
+        yield json_pointer(*here)
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from unpinned(part, *here, name)
+
+
+def exact(value: Any) -> Schema:
+    """What admits this value alone; anything in a place that is `OPEN`."""
+    if value is OPEN:
+        return {}
+    if isinstance(value, dict):
+        if not value:
+            return {"type": "object", "maxProperties": 0}
+        parts = {name: exact(part) for name, part in value.items()}
+        return {"type": "object", "required": sorted(value), "properties": parts, "additionalProperties": False}
+    if isinstance(value, list) and any(unpinned(value)):
+        return {"type": "array", "prefixItems": [exact(part) for part in value], "minItems": len(value), "maxItems": len(value)}
+    return {"const": value}
+
+
+def admitting(location: str, values: Sequence[Any]) -> Schema:
+    """What admits these values of one location alone, as briefly as that can be said."""
+    values = _different(values)
+    if location == "path" and all(isinstance(value, dict) for value in values):
+        return _path(values)
+    return exact(values[0]) if len(values) == 1 else {"anyOf": [exact(value) for value in values]}
+
+
+def _path(values: Sequence[Mapping[str, Any]]) -> Schema:
+    # A path has all the names of its template, always; and issuers narrow credentials by what is said of each.
+    found = {name: _different([value[name] for value in values]) for name in values[0]}
+    rules = {name: _one_of(parts) for name, parts in found.items() if OPEN not in parts}
+    if sum(len(parts) > 1 for parts in found.values()) <= 1:
+        return {"properties": rules}
+    together = [{"properties": {name: exact(part) for name, part in value.items()}} for value in values]
+    return {"properties": rules, "anyOf": together}
+
+
+def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
+    """What admits what `old` does, and these values: one name's list grows where that says it all, else each stands by itself."""
+    values = _different(values)
+    if longer := _longer(location, old, values):
+        return longer
+    # Implied by what follows; it is what credentials are narrowed by.
+    pinned = {
+        name: _one_of([*_listed(rule), *(value[name] for value in values)])
+        for name, rule in old.get("properties", {}).items()
+        if _listed(rule) and all(isinstance(value, dict) and value.get(name, OPEN) is not OPEN for value in values)
+    }
+    return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *map(exact, values)]}
+
+
+def _longer(location: str, old: Schema, values: Sequence[Any]) -> Schema | None:
+    """`old` with one longer list; None where that would admit more than these values."""
+    rules = old.get("properties", {})
+    whole = location == "path" or (old.get("additionalProperties") is False and set(old.get("required", ())) >= rules.keys())
+    if not whole or not old.keys() <= {"properties", "required", "additionalProperties", "type"}:
+        return None
+    if not all(isinstance(value, dict) and value.keys() == rules.keys() for value in values):
+        return None
+    lists = {name: _different([*_listed(rule), *(value[name] for value in values)]) for name, rule in rules.items()}
+    grown = [name for name, rule in rules.items() if len(lists[name]) > 1 or not _listed(rule)]
+    if len(grown) != 1 or not _listed(rules[grown[0]]) or OPEN in lists[grown[0]]:
+        return None
+    return {**old, "properties": {**rules, grown[0]: _one_of(lists[grown[0]])}}
+
+
+def _one_of(values: Sequence[Any]) -> Schema:
+    different = _different(values)
+    return {"const": different[0]} if len(different) == 1 else {"enum": different}
+
+
+def _listed(rule: Any) -> list[Any]:
+    if not isinstance(rule, dict):
+        return []
+    return [rule["const"]] if "const" in rule else list(rule.get("enum", ()))
+
+
+def _different(values: Sequence[Any]) -> list[Any]:
+    """Each once, in order; `1`, `1.0` and `true` are three."""
+    return list({json.dumps(value, sort_keys=True, default=repr): value for value in values}.values())

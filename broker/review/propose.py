@@ -1,0 +1,185 @@
+"""What a manifest would have to say so that certain denied calls pass, and when nobody should even be asked.
+
+Laws: pure. A proposal is for a review by people and changes nothing by itself. It is refused where the answer is not a wider
+manifest: what could not be read, who was not known, what failed, what people or flow rules forbid, limits, decoys, and every
+agent that is under containment.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from broker.audit.record import args_hash
+from broker.policy.denials import KIND_OF, DenialKind
+from broker.policy.evaluate import evaluate
+from broker.policy.providers import PROVIDERS
+from broker.policy.snapshot import Agent, PolicySnapshot, Tool
+from broker.policy.types import Code, ToolCall
+from broker.review.narrowest import admitting, opened, unpinned, widened
+
+Record = Mapping[str, Any]
+Place = tuple[str, ...]
+
+_NO = {
+    DenialKind.MALFORMED: "it could not be read in exactly one way; the agent's request must change, not its manifest",
+    DenialKind.IDENTITY: "nobody proved to be an agent; no manifest can help",
+    DenialKind.FAULT: "the broker or the tool failed; find the cause, the call itself may be in order",
+    DenialKind.PEOPLE: "a flow rule or a person stands against it; `broker approvals` has what waits for people",
+    DenialKind.CONTAINMENT: "the agent was cut off; find out why first",
+    DenialKind.LIMIT: "a limit was reached; how much an agent may spend is for people to say, in the manifest's limits",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One change of an agent's manifest: what is to stand at `place` (keys from the document's root), and the calls that ask."""
+
+    agent: str
+    file: str
+    place: Place
+    value: Any
+    calls: tuple[Record, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A denial for which nothing is proposed, and why."""
+
+    record: Record
+    why: str
+
+
+def proposed(
+    snapshot: PolicySnapshot, records: Iterable[Record], contained: Collection[str], attacks: Collection[str] = ()
+) -> tuple[list[Edit], list[Refused]]:
+    """The edits that would let these decisions' calls pass, and what is refused.
+
+    `contained` names the agents under containment, `attacks` the decisions that a reviewer called an attack.
+    """
+    refused: list[Refused] = []
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        if why := _refusal(snapshot, record, contained, attacks):
+            refused.append(Refused(record, why))
+        else:
+            about = record["agent"]["name"], record["tool"] or _tool_at(snapshot, record["host"]), record["operation"] or ""
+            groups.setdefault(about, []).append(record)
+    edits = [edit for about, calls in groups.items() for edit in _edits(snapshot, *about, calls)]
+    # A tool that gets operations anyway need not be listed without any.
+    filled = {edit.place[:3] for edit in edits if len(edit.place) > 3}  # noqa: PLR2004 - spec, tools, the tool
+    return [edit for edit in edits if edit.place not in filled], refused
+
+
+def _refusal(snapshot: PolicySnapshot, record: Record, contained: Collection[str], attacks: Collection[str]) -> str:
+    name, code = (record.get("agent") or {}).get("name", ""), record.get("code")
+    if record.get("event") != "decision" or not code or record.get("verdict") == "allow":
+        return "this is no denied call"
+    if (kind := KIND_OF[Code(code)]) is not DenialKind.PERMISSION:
+        return _NO[kind]
+    if name in contained:
+        return f"agent {name!r} is under containment; `broker agents show {name}` says why, and people must release it first"
+    if record["decision_id"] in attacks:
+        return "a reviewer labelled it an attack; `broker denials label` takes that back"
+    if name not in snapshot.agents:
+        return f"there is no manifest of {name!r}"
+    return _undeclared(snapshot, record) or _beyond(snapshot, record)
+
+
+def _undeclared(snapshot: PolicySnapshot, record: Record) -> str:
+    """Why the catalog has nothing that could be granted."""
+    tool = snapshot.tools.get(record["tool"] or _tool_at(snapshot, record["host"]))
+    if tool is None:
+        return f"no tool of the catalog is at {record['host']}; ask its owner or the platform team for a catalog entry"
+    if tool.name in snapshot.decoys.tools:
+        return "this tool is a decoy, which no honest call touches"
+    if record["method"] != "CONNECT" and record["operation"] not in tool.operations:
+        return f"{record['operation'] or 'this call'} is no operation of {tool.name!r}; ask {tool.owner} to add it to the catalog"
+    return ""
+
+
+def _beyond(snapshot: PolicySnapshot, record: Record) -> str:
+    """Why a wider grant is not the answer."""
+    if (record["rule"] or "").endswith("/expires"):
+        return f"the grant has lapsed; if it is still needed, write a later date at {record['rule']}"
+    own = snapshot.agents[record["agent"]["name"]].rule
+    for violation in record["violations"]:
+        if not violation["rule"].startswith(own):
+            return f"the catalog refuses {violation['pointer']} ({violation['rule']}); ask the tool's owner"
+        if record.get("model") and violation["pointer"] != "/body/model":
+            return f"{violation['message']}; the record keeps no prompts, so change {violation['rule']} by hand"
+    return ""
+
+
+def _tool_at(snapshot: PolicySnapshot, target: str) -> str:
+    """The one tool at a CONNECT's `host:port`; empty where it is none or several."""
+    found = [tool.name for tool in snapshot.tools.values() if tool.endpoint.host_port == target]
+    return found[0] if len(found) == 1 else ""
+
+
+def _edits(snapshot: PolicySnapshot, name: str, tool_name: str, operation: str, calls: list[Record]) -> Iterator[Edit]:
+    agent, tool = snapshot.agents[name], snapshot.tools[tool_name]
+    grants = agent.tools.get(tool_name)
+    file, place = agent.rule.partition("#")[0], ("spec", "tools", tool_name)
+    if not operation:
+        if grants is None:
+            yield Edit(name, file, place, {"operations": {}}, tuple(calls), (_TUNNEL,))
+        return
+    seen = [_seen(record) for record in calls]
+    locations = sorted({where for each in seen for where in each})
+    values = {where: [each[where] for each in seen if where in each] for where in locations}
+    notes, at = tuple(_notes(tool, seen, locations)), (*place, "operations", operation)
+    model = any(record.get("model") for record in calls)
+    if grants is None or operation not in grants:
+        params = {"body": _with_model({}, values["body"])} if model else {}
+        params |= {where: admitting(where, values[where]) for where in locations if where not in params}
+        yield Edit(name, file, at, {"params": params} if params else {}, tuple(calls), notes)
+        return
+    own = grants[operation].schemas
+    for where in sorted({violation["pointer"].split("/")[1] for record in calls for violation in record["violations"]}):
+        old = own[where].source if where in own else {}
+        schema = _with_model(old, values[where]) if model else widened(where, old, values[where])
+        yield Edit(name, file, (*at, "params", where), schema, tuple(calls), notes)
+
+
+_TUNNEL = "only a tunnel was refused, so which operation is meant is not known: with this the call comes, and is denied by name"
+
+
+def _with_model(old: Mapping[str, Any], values: Sequence[Any]) -> dict[str, Any]:
+    """Of a call of a model the record keeps no prompt: its model is what can be said."""
+    rules = old.get("properties", {})
+    known = rules.get("model", {})
+    names = sorted({*known.get("enum", [known["const"]] if "const" in known else []), *(value["model"] for value in values)})
+    return {**old, "properties": {**rules, "model": {"enum": names}}}
+
+
+def _seen(record: Record) -> dict[str, Any]:
+    """The parameters as far as the record holds them."""
+    args: dict[str, Any] = record["args"]
+    if record.get("model"):
+        return {**args, "body": {"model": record["model"]}}
+    # A text that only looks like a mark is a text: then nothing was left out.
+    whole = args_hash(args) == record["args_hash"]
+    return args if whole else {where: opened(value) for where, value in args.items()}
+
+
+def _notes(tool: Tool, seen: Sequence[Mapping[str, Any]], locations: Sequence[str]) -> Iterator[str]:
+    loose = sorted({pointer for each in seen for where, value in each.items() for pointer in unpinned(value, where)})
+    if loose:
+        yield f"the record does not hold {', '.join(loose)}, so only the catalog's schema bounds that; narrow it by hand"
+    if sum(len({repr(each.get(where)) for each in seen}) > 1 for where in locations) > 1:
+        yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"
+    if tool.protocol in PROVIDERS:
+        yield "the record keeps no prompts, so of these calls only the model is pinned"
+
+
+def replayed(snapshot: PolicySnapshot, record: Record, now: float) -> bool | None:
+    """Whether the call would now be permitted; None where the record does not hold all of it."""
+    agent: Agent = snapshot.agents[record["agent"]["name"]]
+    if record["method"] == "CONNECT":
+        return _tool_at(snapshot, record["host"]) in agent.tools
+    seen = _seen(record)
+    if record.get("model") or any(any(unpinned(value)) for value in seen.values()):
+        return None
+    decision = evaluate(snapshot, agent, ToolCall(record["tool"], record["operation"], seen), now)
+    return decision.code is None
