@@ -9,14 +9,16 @@ A record is a row of some numbers and the names of its run and decision; what ma
 is asked of millions of records is mostly asked of some hundred shapes.
 """
 
+import errno
 import hashlib
 import heapq
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +32,9 @@ FILE = "review.db"
 _VERSION = 1
 _BATCH = 100_000  # lines in one transaction: some seconds in which another reader waits
 _BUSY_S = 60.0  # how long a reader waits for another one's batch
-_SHAPE = ("event", "agent", "verdict", "code", "rule", "tool", "operation", "effect", "data", "host")
+_PLAIN = ("event", "verdict", "code", "rule", "tool", "effect", "host")
+_SHAPE = ("agent", "operation", "data", *_PLAIN)
+_CACHE_KIB = 65_536  # a million names of decisions come in no order
 # Whole microseconds, since a float would not tell two records apart in some decades.
 _MICRO = 1_000_000
 
@@ -69,15 +73,15 @@ class Shape:
     """
 
     id: int
-    event: str
     agent: str
+    operation: str
+    data: str
+    event: str
     verdict: str
     code: str
     rule: str
     tool: str
-    operation: str
     effect: str
-    data: str
     host: str
     count: int = 0
     first: float = 0.0
@@ -122,6 +126,7 @@ class Wanted:
         return " AND ".join(word for word, _ in asked) or "1", [value for _, value in asked]
 
 
+@lru_cache(maxsize=4096)  # a catalog has few, and they come with every call
 def tried(operation: str) -> str:
     """An operation's name as it is; of a request that matched none ("GET /v1/accounts/123"), each segment with a digit as `*`."""
     method, space, path = operation.partition(" ")
@@ -141,12 +146,12 @@ class Index:
             raise UsageError(f"there is no audit log in {self._log}", "name the broker's state folder with --state")
         self._files = ExitStack()
         with self._guarded():
-            # SQLite would make it readable by others; what it makes beside it has the same rights.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            _make_private(self._path)
             self._db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
             self._files.callback(self._db.close)
             # So that whoever reads a long answer holds up nobody.
             self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
 
     def __enter__(self) -> Self:
         return self
@@ -361,6 +366,15 @@ class _Batch:
         return self._shapes[shape]
 
 
+def _make_private(path: Path) -> None:
+    """Make the file, where it is missing: SQLite would let others read it. What SQLite makes beside it has the same rights."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    # Never opened here once it is there: closing it would take this process's locks on it away (fcntl(2)).
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
 def _lines(path: Path, start: int, *, closed: bool) -> Iterator[bytes]:
     """Lines from there on. What is too long for one comes in parts, and what has no newline only where nothing more comes."""
     with path.open("rb") as file:
@@ -380,12 +394,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
-    told = {name: value for name in _SHAPE if isinstance(value := record.get(name), str)}
-    told["agent"] = str((record.get("agent") or {}).get("name") or "")
-    told["operation"] = tried(told.get("operation", ""))
-    # Between spaces, so that each can be looked for.
-    told["data"] = f" {' '.join(map(str, record['data']))} " if record.get("data") else ""
-    return tuple(told.get(name, "") for name in _SHAPE)
+    agent, operation, classes = record.get("agent"), record.get("operation"), record.get("data")
+    return (
+        str(agent.get("name") or "") if agent else "",
+        tried(operation) if isinstance(operation, str) else "",
+        f" {' '.join(classes)} " if classes else "",  # between spaces, so that each can be looked for
+        *[value if isinstance(value := record.get(name), str) else "" for name in _PLAIN],
+    )
 
 
 def _run(record: Mapping[str, Any]) -> Any:
