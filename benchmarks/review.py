@@ -100,7 +100,7 @@ def written(state: Path, records: int) -> str:
 def answered(words: list[str], state: Path) -> tuple[float, int]:
     """How long the process took, in seconds, and how many lines it printed."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "broker.cli", *words, "--state", str(state)], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "broker.cli", *words, "--state", str(state)], check=True, capture_output=True)
     return time.perf_counter() - began, done.stdout.count(b"\n")
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -69,12 +69,13 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\
 
 
 def _moment(text: str, direction: int) -> float:
-    if span := _SPAN.fullmatch(text):
-        return clock.now() + direction * int(span[1]) * _UNITS[span[2]]
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError, OverflowError):  # of what is written well, but before the year 1 or after 9999
+        if span := _SPAN.fullmatch(text):
+            away = timedelta(seconds=direction * int(span[1]) * _UNITS[span[2]])
+            return (datetime.fromtimestamp(clock.now(), UTC) + away).timestamp()
         if _DATE.fullmatch(text):
             when = datetime.fromisoformat(text.upper())
-            return when.replace(tzinfo=when.tzinfo or UTC).timestamp()
+            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC).timestamp()
     raise UsageError(f"{text!r} is no time", "write 30s, 15m, 12h, 7d, 2026-01-31 (in UTC) or 2026-01-31T09:30:00Z")
 
 
