@@ -206,6 +206,7 @@ class Index:
             self._db.execute("ROLLBACK")
 
     def _step(self) -> tuple[int, int, int]:
+        os.scandir(self._log).close()  # `glob` finds nothing where it may not read, and nothing must not look like no denials
         found = chain.segments(self._log)
         known = self._known(found)
         if known is None:
@@ -246,7 +247,8 @@ class Index:
         where, values = wanted.clause()
         # CROSS JOIN: shapes first, since they are few. Of the records only the index is read then.
         asked = f"""SELECT shape.*, count(*), min(record.time) / 1e6, max(record.time) / 1e6
-            FROM shape CROSS JOIN record ON record.shape = shape.id WHERE {_DENIED} AND {where} GROUP BY shape.id"""  # noqa: S608 - values are parameters
+            FROM shape CROSS JOIN record ON record.shape = shape.id
+            WHERE {_DENIED} AND {where} GROUP BY shape.id"""  # noqa: S608 - all values are parameters
         with self._guarded():
             return [Shape(*row) for row in self._db.execute(asked, values)]
 
@@ -263,18 +265,19 @@ class Index:
             each = (map(Row._make, self._db.execute(asked, (shape, start))) for shape in shapes)
             yield from heapq.merge(*each, reverse=True)
 
-    def find(self, wanted: Wanted, limit: int = -1) -> list[Row]:
-        """The wanted records in the log's order; where there are more than `limit`, the last ones."""
+    def find(self, wanted: Wanted, last: int = 0) -> Iterator[Row]:
+        """The wanted records in the log's order, all or the last so many."""
         where, values = wanted.clause()
-        asked = f"SELECT {_ROW} {_FROM} WHERE {where} ORDER BY record.id DESC LIMIT ?"
+        asked = f"SELECT {_ROW} {_FROM} WHERE {where} ORDER BY record.id"
         with self._guarded():
-            return [Row._make(row) for row in self._db.execute(asked, (*values, limit))][::-1]
+            whole = f"SELECT * FROM ({asked} DESC LIMIT {last}) ORDER BY 2" if last else asked  # noqa: S608 - a number
+            yield from map(Row._make, self._db.execute(whole, values))
 
-    def decided(self, decision_id: str) -> list[Row]:
+    def decided(self, decision_id: str) -> Iterator[Row]:
         """The records that bear on a decision, in the log's order."""
-        asked = f"SELECT {_ROW} {_FROM} WHERE record.decision = ? ORDER BY record.id"
         with self._guarded():
-            return [Row._make(row) for row in self._db.execute(asked, (decision_id,))]
+            asked = f"SELECT {_ROW} {_FROM} WHERE record.decision = ? ORDER BY record.id"
+            yield from map(Row._make, self._db.execute(asked, (decision_id,)))
 
     def read(self, rows: Iterable[Row]) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """The log's lines, without their newlines, and what they say. What somebody made unreadable meanwhile is left out."""

@@ -147,11 +147,11 @@ def query(*, state: Path, limit: int, as_json: bool, **wanted: Any) -> None:
     With --json the records as they stand in the log, one a line; what is not ASCII in them is escaped.
     """
     with options.index(state) as index:
-        found = index.find(Wanted(**wanted), limit + 1 if limit else -1)
-        more = bool(limit) and len(found) > limit
-        for line, record in index.read(found[1:] if more else found):
+        found = index.find(Wanted(**wanted), limit + 1 if limit else 0)
+        some = list(found) if limit else []
+        for line, record in index.read(some[-limit:] or found):
             click.echo(_line(line, record) if as_json else render(line))
-    if more:
+    if len(some) > limit:
         click.echo(f"these are the last {limit}, and there are more; --limit 0 prints all", err=True)
 
 
@@ -172,7 +172,7 @@ def run(*, run_id: str, state: Path, agent: str, as_json: bool) -> int:
     With --json: [{agent, run_id, began, took_s, calls, denied, tokens, usd, entries: [the records, of a call with its outcome]}].
     """
     with options.index(state) as index:
-        rows = index.find(Wanted(agent=agent, run=run_id))
+        rows = list(islice(index.find(Wanted(agent=agent, run=run_id)), _MOST_OF_RUN + 1))
         found = timeline.runs(index.records(rows[:_MOST_OF_RUN]), run_id)
     if not found:
         whose = f" of {agent}" if agent else ""

@@ -151,13 +151,14 @@ def index(folder: Path) -> Index:
     """
     with contextlib.ExitStack() as files:
         opened = files.enter_context(Index(folder))
-        opened.update(_progress if sys.stderr.isatty() else lambda _read, _size: None)
+        shown = sys.stderr.isatty()
+        opened.update(_progress if shown else lambda _read, _size: None)
+        click.echo("\r\x1b[K" if shown else "", err=True, nl=False)
         files.pop_all()
     return opened
 
 
 def _progress(read: int, size: int) -> None:
-    # Written over by whatever comes next.
     click.echo(f"indexing the audit log, once: {100 * read // (size or 1)} %\r", err=True, nl=False)
 
 

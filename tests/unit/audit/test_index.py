@@ -123,7 +123,7 @@ def test_only_what_was_appended_is_read(tmp_path, monkeypatch):
         assert opened.update() == 0
         write(tmp_path, decided(call(6)), began=NOW + 9)
         assert opened.update() == 1
-        assert len(opened.find(Wanted())) == 6
+        assert len([*opened.find(Wanted())]) == 6
 
 
 def test_a_line_is_no_record_before_its_newline(tmp_path):
@@ -231,7 +231,7 @@ def test_an_index_of_another_version_is_made_anew(tmp_path):
 def everything(state):
     with Index(state) as opened:
         opened.update()
-        rows = opened.find(Wanted())
+        rows = [*opened.find(Wanted())]
         known = [(row.time, row.decision_id, row.segment, row.start, row.length) for row in rows]
         shapes = sorted((shape.agent, shape.code, shape.operation, shape.count, shape.first) for shape in opened.denied(Wanted()))
         return known, shapes
@@ -268,7 +268,7 @@ def test_batches_add_up_and_are_told(tmp_path, monkeypatch):
     told = []
     with Index(tmp_path) as opened:
         assert opened.update(lambda read, size: told.append((read, size))) == 5
-        assert len(opened.find(Wanted())) == 5
+        assert len([*opened.find(Wanted())]) == 5
     assert [size for _, size in told] == [len(b"\n".join([*whole(tmp_path), b""]))] * 2
     assert told[0][0] < told[1][0] < told[0][1]
 
@@ -298,7 +298,7 @@ def test_an_open_answer_holds_up_no_other_reader(tmp_path):
         next(rows)
         write(tmp_path, decided(call(6)), began=NOW + 9)
         assert other.update() == 1
-        assert len(slow.find(Wanted())) == 5
+        assert len([*slow.find(Wanted())]) == 5
         assert len([*rows]) == 2
 
 
@@ -377,6 +377,14 @@ def test_what_can_t_be_used_is_one_clear_usage_error(tmp_path, spoil, said):
     assert raised.value.advice
 
 
+def test_a_folder_that_can_t_be_listed_is_not_a_log_without_records(tmp_path):
+    write(tmp_path, *RECORDS)
+    with Index(tmp_path) as opened:
+        no_log(tmp_path)
+        with pytest.raises(UsageError, match="can't be used: No such file"):
+            opened.update()
+
+
 def test_a_folder_that_may_not_be_written_is_wrong_usage(tmp_path):
     write(tmp_path, *RECORDS)
     found(tmp_path)
@@ -423,7 +431,7 @@ def test_a_line_that_changed_after_it_was_found_is_left_out(tmp_path):
     (path,) = paths(tmp_path)
     with Index(tmp_path) as opened:
         opened.update()
-        rows = opened.find(Wanted())
+        rows = [*opened.find(Wanted())]
         path.write_bytes(b"#" + path.read_bytes()[1:])
         assert [record["seq"] for record in opened.records(rows)] == [2, 3, 4, 5]
         assert orjson.loads(whole(tmp_path)[1])["seq"] == 2

@@ -1,6 +1,7 @@
 """`broker denials` as a reviewer runs it."""
 
 import json
+import re
 import sqlite3
 
 import pytest
@@ -8,7 +9,8 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker import clock
-from broker.audit.index import FILE, Index
+from broker.audit import index
+from broker.audit.index import FILE
 from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, Ending, decision_record, outcome_record
 from broker.cli import denials as verb
@@ -295,19 +297,15 @@ def test_broken_input_is_one_clear_line_and_exit_2(state, capsys, spoil, said):
     assert error.count("\n") == 1
 
 
-def test_a_terminal_is_told_how_far_the_indexing_is(state, monkeypatch):
-    monkeypatch.setattr(options.sys, "stderr", type("Terminal", (), {"isatty": lambda _self: True})())
-    told = []
-    monkeypatch.setattr(Index, "update", lambda _self, progress: told.append(progress))
-    with options.index(state):
-        pass
-    assert told == [options._progress]
-
-
-def test_progress_is_a_share_on_stderr_that_the_next_line_overwrites(capsys):
-    options._progress(250, 1000)
-    options._progress(0, 0)
-    assert capsys.readouterr().err == "indexing the audit log, once: 25 %\rindexing the audit log, once: 0 %\r"
+def test_a_terminal_is_told_how_far_the_indexing_is_and_nothing_else_is(state, monkeypatch, capsys):
+    monkeypatch.setattr(index, "_BATCH", 3)
+    for terminal in (False, True):
+        monkeypatch.setattr(options.sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with options.index(state):
+            pass
+        (state / FILE).unlink()
+        told = re.sub(r"\d+ %", "N %", capsys.readouterr().err)
+        assert told == (f"{'indexing the audit log, once: N %\r' * 2}\r\x1b[K" if terminal else "")
 
 
 def test_labels_survive_an_index_that_is_made_anew(state):
