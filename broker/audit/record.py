@@ -214,7 +214,8 @@ def _call(attempt: Attempt) -> dict[str, Any]:
         "step": attempt.step,
         "trace_id": _text(attempt.trace_id) or None,
         "tool": attempt.tool or None,
-        "operation": attempt.operation or None,
+        # Where no operation matched this is what was tried, in the agent's words.
+        "operation": _text(attempt.operation, _MAX_NAME) or None,
         "revision": attempt.revision,
         **(
             {"model": _text(attempt.model), "provider": attempt.provider, "prompt_hash": attempt.prompt_hash}

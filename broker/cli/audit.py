@@ -1,7 +1,7 @@
 """`broker audit`: read the evidence, and prove that it is whole.
 
 Laws: reads only, also from a live broker. What an agent wrote reaches a terminal only in visible characters; `--json` prints the
-lines as they are, for programs.
+lines as they are, for programs. `query` and `run` keep an index beside the log (`review.db`), but what they print is the log's.
 """
 
 import time
@@ -17,12 +17,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from broker.audit import chain
+from broker.audit.index import Wanted
 from broker.audit.verify import Verified
 from broker.audit.verify import verify as verify_log
 from broker.cli import options
 from broker.errors import UsageError
 from broker.manifest.findings import printable
+from broker.policy.types import Code, Effect, Verdict
+from broker.redaction import redacted
+from broker.review import timeline
+from broker.review.clusters import hidden
 
+_MOST_OF_RUN = 20_000  # records of a run; nobody reads more, and they are held in memory
 _POLL_S = 0.2  # a person does not notice
 
 
@@ -64,13 +70,13 @@ def _new_lines(directory: Path, segment: Path, position: int) -> Iterator[bytes]
 
 
 def render(line: bytes) -> str:
-    """One record for people: time, verdict, code, agent, what, decision, upstream status; no control characters."""
+    """One record for people: time, verdict, code, agent, what, decision, upstream status; nothing unseen or secret."""
     try:
         record = orjson.loads(line)
         shown = "  ".join(str(part) for part in _parts(record) if part)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         shown = f"(not a record) {line.decode('utf-8', 'backslashreplace')}"
-    return printable(shown)
+    return printable(redacted(shown))
 
 
 def _parts(record: dict[str, Any]) -> Iterator[Any]:
@@ -119,3 +125,65 @@ def _public_key(path: Path) -> Ed25519PublicKey | None:
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(f"the key in {path} is not an Ed25519 key", "put the broker's audit.pub.pem there")
     return key
+
+
+@audit.command()
+@options.state
+@click.option("--agent", metavar="NAME", help="Of this agent.")
+@click.option("--run", metavar="ID", help="Of this run.")
+@click.option("--tool", metavar="NAME", help="Of this tool.")
+@click.option("--operation", metavar="NAME", help="Of this operation, or of what was tried where none matched.")
+@click.option("--effect", type=click.Choice([*map(str, Effect)]), help="Decisions on calls with this effect.")
+@click.option("--data", metavar="CLASS", help="Decisions on calls with this data class.")
+@click.option("--code", type=click.Choice([*map(str, Code)]), metavar="CODE", help="With this code of denial.")
+@click.option("--verdict", type=click.Choice([*map(str, Verdict)]), help="Decisions with this verdict.")
+@options.moment("--since", "Not before this.")
+@options.moment("--until", "Before this.")
+@click.option("--limit", type=click.IntRange(min=0), default=1000, show_default=True, help="The last so many; 0 for all.")
+@options.as_json
+def query(*, state: Path, limit: int, as_json: bool, **wanted: Any) -> None:
+    """Print the records that fit all of this, oldest first.
+
+    With --json the records as they stand in the log, one a line; what is not ASCII in them is escaped.
+    """
+    with options.index(state) as index:
+        found = index.find(Wanted(**wanted), limit + 1 if limit else 0)
+        some = list(found) if limit else []
+        for line, record in index.read(some[-limit:] or found):
+            click.echo(_line(line, record) if as_json else render(line))
+    if len(some) > limit:
+        click.echo(f"these are the last {limit}, and there are more; --limit 0 prints all", err=True)
+
+
+def _line(line: bytes, record: dict[str, Any]) -> str:
+    """A record's own line, unless that would show a credential or what a terminal might act on."""
+    shown = hidden(record)
+    return line.decode() if shown == record and line.isascii() else options.ascii_json(shown)
+
+
+@audit.command()
+@click.argument("run_id")
+@options.state
+@click.option("--agent", default="", metavar="NAME", help="Only of this agent; others may use the same run ID.")
+@options.as_json
+def run(*, run_id: str, state: Path, agent: str, as_json: bool) -> int:
+    """Print the run RUN_ID as a timeline: each call, how it ended, and what was done about the run.
+
+    With --json: [{agent, run_id, began, took_s, calls, denied, tokens, usd, entries: [the records, of a call with its outcome]}].
+    """
+    with options.index(state) as index:
+        rows = list(islice(index.find(Wanted(agent=agent, run=run_id)), _MOST_OF_RUN + 1))
+        found = timeline.runs(index.records(rows[:_MOST_OF_RUN]), run_id)
+    if not found:
+        whose = f" of {agent}" if agent else ""
+        click.echo(
+            printable(redacted(f"the log names no run {run_id!r}{whose}; `broker audit tail --json` shows run IDs")), err=True
+        )
+        return 1
+    if as_json:
+        click.echo(options.ascii_json(hidden([each.document for each in found])))
+    else:
+        click.echo("\n\n".join("\n".join(printable(redacted(line)) for line in timeline.told(each)) for each in found))
+    if len(rows) > _MOST_OF_RUN:
+        click.echo(f"these are its first {_MOST_OF_RUN} records; `broker audit query --run` prints all", err=True)
+    return 0

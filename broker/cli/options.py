@@ -2,10 +2,13 @@
 
 import contextlib
 import getpass
+import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -15,6 +18,7 @@ import click
 from broker import clock
 from broker.admin.client import ask
 from broker.audit import chain
+from broker.audit.index import Index
 from broker.audit.log import AuditLog
 from broker.containment.response import Containment, Surroundings
 from broker.dataplane.site import Site
@@ -57,6 +61,31 @@ def _together(*options: Decorator) -> Decorator:
         return function
 
     return decorated
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SPAN = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?", re.ASCII)  # RFC 3339, section 5.6
+
+
+def _moment(text: str, direction: int) -> float:
+    with contextlib.suppress(ValueError, OverflowError):  # of what is written well, but before the year 1 or after 9999
+        if span := _SPAN.fullmatch(text):
+            away = timedelta(seconds=direction * int(span[1]) * _UNITS[span[2]])
+            return (datetime.fromtimestamp(clock.now(), UTC) + away).timestamp()
+        if _DATE.fullmatch(text):
+            when = datetime.fromisoformat(text.upper())
+            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC).timestamp()
+    raise UsageError(f"{text!r} is no time", "write 30s, 15m, 12h, 7d, 2026-01-31 (in UTC) or 2026-01-31T09:30:00Z")
+
+
+def moment(name: str, what: str, *, ahead: bool = False) -> Decorator:
+    """An option that takes a time, in seconds since the epoch: a date, a date and time, or so long ago (`ahead`: from now)."""
+
+    def read(text: str) -> float:
+        return _moment(text, 1 if ahead else -1)
+
+    return click.option(name, type=read, metavar="7d|DATE|TIME", help=what)
 
 
 def _folder(name: str, default: str, what: str) -> Decorator:
@@ -113,6 +142,29 @@ def broker_state(folder: Path) -> State:
             f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
         )
     return State.at(folder)
+
+
+def index(folder: Path) -> Index:
+    """The index over the audit log of this state folder, brought up to date; a person is told while that takes long.
+
+    Raises `UsageError`.
+    """
+    with contextlib.ExitStack() as files:
+        opened = files.enter_context(Index(folder))
+        shown = sys.stderr.isatty()
+        opened.update(_progress if shown else lambda _read, _size: None)
+        click.echo("\r\x1b[K" if shown else "", err=True, nl=False)
+        files.pop_all()
+    return opened
+
+
+def _progress(read: int, size: int) -> None:
+    click.echo(f"indexing the audit log, once: {100 * read // (size or 1)} %\r", err=True, nl=False)
+
+
+def ascii_json(value: object) -> str:
+    """JSON of ASCII characters that can be seen."""
+    return json.dumps(value, separators=(",", ":")).replace("\x7f", "\\u007f")
 
 
 def me() -> str:

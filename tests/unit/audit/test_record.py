@@ -222,3 +222,11 @@ def test_config_and_revocation_say_what_happened():
     notice = {"id": "r-1", "kind": "restriction"}
     record = notice_record("revocation", NOW, 1, AGENT, "by jo", notice)
     assert (record["event"], record["agent"], record["detail"], record["notice"]) == ("revocation", AGENT, "by jo", notice)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda call: decision_record(NOW, 1, call, ALLOW), lambda call: outcome_record(NOW, 1, call, Ending())]
+)
+def test_what_was_tried_where_no_operation_matched_is_recorded_without_a_secret(build):
+    tried = Attempt("d", "r", AGENT, tool="stripe", operation="GET /v1/keys/sk_live_abc123")
+    assert build(tried)["operation"] == "[redacted]"
