@@ -281,11 +281,10 @@ class Exchange:
             return asking.wait(asking.lacks)
         amounts = called(len(case.attempt.path) + len(request.query) + len(sent))
         if call.model:
-            provider, price = case.snapshot.price(tool, call.model.name)
+            _, price = case.snapshot.price(tool, call.model.name)
             if price is None and (unknown := unpriced(limits, call.model.name)):
                 return unknown
             amounts |= bound(call.model, price)
-            case.note(model=call.model.name, provider=provider, prompt_hash=call.model.prompt_hash)
         answer = yield from self._granted(case.spend(limits, amounts, step=not (asking.lacks or call.housekeeping)))
         if isinstance(answer, LedgerUnavailable):
             return deny(Code.LEDGER_UNAVAILABLE, "whether the limits have room for this call can't be told now")
@@ -372,6 +371,9 @@ class Exchange:
             self._case.note(operation=operation.name, effect=operation.effect, data=operation.data)
         if isinstance(call, ToolCall):
             self._case.note(operation=operation.name if operation else call.label, params=call.params)
+            if model := call.model:  # also of a call that is denied: its prompt is nobody's to read in the record
+                provider, _ = self._case.snapshot.price(tool, model.name)
+                self._case.note(model=model.name, provider=provider, prompt_hash=model.prompt_hash)
 
 
 @dataclass(frozen=True, slots=True)

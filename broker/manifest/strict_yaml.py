@@ -29,7 +29,8 @@ Pointer = tuple[str | int, ...]
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _PLAIN: Mapping[str, Json] = {"": None, "~": None, "null": None, "true": True, "false": False}
-_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+"""What some YAML reader takes for a boolean or nothing, in any case."""
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?\Z")
 # What YAML 1.1 or 1.2 would read as a number, besides the plain decimals above: signs, octal, hexadecimal, binary, underscores,
 # exponents, bare dots, base 60 (1:30), infinities and not-a-number.
@@ -186,7 +187,7 @@ class _Reader:
             return text
         if text in _PLAIN:
             return _PLAIN[text]
-        if text.lower() in _WORDS:
+        if text.lower() in RESERVED:
             advice = 'write true, false or null; if it is a string, put it in quotes: "…"'
             self.note(place, "yaml_boolean", f"YAML readers disagree on whether {text} is a string", advice)
         elif text[0] in "-+.0123456789":

@@ -6,15 +6,19 @@ anew by the same library, with its comments and order. The text is whole or ther
 
 import difflib
 import io
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from broker.manifest.strict_yaml import RESERVED
 from broker.review.propose import Edit
 
 _WIDE = 1 << 16  # characters; no line is broken that its author did not break
+_WORD = re.compile(r"[A-Za-z$][A-Za-z0-9_.-]*")
 _SCHEMA = 7  # keys from the root to a schema of a grant's parameters
 
 
@@ -22,6 +26,7 @@ def edited(text: str, edits: Iterable[Edit]) -> str:
     """The file's text with these edits in the document of each one's agent."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes, yaml.brace_single_entry_mapping_in_flow_sequence = _WIDE, True, True
+    yaml.allow_unicode = False  # what can't be seen is written as an escape
     yaml.indent(mapping=2, sequence=4, offset=2)
     documents = list(yaml.load_all(text))
     before = _written(yaml, documents)
@@ -44,20 +49,44 @@ def _put(document: Any, edit: Edit) -> None:
         if not node.get(key):  # missing, empty, or null
             node[key] = _styled({}, flow=bool(node.fa.flow_style()))
         node = node[key]
-    node[last] = _styled(edit.value, flow=bool(node.fa.flow_style()), blocks=_SCHEMA - len(edit.place))
+    node[last] = _changed(node.get(last), edit.value, flow=bool(node.fa.flow_style()), blocks=_SCHEMA - len(edit.place))
+
+
+def _changed(known: Any, value: Any, *, flow: bool, blocks: int) -> Any:
+    """The node that says `value`, made of the one that is there as far as that goes on saying the same."""
+    if not (isinstance(known, CommentedMap) and isinstance(value, dict) and known):
+        return known if known == value else _styled(value, flow=flow, blocks=blocks)
+    flow = bool(known.fa.flow_style())
+    if known in value.get("anyOf", ()):
+        made = _styled({**value, "anyOf": []}, flow=flow)
+        made["anyOf"] = CommentedSeq([known if part == known else _styled(part, flow=True) for part in value["anyOf"]])
+        (made["anyOf"].fa.set_flow_style if flow else made["anyOf"].fa.set_block_style)()
+        return made
+    for name in [name for name in known if name not in value]:
+        del known[name]
+    for name, part in value.items():
+        known[_text(name)] = _changed(known.get(name), part, flow=flow, blocks=blocks - 1)
+    return known
 
 
 def _styled(value: Any, *, flow: bool, blocks: int = 1) -> Any:
     """The value for the emitter: its outer levels a key a line, schemas in one line each."""
     if isinstance(value, dict):
         flow = flow or blocks <= 0
-        made = CommentedMap({name: _styled(part, flow=flow or not part, blocks=blocks - 1) for name, part in value.items()})
+        parts = {_text(name): _styled(part, flow=flow or not part, blocks=blocks - 1) for name, part in value.items()}
+        made = CommentedMap(parts)
     elif isinstance(value, list):
         made = CommentedSeq([_styled(part, flow=True) for part in value])
     else:
-        return value
+        return _text(value) if isinstance(value, str) else value
     (made.fa.set_flow_style if flow else made.fa.set_block_style)()
     return made
+
+
+def _text(value: str) -> str:
+    """Text as every YAML reader takes it for text: in quotes, unless it is a plain word."""
+    plain = _WORD.fullmatch(value) and value.lower() not in RESERVED
+    return value if plain else DoubleQuotedScalarString(value)
 
 
 def _moved(text: str, before: str, after: str) -> str:

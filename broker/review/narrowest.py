@@ -76,8 +76,13 @@ def _path(values: Sequence[Mapping[str, Any]]) -> Schema:
     rules = {name: _one_of(parts) for name, parts in found.items() if OPEN not in parts}
     if sum(len(parts) > 1 for parts in found.values()) <= 1:
         return {"properties": rules}
-    together = [{"properties": {name: exact(part) for name, part in value.items()}} for value in values]
-    return {"properties": rules, "anyOf": together}
+    return {"properties": rules, "anyOf": [_alone("path", value) for value in values]}
+
+
+def _alone(location: str, value: Any) -> Schema:
+    """What admits this value alone; of a path, it is enough to say what each name is."""
+    schema = exact(value)
+    return {"properties": schema["properties"]} if location == "path" and "properties" in schema else schema
 
 
 def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
@@ -91,7 +96,7 @@ def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
         for name, rule in old.get("properties", {}).items()
         if _listed(rule) and all(isinstance(value, dict) and value.get(name, OPEN) is not OPEN for value in values)
     }
-    return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *map(exact, values)]}
+    return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *(_alone(location, value) for value in values)]}
 
 
 def _longer(location: str, old: Schema, values: Sequence[Any]) -> Schema | None:

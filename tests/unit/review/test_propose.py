@@ -1,0 +1,276 @@
+"""What is proposed for denied calls, end to end but for the command line: real records in, an edited file out.
+
+Each proposal must let exactly those calls pass: they are replayed through the exchange, and so are their neighbours.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from broker.manifest.load import load, load_texts
+from broker.rehearsal import Call, Rehearsal, call_of
+from broker.review.edit import edited
+from broker.review.propose import proposed, replayed
+
+NOW = 1_800_000_000.0
+SAMPLE = Path(__file__).parents[3] / "manifests"
+TEXTS = {path.relative_to(SAMPLE).as_posix(): path.read_bytes() for path in SAMPLE.rglob("*.yaml") if "tests" not in path.parts}
+SNAPSHOT = load_texts(TEXTS, SAMPLE).snapshot
+BEFORE = Rehearsal(SNAPSHOT, NOW)
+
+
+def get(url):
+    return Call("GET", url)
+
+
+def post(url, body, method="POST"):
+    return Call(method, url).with_json(body)
+
+
+GITHUB = "https://api.github.com/repos"
+STRIPE = "https://api.stripe.com/v1"
+SLACK = "https://slack.com/api/chat.postMessage"
+
+
+def mcp(operation, **arguments):
+    return call_of(SNAPSHOT.tools["wiki"], operation, arguments)
+
+
+def chat(model):
+    return call_of(SNAPSHOT.tools["openai"], "chat.completions", {"model": model, "store": False, "messages": [{"role": "user"}]})
+
+
+def propose(agent, calls, **more):
+    records = [BEFORE.call(agent, call).record for call in calls]
+    assert all(record["verdict"] == "deny" for record in records), records
+    return records, *proposed(SNAPSHOT, records, more.get("contained", ()), more.get("attacks", ()))
+
+
+def applied(edits):
+    texts = dict(TEXTS)
+    for file in {edit.file for edit in edits}:
+        texts[file] = edited(texts[file].decode(), [edit for edit in edits if edit.file == file]).encode()
+    loaded = load_texts(texts, SAMPLE)
+    assert loaded.snapshot, loaded.findings
+    return loaded.snapshot, texts
+
+
+CASES = {
+    "a repository that the list does not have": (
+        "refund-bot",
+        [get(f"{GITHUB}/acme/mobile/issues")],
+        [
+            get(f"{GITHUB}/acme/other/issues"),
+            get(f"{GITHUB}/evil/mobile/issues"),
+            post(f"{GITHUB}/acme/mobile/issues", {"title": "x"}),
+        ],
+    ),
+    "another owner's, which must not open the owner's others": (
+        "refund-bot",
+        [get(f"{GITHUB}/evil/x/issues")],
+        [get(f"{GITHUB}/evil/web/issues"), get(f"{GITHUB}/acme/x/issues")],
+    ),
+    "two at once, which must not be mixed": (
+        "refund-bot",
+        [get(f"{GITHUB}/one/x/issues"), get(f"{GITHUB}/two/y/issues")],
+        [get(f"{GITHUB}/one/y/issues"), get(f"{GITHUB}/two/x/issues"), get(f"{GITHUB}/one/web/issues")],
+    ),
+    "an operation that the manifest does not list": (
+        "refund-bot",
+        [get(f"{GITHUB}/acme/web/issues/7")],
+        [get(f"{GITHUB}/acme/web/issues/8"), get(f"{GITHUB}/acme/payments/issues/7"), get(f"{GITHUB}/acme/web/pulls/7")],
+    ),
+    "an operation with a body": (
+        "refund-bot",
+        [post(f"{GITHUB}/acme/web/issues/7/comments", {"body": "Done."})],
+        [
+            post(f"{GITHUB}/acme/web/issues/7/comments", {"body": "Done!"}),
+            post(f"{GITHUB}/acme/web/issues/8/comments", {"body": "Done."}),
+        ],
+    ),
+    "a tool that the manifest does not list": (
+        "refund-bot",
+        [get("https://acme.atlassian.net/rest/api/3/issue/FIN-7")],
+        [
+            get("https://acme.atlassian.net/rest/api/3/issue/FIN-8"),
+            get("https://acme.atlassian.net/rest/api/3/issue/FIN-7?fields=a"),
+        ],
+    ),
+    "a channel, with its text": (
+        "campaign-writer",
+        [post(SLACK, {"channel": "C04OTHERONE", "text": "Hi"})],
+        [post(SLACK, {"channel": "C04OTHERONE", "text": "Ho"}), post(SLACK, {"channel": "C04ANOTHER1", "text": "Hi"})],
+    ),
+    "a query": (
+        "invoice-reconciler",
+        [get(f"{STRIPE}/refunds?charge=ch_1")],
+        [get(f"{STRIPE}/refunds?charge=ch_2"), get(f"{STRIPE}/refunds?charge=ch_1&limit=3"), get(f"{STRIPE}/refunds")],
+    ),
+    "a number over the maximum": (
+        "refund-bot",
+        [post(f"{STRIPE}/refunds", {"charge": "ch_1", "amount": 20001, "reason": "duplicate", "metadata[ticket_id]": "7"})],
+        [
+            post(f"{STRIPE}/refunds", {"charge": "ch_1", "amount": amount, "reason": "duplicate", "metadata[ticket_id]": "7"})
+            for amount in (20002, 20000.5)
+        ],
+    ),
+    "a word that YAML would read as a boolean": (
+        "support-triage",
+        [mcp("search_pages", query="no", space="off")],
+        [mcp("search_pages", query="no", space="on"), mcp("search_pages", query="yes", space="off")],
+    ),
+    "an MCP tool that the manifest does not list": ("code-reviewer", [mcp("list_spaces")], [mcp("list_spaces", all=True)]),
+    "a model": ("refund-bot", [chat("gpt-5")], [chat("gpt-5-pro")]),
+}
+
+
+def outcome(found):
+    return found.record["code"] or "allow"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_proposal_lets_exactly_those_calls_pass(name):
+    agent, calls, neighbours = CASES[name]
+    records, edits, refused = propose(agent, calls)
+    assert (refused, bool(edits)) == ([], True)
+    assert all(BEFORE.call(agent, each).record["verdict"] == "deny" for each in neighbours), "the neighbours are denied before"
+    snapshot, texts = applied(edits)
+    after = Rehearsal(snapshot, NOW)
+    # What people must approve waits for them as before: it is permitted, and that is all a manifest can say.
+    assert {outcome(after.call(agent, each)) for each in calls} <= {"allow", "approval_required"}
+    assert {replayed(snapshot, record, NOW) for record in records} <= {True, None}
+    assert {outcome(after.call(agent, each)) for each in neighbours} <= {"params_invalid", "operation_not_declared"}
+    changed = [file for file, text in texts.items() if text != TEXTS[file]]
+    assert changed == [f"agents/{agent}.yaml"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_edit_leaves_every_other_line_as_it_is(name):
+    agent, calls, _ = CASES[name]
+    _, edits, _ = propose(agent, calls)
+    file = f"agents/{agent}.yaml"
+    text = edited(TEXTS[file].decode(), edits)
+    # What now stands in a list of alternatives is indented, and the first of it has the list's dash.
+    before, after = ([line.strip().removeprefix("- ") for line in each.splitlines()] for each in (TEXTS[file].decode(), text))
+    gone = [line for line in before if line not in after]
+    assert len(gone) <= len(edits)
+    assert [line for line in before if "#" in line] == [line for line in after if "#" in line and line in before]
+
+
+def test_what_the_record_does_not_hold_is_told_and_left_to_the_catalog():
+    records, (edit,), _ = propose("code-reviewer", [get("https://acme.zendesk.com/api/v2/tickets?external_id=someone")])
+    (note,) = edit.notes
+    assert "/query/external_id" in note
+    snapshot, _ = applied([edit])
+    assert replayed(snapshot, records[0], NOW) is None
+    after = Rehearsal(snapshot, NOW)
+    assert after.call("code-reviewer", get("https://acme.zendesk.com/api/v2/tickets?external_id=other")).passes
+    assert not after.call("code-reviewer", get("https://acme.zendesk.com/api/v2/tickets?sort=id")).passes
+
+
+def test_a_text_that_only_looks_like_a_mark_is_pinned():
+    call = post(f"{GITHUB}/acme/web/issues/7/comments", {"body": "[redacted]"})
+    _, (edit,), _ = propose("refund-bot", [call])
+    assert edit.notes == ()
+    snapshot, _ = applied([edit])
+    other = post(f"{GITHUB}/acme/web/issues/7/comments", {"body": "anything"})
+    assert not Rehearsal(snapshot, NOW).call("refund-bot", other).passes
+
+
+def test_a_refused_tunnel_is_let_through_without_any_operation():
+    record = {
+        **BEFORE.call("refund-bot", get("https://acme.atlassian.net/rest/api/3/issue/FIN-7")).record,
+        "method": "CONNECT", "host": "acme.atlassian.net:443", "tool": None, "operation": None, "args": {},
+    }  # fmt: skip
+    (edit,), refused = proposed(SNAPSHOT, [record], ())
+    assert (edit.place, edit.value, refused) == (("spec", "tools", "jira"), {"operations": {}}, [])
+    snapshot, _ = applied([edit])
+    assert replayed(snapshot, record, NOW)
+    assert (
+        outcome(Rehearsal(snapshot, NOW).call("refund-bot", get("https://acme.atlassian.net/rest/api/3/issue/FIN-7"))) != "allow"
+    )
+
+
+def changed(call=None, **fields):
+    return {**BEFORE.call("refund-bot", call or get(f"{GITHUB}/acme/mobile/issues")).record, **fields}
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        pytest.param(changed(get(f"{GITHUB}/acme/web/issues")), "this is no denied call", id="an allowed call"),
+        pytest.param(changed(event="outcome"), "this is no denied call", id="an outcome"),
+        pytest.param(changed(code="body_malformed"), "could not be read in exactly one way", id="malformed"),
+        pytest.param(changed(code="agent_unknown"), "nobody proved to be an agent", id="identity"),
+        pytest.param(changed(code="internal_fault"), "the broker or the tool failed", id="a fault"),
+        pytest.param(changed(code="flow_forbidden"), "a flow rule or a person", id="a flow rule"),
+        pytest.param(changed(code="approval_rejected"), "a flow rule or a person", id="a person said no"),
+        pytest.param(changed(code="agent_revoked"), "the agent was cut off", id="revoked"),
+        pytest.param(changed(code="budget_exhausted"), "a limit was reached", id="a limit"),
+        pytest.param(changed(agent={"name": "gone"}), "there is no manifest of 'gone'", id="an agent without a manifest"),
+        pytest.param(changed(get("https://evil.example/")), "no tool of the catalog is at evil.example", id="a host"),
+        pytest.param(changed(get(f"{GITHUB}/acme/web/forks")), "is no operation of 'github'", id="no operation of the catalog"),
+        pytest.param(changed(get(f"{STRIPE}/charges/not-an-id")), "the catalog refuses /path/charge", id="the catalog's schema"),
+        pytest.param(changed(rule="agents/refund-bot.yaml#/x/expires"), "the grant has lapsed", id="a grant that has lapsed"),
+        pytest.param(
+            changed(
+                post(
+                    "https://api.openai.com/v1/chat/completions",
+                    {"model": "gpt-5-mini", "store": True, "messages": [{"role": "user"}]},
+                )
+            ),
+            "the record keeps no prompts",
+            id="a model call's other fields",
+        ),
+    ],
+)
+def test_nothing_is_proposed_for(record, why):
+    edits, (refused,) = proposed(SNAPSHOT, [record], ())
+    assert edits == []
+    assert why in refused.why
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"contained": {"refund-bot"}}, "under containment"), ({"attacks": {"rehearsed-1"}}, "labelled it an attack")],
+    ids=["an agent under containment", "what a reviewer called an attack"],
+)
+def test_nothing_is_proposed_while_people_say_otherwise(more, why):
+    _, edits, refused = propose("refund-bot", [get(f"{GITHUB}/acme/mobile/issues")], **more)
+    assert edits == []
+    assert why in refused[0].why
+
+
+def test_nothing_is_proposed_for_a_decoy():
+    platform = json.dumps(
+        {
+            "apiVersion": "broker/v1", "kind": "Platform", "metadata": {"name": "p", "owner": "p"},
+            "spec": {"containment": {"honeytoken": {"tools": ["trap"]}}},
+        }
+    ).encode()  # fmt: skip
+    tool = TEXTS["tools/jira.yaml"].replace(b"name: jira", b"name: trap").replace(b"acme.atlassian.net", b"trap.example")
+    snapshot = load_texts({**TEXTS, "platform.yaml": platform, "tools/trap.yaml": tool}, SAMPLE).snapshot
+    record = Rehearsal(snapshot, NOW).call("refund-bot", get("https://trap.example/rest/api/3/issue/FIN-7")).record
+    edits, (refused,) = proposed(snapshot, [record], ())
+    assert (edits, refused.why) == ([], "this tool is a decoy, which no honest call touches")
+
+
+def test_several_calls_of_several_operations_make_one_change_of_one_file():
+    calls = [
+        get(f"{GITHUB}/acme/mobile/issues"),
+        get(f"{GITHUB}/acme/web/issues/7"),
+        get("https://acme.atlassian.net/rest/api/3/issue/FIN-7"),
+        get("https://acme.atlassian.net/rest/api/3/issue/FIN-9"),
+    ]
+    _, edits, refused = propose("refund-bot", calls)
+    assert (len(edits), refused) == (3, [])
+    snapshot, _ = applied(edits)
+    after = Rehearsal(snapshot, NOW)
+    assert [outcome(after.call("refund-bot", call)) for call in calls] == ["allow"] * 4
+
+
+def test_the_sample_is_what_the_folder_holds():
+    assert load(SAMPLE).snapshot.revision == load_texts(
+        {path.relative_to(SAMPLE).as_posix(): path.read_bytes() for path in SAMPLE.rglob("*.yaml")}, SAMPLE
+    ).snapshot.revision  # fmt: skip
