@@ -129,7 +129,7 @@ def _anchored(value: Any, base: Path) -> Any:
 
 
 def _placed(params: words.Params, rule: str) -> Mapping[str, ParameterSchema]:
-    return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
+    return MappingProxyType({name: schema.at(f"{rule}/{name}") for name, schema in params.items()})
 
 
 _Flow = tuple[platform.FlowDeny, Limit]
