@@ -13,7 +13,7 @@ import click
 from broker import __version__
 from broker.errors import BrokerError
 
-_VERBS = ("agents", "approvals", "audit", "check", "demo", "explain", "render", "serve", "token", "up")
+_VERBS = ("agents", "approvals", "audit", "check", "demo", "diff", "explain", "render", "serve", "token", "up")
 
 
 class _Verbs(click.Group):

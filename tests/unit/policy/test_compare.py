@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from functools import lru_cache
+from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -311,7 +311,7 @@ def pairs(draw):
     return before, after
 
 
-@lru_cache(maxsize=None)
+@cache
 def passing(text):
     return frozenset(index for index, value in enumerate(VALUES) if valid(text, value))
 
