@@ -15,6 +15,15 @@ REMEDY = "put it into the environment or a file, name that as {env: NAME} or {fi
 _WHOLE = re.compile(rf"(?:{SHAPE})\S*")
 
 
+# What no shape can do without, in one piece of any text that is written without an escape.
+_HINT = re.compile(r"\\|k_(?:live|test)_|whsec_|sk-|gh[pousr]_|github_pat_|glpat-|xox|xapp-|npm_|AKIA|ASIA|AIza|eyJ|PRIVATE")
+
+
+def may_hold(text: str) -> bool:
+    """Whether a file's text may hold a credential that `redacted` finds in one of its values. Quick, and never wrongly False."""
+    return _HINT.search(text) is not None
+
+
 def redacted(text: str) -> str:
     """The text without credentials of well-known forms."""
     return _WHOLE.sub("[redacted]", text)

@@ -9,6 +9,7 @@ import click
 
 from broker import clock
 from broker.cli import options
+from broker.cli.progress import told
 from broker.credentials.base import CredentialUnavailable
 from broker.errors import counted
 from broker.keys import ed25519
@@ -31,7 +32,7 @@ def check(*, manifests: Path, form: str, issuers: bool, state: Path) -> int:
     is, 2 where DIR can't be read. With --issuers, a credential that can't be had is a finding (issuer_failed), and those that can
     are named on stderr: agent, tool, issuer, scopes and life, never a value. The keys in STATE sign the broker's own tokens.
     """
-    loaded = load(manifests)
+    loaded = load(manifests, progress=told(str(manifests)))
     findings = [*loaded.findings]
     if issuers and loaded.snapshot:
         findings += _unissued(loaded.snapshot, state)

@@ -13,7 +13,10 @@ import click
 from broker import __version__
 from broker.errors import BrokerError
 
-_VERBS = ("agents", "approvals", "audit", "check", "demo", "denials", "explain", "render", "serve", "test", "token", "up")
+_VERBS = (
+    "agents", "approvals", "audit", "check", "demo", "denials", "diff", "explain", "propose", "render", "serve", "test", "token",
+    "up",
+)  # fmt: skip
 
 
 class _Verbs(click.Group):

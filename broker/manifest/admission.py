@@ -80,13 +80,14 @@ def admit(sources: Sequence[Source], words: Vocabulary, read: Callable[[str], by
     catalog = {tool.metadata.name: (tool.spec, source.document) for source in sources if isinstance(tool := source.model, Tool)}
     policy = next((source.model for source in sources if isinstance(source.model, Platform)), None)
     warned = _WARNINGS if policy and policy.spec.admission else _WARNINGS | ADMISSION
-    taken: dict[object, str] = {}
+    taken: dict[object, tuple[Source, Pointer]] = {}
+    near: dict[object, list[Tool]] = {}
     pems: dict[str, str] = {}
     findings = []
     for source in sources:
         problems = [*_claims(source, taken), *_not_built(source), *_files(source, read, pems)]
         if isinstance(source.model, Tool):
-            problems += [*_tool(source.model.spec, words), *_neighbours(source.model, sources), *lint_tool(source.model.spec)]
+            problems += [*_tool(source.model.spec, words), *_neighbours(source.model, near), *lint_tool(source.model.spec)]
         if isinstance(source.model, Agent):
             problems += [*_grants(source.model, catalog, words), *lint_grants(source.model, catalog)]
             problems += [*rules(source.model, policy, catalog), *lapses(source.model, words.now)]
@@ -106,13 +107,13 @@ def _finding(source: Source, pointer: Pointer, code: str, why: str, warned: froz
     return Finding(source.file, *place, code, message, advice, "warning" if code in warned else "error")
 
 
-def _claims(source: Source, taken: dict[object, str]) -> Iterator[Problem]:
+def _claims(source: Source, taken: dict[object, tuple[Source, Pointer]]) -> Iterator[Problem]:
     """What only one place may say; `taken` holds what was said so far, and where."""
     for claim, pointer, code, what in _said(source):
-        line, column = source.document.at(pointer)
-        here = f"{source.file}:{line}:{column}"
-        if (other := taken.setdefault(claim, here)) != here:
-            yield pointer, code, f"{other} already has {what}; make them one, or make them differ"
+        other, place = taken.setdefault(claim, (source, pointer))
+        if (other, place) != (source, pointer):
+            line, column = other.document.at(place)
+            yield pointer, code, f"{other.file}:{line}:{column} already has {what}; make them one, or make them differ"
 
 
 def _said(source: Source) -> Iterator[tuple[object, Pointer, str, str]]:
@@ -140,18 +141,25 @@ def _matched(protocol: str, name: str, match: Match) -> object:
 
 def _not_built(source: Source) -> Iterator[Problem]:
     """What is written and loads, but not as its author may think."""
-    kind = type(source.model).__name__
-    for pointer in source.document.keys:
-        # Of an agent's pointers, the third part names a tool and the fifth an operation.
-        shape = "/".join("*" if index in (2, 4) else str(part) for index, part in enumerate(pointer))
-        if found := _NOT_BUILT.get(f"{kind} {shape}"):
+    for kind, pointer, found in _NOT_BUILT:
+        if isinstance(source.model, kind) and _is_written(source.document.data, pointer):
             yield pointer, *found
     if isinstance(source.model, Platform) and source.model.spec.ledger.get("unsafe_reads_without_redis"):
         why = "while Redis is away, each broker lets reads pass on limits of its own; take it out to have them denied"
         yield ("spec", "ledger", "unsafe_reads_without_redis"), "unsafe_reads_without_redis", why
 
 
-_NOT_BUILT = {"Agent spec/callers": ("callers_not_built", "calls between agents are not built yet; take callers out")}
+_NOT_BUILT: Sequence[tuple[type[Kind], Pointer, tuple[str, str]]] = [
+    (Agent, ("spec", "callers"), ("callers_not_built", "calls between agents are not built yet; take callers out"))
+]
+
+
+def _is_written(data: object, pointer: Pointer) -> bool:
+    for part in pointer:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
 
 
 def _files(source: Source, read: Callable[[str], bytes], pems: dict[str, str]) -> Iterator[Problem]:
@@ -294,17 +302,16 @@ def _decoys(spec: Containment, sources: Iterable[Source]) -> Iterator[Problem]:
             yield (*here, "tools", index), "decoy_in_use", f"a manifest lists {name!r}; take it out there, or here"
 
 
-def _neighbours(tool: Tool, sources: Iterable[Source]) -> Iterator[Problem]:
+def _neighbours(tool: Tool, near: dict[object, list[Tool]]) -> Iterator[Problem]:
+    """Of the tools that were seen before at the same place (`near`), those whose calls could not be told from this one's."""
     mine = tool.spec.endpoint
-    for other in (source.model for source in sources if isinstance(source.model, Tool)):
-        if other is tool:
-            return
-        theirs = other.spec.endpoint
-        outer, inner = sorted((f"{mine.base_path}/", f"{theirs.base_path}/"))
-        same = (mine.scheme, mine.host, mine.port) == (theirs.scheme, theirs.host, theirs.port)
-        if same and inner.startswith(outer) and other.metadata.name != tool.metadata.name:
+    here = near.setdefault((mine.scheme, mine.host, mine.port), [])
+    for other in here:
+        outer, inner = sorted((f"{mine.base_path}/", f"{other.spec.endpoint.base_path}/"))
+        if inner.startswith(outer) and other.metadata.name != tool.metadata.name:
             why = f"{other.metadata.name!r} is at the same host and their base paths nest; make them one tool, or move one"
             yield ("spec", "endpoint"), "endpoint_overlap", why
+    here.append(tool)
 
 
 def _grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]], words: Vocabulary) -> Iterator[Problem]:

@@ -7,9 +7,9 @@ import hashlib
 import ipaddress
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -21,16 +21,45 @@ from broker.manifest.limits import bearing, limits, prices
 from broker.policy.approval import Approval
 from broker.policy.limits import Limit, label
 from broker.policy.providers import MAX_OUTPUT, PROVIDERS, api_at
-from broker.policy.schema import ParameterSchema
+from broker.policy.schema import ParameterSchema, json_pointer
 from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Spire, Tool, Upstream
 from broker.policy.types import Effect
 
 _Kind = TypeVar("_Kind", bound=words.Kind)
+_Part = TypeVar("_Part", Tool, Agent)
 
 
-def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Path) -> PolicySnapshot:
-    """The snapshot of these documents; `base` is the manifests folder, `pems` the certificates by the file that is named."""
-    tools = {model.metadata.name: _tool(source, model, pems, base) for source, model in _of(sources, models.Tool)}
+class Made:
+    """What documents were compiled to, and from what else: one that is compiled anew from the same is what it was before."""
+
+    def __init__(self) -> None:
+        self._made: dict[Source, tuple[object, Any]] = {}
+
+    def of(self, source: Source, given: object, make: Callable[[], _Part]) -> _Part:
+        """What `make` gave for this document and `given` the last time, or gives now."""
+        known = self._made.get(source)
+        if known is None or known[0] != given:
+            known = self._made[source] = given, make()
+        part: _Part = known[1]
+        return part
+
+
+def compile_policy(
+    sources: Sequence[Source],
+    pems: Mapping[str, str],
+    base: Path,
+    made: Made | None = None,
+    progress: Callable[[int, int], object] = lambda _done, _all: None,
+) -> PolicySnapshot:
+    """The snapshot of these documents; `base` is the manifests folder, `pems` the certificates by the file that is named.
+
+    `made` remembers what documents became, for whoever compiles some of them again; `progress` is told how many of all are done.
+    """
+    made = made or Made()
+    tools = {
+        model.metadata.name: made.of(source, (base, pems), partial(_tool, source, model, pems, base))
+        for source, model in _of(sources, models.Tool)
+    }
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
     for tool in tools.values():
         place = (tool.endpoint.scheme, tool.endpoint.host, tool.endpoint.port)
@@ -40,11 +69,15 @@ def compile_policy(sources: Sequence[Source], pems: Mapping[str, str], base: Pat
     above = _ceilings(*policy) if policy else {}
     flows = _flows(*policy) if policy else ()
     spared = decoys(written.containment, partial(_anchored, base=base))
-    exposed = {name: tool for name, tool in tools.items() if name not in spared.tools}
-    agents = {
-        model.metadata.name: _agent(source, model, tools, exposed if model.spec.mode == "shadow" else {}, above, flows)
-        for source, model in _of(sources, models.Agent)
-    }
+    shown = {name: tool for name, tool in tools.items() if name not in spared.tools}
+    agents = {}
+    for number, (source, agent) in enumerate(_of(sources, models.Agent)):
+        progress(number, len(sources))
+        limited = above.get(agent.metadata.owner, above.get("", ()))
+        catalog = {name: tools[name] for name in agent.spec.tools}
+        exposed = shown if agent.spec.mode == "shadow" else {}
+        makings = (catalog, exposed, limited, flows)
+        agents[agent.metadata.name] = made.of(source, makings, partial(_agent, source, agent, *makings))
     bundles = {name: pems[part["file"]] for name, part in written.identity.trust_bundles.items()}
     spire, anchored = written.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
@@ -135,7 +168,7 @@ def _anchored(value: Any, base: Path) -> Any:
 
 
 def _placed(params: words.Params, rule: str) -> Mapping[str, ParameterSchema]:
-    return MappingProxyType({name: ParameterSchema(schema.source, f"{rule}/{name}") for name, schema in params.items()})
+    return MappingProxyType({name: schema.at(f"{rule}/{name}") for name, schema in params.items()})
 
 
 _Flow = tuple[platform.FlowDeny, Limit]
@@ -166,10 +199,22 @@ def _own_traffic(flows: tuple[_Flow, ...], tool: Tool, effect: Effect | None, sh
     return (*(replace(limit, unless=None) for limit in _flowing(flows, tool, effect)), *bearing(shared, None, tool.protocol))
 
 
-def _labels(flows: tuple[_Flow, ...], operation: Operation) -> Iterator[Limit]:
-    """The labels that an operation's calls give their run."""
+def _labels(flows: tuple[_Flow, ...], data: tuple[str, ...]) -> Iterator[Limit]:
+    """The labels that the calls of an operation that touches this data give their run."""
     asked = {name for _, limit in flows for name in limit.after}
-    yield from (label(name) for name in operation.data if name in asked)
+    yield from (label(name) for name in data if name in asked)
+
+
+def _usual(
+    flows: tuple[_Flow, ...], tool: Tool, shared: tuple[Limit, ...]
+) -> Callable[[Operation, tuple[Limit, ...]], tuple[Limit, ...]]:
+    """All that bears on an operation's calls, `own` limits of it among them; few operations of a tool differ in it."""
+
+    @cache
+    def bearing_on(effect: Effect, data: tuple[str, ...], own: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        return (*_flowing(flows, tool, effect), *_labels(flows, data), *bearing((*own, *shared), effect, tool.protocol))
+
+    return lambda operation, own: bearing_on(operation.effect, operation.data, own)
 
 
 def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
@@ -177,12 +222,11 @@ def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
     model: models.Agent,
     catalog: Mapping[str, Tool],
     exposed: Mapping[str, Tool],
-    ceilings: Mapping[str, tuple[Limit, ...]],
+    above: tuple[Limit, ...],
     flows: tuple[_Flow, ...],
 ) -> Agent:
     """`exposed` is what it may use of the catalog in shadow mode."""
     spec, name = model.spec, model.metadata.name
-    above = ceilings.get(model.metadata.owner, ceilings.get("", ()))
     common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
     tools: dict[str, Mapping[str, Grant]] = {}
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
@@ -193,14 +237,15 @@ def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
         shared = (*limits(source, part.limits, f"agent/{name}/{tool}", *here, "limits"), *common)
         housekeeping[tool] = _own_traffic(flows, catalog[tool], None, shared)
         answers[tool] = _own_traffic(flows, catalog[tool], Effect.WRITE, shared)
-        grants = {}
+        grants, usual, rule = {}, _usual(flows, catalog[tool], shared), source.rule(*here, "operations")
+        fresh = shared
         for operation, grant in part.operations.items():
-            place = (*here, "operations", operation)
-            own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *place, "limits")
-            every |= dict.fromkeys((*own, *shared))
+            own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *here, "operations", operation, "limits")
+            every |= dict.fromkeys((*own, *fresh))
+            fresh = ()
             declared = catalog[tool].operations[operation]
-            bounds = _bounds(flows, catalog[tool], declared, (*own, *shared))
-            grants[operation] = _grant(source.rule(*place), grant, bounds, catalog[tool].protocol, declared)
+            bounds = usual(declared, own)
+            grants[operation] = _grant(rule + json_pointer(operation), grant, bounds, catalog[tool].protocol, declared)
         tools[tool] = MappingProxyType(grants)
     mode = source.rule("spec", "mode")
     return Agent(
@@ -220,20 +265,14 @@ def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
     )
 
 
-def _bounds(flows: tuple[_Flow, ...], tool: Tool, declared: Operation, limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-    """All that an operation's calls are held to, and the labels that they give."""
-    counted = bearing(limits, declared.effect, tool.protocol)
-    return (*_flowing(flows, tool, declared.effect), *_labels(flows, declared), *counted)
-
-
 def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Limit, ...]) -> Mapping[str, Grant]:
     """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the agent as a whole."""
     # What a provider's unknown API would spend nobody could count; elsewhere, the unknown counts as the worst.
     unknown = {} if tool.protocol in PROVIDERS else {"": Operation("", Effect.DESTRUCTIVE, tool.rule)}
-    nothing = models.GrantSpec.model_construct()
+    nothing, usual = models.GrantSpec.model_construct(), _usual(flows, tool, limits)
     return MappingProxyType(
         {
-            name: _grant(rule, nothing, _bounds(flows, tool, each, limits), tool.protocol, each)
+            name: _grant(rule, nothing, usual(each, ()), tool.protocol, each)
             for name, each in {**tool.operations, **unknown}.items()
         }
     )
@@ -277,8 +316,5 @@ def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[st
     # What the path names is pinned by the path alone, not by a field of the body that has the same name.
     variables = {name for name, _ in declared.template.parts} if declared.template else set()
     for location, schema in (*declared.schemas.items(), *own.items()):
-        for name, part in schema.source.get("properties", {}).items():
-            texts: list[Any] = part.get("enum", [part.get("const")]) if isinstance(part, dict) else [None]
-            if all(isinstance(text, str) for text in texts) and (location == "path" or name not in variables):
-                pins[name] = tuple(texts)
+        pins |= {name: texts for name, texts in schema.pinned.items() if location == "path" or name not in variables}
     return MappingProxyType(pins)

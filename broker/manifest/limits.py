@@ -18,7 +18,7 @@ def limits(source: Source, spec: Ceilings | None, scope: str, *pointer: str) -> 
     """What `spec`, at `pointer` in its document, bounds for `scope`."""
     if spec is None:
         return ()
-    written = ((word, getattr(spec, word, None)) for word in WORDS)
+    written = ((word, getattr(spec, word)) for word in WORDS if word in spec.model_fields_set)
     return tuple(
         _limit(word, scope, value, source.rule(*pointer, word), spec.burst) for word, value in written if value is not None
     )

@@ -3,9 +3,11 @@
 Law: only a folder that can't be listed raises. Whatever is in it, the answer is a snapshot or errors, never both.
 """
 
+import gc
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from pydantic_core import ErrorDetails
 from broker import clock
 from broker.errors import UsageError
 from broker.manifest.admission import Source, Vocabulary, admit
-from broker.manifest.compile import compile_policy
+from broker.manifest.compile import Made, compile_policy
 from broker.manifest.findings import Finding
 from broker.manifest.models import KINDS
 from broker.manifest.strict_yaml import MAX_BYTES, Document, Pointer, read
@@ -50,7 +52,27 @@ def vocabulary() -> Vocabulary:
     )
 
 
-def load(directory: Path, words: Vocabulary | None = None) -> Loaded:
+Progress = Callable[[str, int, int], object]
+"""Is told what is done, how much of it, and how much there is."""
+
+
+def _quiet(_what: str, _done: int, _all: int) -> None:
+    """Tells nobody."""
+
+
+class Known:
+    """What files became, for whoever loads two folders that are much alike: what is the same in both is made once.
+
+    References to files are then made absolute below `anchor` in both, so that the folders' own places make no difference.
+    """
+
+    def __init__(self, anchor: Path) -> None:
+        self.anchor = anchor
+        self.files: dict[tuple[str, bytes], tuple[list[Source], list[Finding]]] = {}
+        self.made = Made()
+
+
+def load(directory: Path, words: Vocabulary | None = None, known: Known | None = None, progress: Progress = _quiet) -> Loaded:
     """Read `*.yaml` and `*.yml` below the folder, except in `schema/` and what begins with a dot.
 
     Raises `UsageError` where the folder can't be listed.
@@ -64,7 +86,7 @@ def load(directory: Path, words: Vocabulary | None = None) -> Loaded:
         except OSError as error:
             message, advice = f"the file can't be read ({error.strerror or error})", "let the broker read it, or remove it"
             findings.append(Finding(name, 1, 1, "file_unreadable", message, advice))
-    return load_texts(texts, directory, words, tuple(findings))
+    return load_texts(texts, directory, words, tuple(findings), known, progress)
 
 
 def _listed(directory: Path) -> list[Path]:
@@ -86,23 +108,40 @@ def _bytes(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def load_texts(
-    texts: Mapping[str, bytes], base: Path, words: Vocabulary | None = None, before: tuple[Finding, ...] = ()
+@contextmanager
+def growing() -> Iterator[None]:
+    """Hold up the search for unreachable cycles: nearly all that is made here stays, and each search would look at all of it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@growing()
+def load_texts(  # noqa: PLR0913, PLR0917 - what is read, what is known of it, and who is told
+    texts: Mapping[str, bytes],
+    base: Path,
+    words: Vocabulary | None = None,
+    before: tuple[Finding, ...] = (),
+    known: Known | None = None,
+    progress: Progress = _quiet,
 ) -> Loaded:
     """The same from contents at hand, by file name; `base` is where files that they name (certificates) are looked for.
 
     `before` are findings that are known already.
     """
+    known = known or Known(base)
     findings = list(before)
     sources: list[Source] = []
-    for file in sorted(texts):
-        documents, problems = read(file, texts[file])
+    for number, file in enumerate(sorted(texts)):
+        progress("reading", number, len(texts))
+        typed, problems = known.files.get((file, texts[file])) or _sources(file, texts[file])
+        known.files[file, texts[file]] = typed, problems
+        sources += typed
         findings += problems
-        for document in documents:
-            source, more = _typed(file, document)
-            seen = {(problem.line, problem.column) for problem in problems}  # what YAML made of it is told already
-            findings += [finding for finding in more if (finding.line, finding.column) not in seen]
-            sources += [source] if source else []
     if not texts and not before:
         advice = "write platform.yaml, tools/*.yaml and agents/*.yaml"
         findings.append(Finding(".", 1, 1, "manifests_missing", "there is no manifest here", advice))
@@ -110,7 +149,21 @@ def load_texts(
     findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *more)})
     failed = any(finding.severity == "error" for finding in findings)
     files = tuple(base / name for name in (*sorted(texts), *pems))
-    return Loaded(None if failed else compile_policy(sources, pems, base), tuple(findings), files, tuple(sources))
+    told = partial(progress, "compiling")
+    snapshot = None if failed else compile_policy(sources, pems, known.anchor, known.made, told)
+    return Loaded(snapshot, tuple(findings), files, tuple(sources))
+
+
+def _sources(file: str, content: bytes) -> tuple[list[Source], list[Finding]]:
+    """The documents of one file, and what is wrong with them."""
+    documents, problems = read(file, content)
+    sources, findings = [], list(problems)
+    for document in documents:
+        source, more = _typed(file, document)
+        seen = {(problem.line, problem.column) for problem in problems}  # what YAML made of it is told already
+        findings += [finding for finding in more if (finding.line, finding.column) not in seen]
+        sources += [source] if source else []
+    return sources, findings
 
 
 def _typed(file: str, document: Document) -> tuple[Source | None, list[Finding]]:

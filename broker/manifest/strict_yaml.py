@@ -7,14 +7,14 @@ Problems are collected; only broken syntax ends a file early. Bad input is a fin
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import yaml
 
 from broker.manifest.findings import Finding
 from broker.policy.types import Json
-from broker.redaction import REMEDY, redacted
+from broker.redaction import REMEDY, may_hold, redacted
 
 MAX_BYTES = 1_048_576
 """The largest file, in bytes: a thousand times a typical manifest, and little enough to parse in a second."""
@@ -44,14 +44,32 @@ _NUMBER_LIKE = re.compile(
 _FORBIDDEN = re.compile("[^\n\r\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One YAML document: its data, and where each value and each key stands (line and column from 1)."""
+_Places = Mapping[Pointer, tuple[int, int]]
 
-    data: dict[str, Json]
-    start: tuple[int, int]
-    values: Mapping[Pointer, tuple[int, int]]
-    keys: Mapping[Pointer, tuple[int, int]]
+
+class Document:
+    """One YAML document: its data, and where each value and each key stands (line and column from 1).
+
+    Only findings ask where, so the text is read for that when the first one does.
+    """
+
+    def __init__(self, data: dict[str, Json], start: tuple[int, int], text: str, number: int) -> None:
+        self.data, self.start = data, start
+        self._text, self._number = text, number
+
+    @cached_property
+    def _places(self) -> tuple[_Places, _Places]:
+        return _Reader("").places(self._text, self._number)
+
+    @property
+    def values(self) -> _Places:
+        """Where each value stands."""
+        return self._places[0]
+
+    @property
+    def keys(self) -> _Places:
+        """Where each key stands."""
+        return self._places[1]
 
     def at(self, pointer: Pointer, *, key: bool = False) -> tuple[int, int]:
         """Where a value stands, or the key that names it; for a place that is not there, the nearest one around it."""
@@ -81,6 +99,8 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.findings: list[Finding] = []
         self._file = file
+        self._values: dict[Pointer, tuple[int, int]] = {}
+        self._keys: dict[Pointer, tuple[int, int]] = {}
 
     def note(self, place: tuple[int, int], code: str, message: str, advice: str) -> None:
         self.findings.append(Finding(self._file, *place, code, message, advice))
@@ -98,7 +118,7 @@ class _Reader:
         if text.startswith("\ufeff"):
             self.note((1, 1), "yaml_encoding", "the file begins with a byte-order mark", "save the file as UTF-8 without BOM")
             return None
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(text.split("\n") if _FORBIDDEN.search(text) else (), 1):
             for found in _FORBIDDEN.finditer(line):
                 code = "yaml_tab" if found[0][0] == "\t" else "yaml_character"
                 message = f"the character U+{ord(found[0][0]):04X} is invisible or not allowed in YAML"
@@ -107,11 +127,13 @@ class _Reader:
         return None if self.findings else text
 
     def documents(self, text: str) -> Iterator[Document]:
-        self._loader = _Loader(text)
+        self._loader, self._suspect = _Loader(text), may_hold(text)
+        number = 0
         try:
             while not self._loader.check_event(yaml.StreamEndEvent):
                 if isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
-                    yield from self._document()
+                    yield from self._document(text, number)
+                    number += 1
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = (mark.line + 1, mark.column + 1) if mark else (1, 1)
@@ -121,85 +143,100 @@ class _Reader:
         finally:
             self._loader.dispose()
 
-    def _document(self) -> Iterator[Document]:
-        self._values: dict[Pointer, tuple[int, int]] = {}
-        self._keys: dict[Pointer, tuple[int, int]] = {}
+    def places(self, text: str, number: int) -> tuple[_Places, _Places]:
+        """Where the values and the keys stand of a document that could be read."""
+        self._loader, self._suspect = _Loader(text), False
+        for _ in range(number + 1):
+            while not isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
+                pass
+        self._node(self._loader.get_event(), 0, ())
+        self._loader.dispose()
+        return self._values, self._keys
+
+    def _document(self, text: str, number: int) -> Iterator[Document]:
         event = self._loader.get_event()
         start = _start(event)
-        data = self._node(event, ())
+        data = self._node(event, 0)
         if isinstance(data, dict):
-            yield Document(data, start, self._values, self._keys)
+            yield Document(data, start, text, number)
         elif data is None:
             self.note(start, "yaml_empty", "the document is empty", "begin it with apiVersion: broker/v1, or delete its ---")
         else:
             self.note(start, "yaml_not_mapping", "the document is not a mapping", "begin it with apiVersion: broker/v1")
 
-    def _node(self, event: Any, pointer: Pointer) -> Json:
-        place = self._values[pointer] = _start(event)
-        if len(pointer) > MAX_DEPTH:
+    def _node(self, event: Any, depth: int, pointer: Pointer | None = None) -> Json:
+        """The value that begins here; with a `pointer`, where it and all in it stand is noted."""
+        if pointer is not None:
+            self._values[pointer] = _start(event)
+        if depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=event.start_mark)
-        if isinstance(event, yaml.AliasEvent):
-            self.note(place, "yaml_alias", f"*{event.anchor} is an alias", "write the value out: a review must see what applies")
+        kind = event.__class__
+        if kind is yaml.AliasEvent:
+            advice = "write the value out: a review must see what applies"
+            self.note(_start(event), "yaml_alias", f"*{event.anchor} is an alias", advice)
             return None
         if event.anchor is not None:
-            self.note(place, "yaml_anchor", f"&{event.anchor} is an anchor", "take it out, and write the value where it is used")
+            advice = "take it out, and write the value where it is used"
+            self.note(_start(event), "yaml_anchor", f"&{event.anchor} is an anchor", advice)
         if event.tag is not None:
-            self.note(place, "yaml_tag", "tags such as !!str have no meaning here", "take the tag out; quote a string instead")
-        if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, place)
-        return self._sequence(pointer) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(pointer)
+            advice = "take the tag out; quote a string instead"
+            self.note(_start(event), "yaml_tag", "tags such as !!str have no meaning here", advice)
+        if kind is yaml.ScalarEvent:
+            return self._scalar(event)
+        return (self._sequence if kind is yaml.SequenceStartEvent else self._mapping)(depth + 1, pointer)
 
-    def _sequence(self, pointer: Pointer) -> Json:
+    def _sequence(self, depth: int, pointer: Pointer | None) -> Json:
         items: list[Json] = []
-        while not isinstance(event := self._loader.get_event(), yaml.SequenceEndEvent):
-            items.append(self._node(event, (*pointer, len(items))))
+        while (event := self._loader.get_event()).__class__ is not yaml.SequenceEndEvent:
+            items.append(self._node(event, depth, None if pointer is None else (*pointer, len(items))))
         return items
 
-    def _mapping(self, pointer: Pointer) -> Json:
+    def _mapping(self, depth: int, pointer: Pointer | None) -> Json:
         data: dict[str, Json] = {}
-        while not isinstance(event := self._loader.get_event(), yaml.MappingEndEvent):
-            place = _start(event)
-            key = self._key(event, place, pointer)
+        while (event := self._loader.get_event()).__class__ is not yaml.MappingEndEvent:
+            key, here = self._key(event, depth, pointer), None
             if key in data:
-                self.note(place, "yaml_duplicate_key", f"the key {key!r} stands here twice", "keep one of the two")
-            here = (*pointer, key)
-            self._keys[here] = place
-            value = self._node(self._loader.get_event(), here)
+                self.note(_start(event), "yaml_duplicate_key", f"the key {key!r} stands here twice", "keep one of the two")
+            if pointer is not None:
+                here = (*pointer, key)
+                self._keys[here] = _start(event)
+            value = self._node(self._loader.get_event(), depth, here)
             data.setdefault(key, value)
         return data
 
-    def _key(self, event: Any, place: tuple[int, int], pointer: Pointer) -> str:
+    def _key(self, event: Any, depth: int, pointer: Pointer | None) -> str:
         before = len(self.findings)
-        key = self._node(event, (*pointer, ""))
-        if event.__class__ is yaml.ScalarEvent and event.implicit[0] and event.value == "<<":
-            self.note(place, "yaml_merge", "<< is a merge key", "write the fields out: a review must see what applies")
+        key = self._node(event, depth, None if pointer is None else (*pointer, ""))
         if isinstance(key, str):
+            if key == "<<" and event.implicit[0]:
+                advice = "write the fields out: a review must see what applies"
+                self.note(_start(event), "yaml_merge", "<< is a merge key", advice)
             return key
         if len(self.findings) == before:
-            self.note(place, "yaml_key", "this key is not a string", "put it in quotes")
-        return f"?{place}"
+            self.note(_start(event), "yaml_key", "this key is not a string", "put it in quotes")
+        return f"?{_start(event)}"
 
-    def _scalar(self, event: Any, place: tuple[int, int]) -> Json:
+    def _scalar(self, event: Any) -> Json:
         text: str = event.value
-        if redacted(text) != text:
-            self.note(place, "secret_literal", "this holds a credential of a well-known form", REMEDY)
+        if self._suspect and redacted(text) != text:
+            self.note(_start(event), "secret_literal", "this holds a credential of a well-known form", REMEDY)
         if not event.implicit[0]:  # quoted, a block, or tagged
             return text
         if text in _PLAIN:
             return _PLAIN[text]
         if text.lower() in RESERVED:
             advice = 'write true, false or null; if it is a string, put it in quotes: "…"'
-            self.note(place, "yaml_boolean", f"YAML readers disagree on whether {text} is a string", advice)
+            self.note(_start(event), "yaml_boolean", f"YAML readers disagree on whether {text} is a string", advice)
         elif text[0] in "-+.0123456789":
-            return self._number(text, place)
+            return self._number(text, event)
         return text
 
-    def _number(self, text: str, place: tuple[int, int]) -> Json:
+    def _number(self, text: str, event: Any) -> Json:
         if (found := _NUMBER.match(text)) and len(text.lstrip("-")) <= _MAX_DIGITS:
             return float(text) if found[1] else int(text)
         if _NUMBER_LIKE.match(text):
             advice = "write a plain decimal number; if it is a string, put it in quotes"
-            self.note(place, "yaml_number", f"YAML readers disagree on the value of {text[:40]}", advice)
+            self.note(_start(event), "yaml_number", f"YAML readers disagree on the value of {text[:40]}", advice)
         return text
 
 

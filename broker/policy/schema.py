@@ -4,9 +4,11 @@ Law: a schema never reaches out (no remote `$ref`), never takes more than linear
 automaton, others are refused), and its messages never quote the value it judged.
 """
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jsonschema
 import jsonschema_rs
@@ -31,28 +33,39 @@ class SchemaError(ValueError):
 
 
 class ParameterSchema:
-    """A compiled schema and where it stands (`rule`: `file#pointer`).
+    """A compiled schema and where it stands (`rule`: `file#pointer`). `text` is it as JSON.
 
-    Building one costs a compilation; judging a typical value costs less than a microsecond. Raises `SchemaError`.
+    `types` are the types that it names of properties; `pinned` are properties that may have only certain texts, and those.
+
+    Building one costs a compilation, unless one of the same text was built lately; judging a typical value costs less than a
+    microsecond. Raises `SchemaError`.
     """
 
-    __slots__ = ("_validator", "rule", "source", "types")
+    __slots__ = ("_shared", "pinned", "rule", "source", "text", "types")
 
     def __init__(self, source: Mapping[str, Any], rule: str) -> None:
-        self.source = dict(source)
-        self.rule = rule
-        _refuse_references(self.source, ())
-        self._validator = _compile(self.source)
-        self.types = _property_types(self.source)
+        self._place(_shared(json.dumps(source)), rule)
+
+    def at(self, rule: str) -> "ParameterSchema":
+        """The same schema, at another place."""
+        twin = object.__new__(ParameterSchema)
+        twin._place(self._shared, rule)
+        return twin
+
+    def _place(self, shared: "_Shared", rule: str) -> None:
+        self._shared, self.rule = shared, rule
+        self.text, self.source, self.types, self.pinned = shared.text, shared.source, shared.types, shared.pinned
 
     def violations(self, value: Json, location: str) -> tuple[Violation, ...]:
         """Every rule that `value` breaks, or of a long one the first; empty when it is valid. `location` begins each pointer."""
         try:
-            self._validator.validate(value)
+            self._shared.validator.validate(value)
         except jsonschema_rs.ValidationError as first:
             # The engine lists all mistakes before it gives one, and of a long value there may be millions.
             few = len(orjson.dumps(value)) <= _ALL_OF
-            return tuple(self._violation(each, location) for each in (self._validator.iter_errors(value) if few else (first,)))
+            return tuple(
+                self._violation(each, location) for each in (self._shared.validator.iter_errors(value) if few else (first,))
+            )
         return ()
 
     def _violation(self, error: jsonschema_rs.ValidationError, location: str) -> Violation:
@@ -66,6 +79,36 @@ class ParameterSchema:
 def json_pointer(*parts: str | int) -> str:
     """The JSON pointer (RFC 6901) of these keys and indices."""
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
+
+
+def valid(text: str, value: Json) -> bool:
+    """Whether the value is valid under the schema that `text` is in JSON; nothing of it leaves its document."""
+    judged: bool = _shared(text).validator.is_valid(value)
+    return judged
+
+
+class _Shared(NamedTuple):
+    """What schemas of the same text have in common."""
+
+    text: str
+    source: dict[str, Any]
+    validator: jsonschema_rs.Draft202012Validator
+    types: Mapping[str, str]
+    pinned: Mapping[str, tuple[str, ...]]
+
+
+# Most grants of an organisation are narrowed in one of a few ways.
+@lru_cache(maxsize=4096)
+def _shared(text: str) -> _Shared:
+    source = json.loads(text)
+    _refuse_references(source, ())
+    validator = _compile(source)
+    properties = source.get("properties", {}) if isinstance(source, dict) else {}
+    parts = {name: sub for name, sub in properties.items() if isinstance(sub, dict)}
+    types = {name: sub["type"] for name, sub in parts.items() if isinstance(sub.get("type"), str)}
+    listed = {name: tuple(sub.get("enum", [sub.get("const")])) for name, sub in parts.items()}
+    pinned = {name: texts for name, texts in listed.items() if all(isinstance(each, str) for each in texts)}
+    return _Shared(text, source, validator, types, pinned)
 
 
 def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
@@ -96,11 +139,6 @@ def _compile(source: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
         elif better := jsonschema.exceptions.best_match(_META.iter_errors(source)):
             path, message = list(better.absolute_path), better.message
         raise SchemaError(json_pointer(*path), message) from None
-
-
-def _property_types(source: Mapping[str, Any]) -> Mapping[str, str]:
-    properties = source.get("properties", {})
-    return {name: sub["type"] for name, sub in properties.items() if isinstance(sub, dict) and isinstance(sub.get("type"), str)}
 
 
 def typed(value: str, kind: str) -> Json:

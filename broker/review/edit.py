@@ -71,6 +71,7 @@ def _changed(known: Any, value: Any, *, flow: bool, blocks: int) -> Any:
 
 def _styled(value: Any, *, flow: bool, blocks: int = 1) -> Any:
     """The value for the emitter: its outer levels a key a line, schemas in one line each."""
+    made: Any
     if isinstance(value, dict):
         flow = flow or blocks <= 0
         parts = {_text(name): _styled(part, flow=flow or not part, blocks=blocks - 1) for name, part in value.items()}

@@ -1,0 +1,329 @@
+"""`narrower` and `equal` are never said where they are not so; and what reviews meet every day is recognised."""
+
+import itertools
+import json
+import time
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from broker.policy.compare import Comparison, compare, implies
+from broker.policy.schema import valid
+
+EQUAL, NARROWER, WIDER, CHANGED = Comparison
+MIRRORED = {EQUAL: EQUAL, NARROWER: WIDER, WIDER: NARROWER, CHANGED: CHANGED}
+CLOSED = {"additionalProperties": False}
+
+
+def props(**properties):
+    return {"properties": properties}
+
+
+PAIRS = [
+    # what is judged, before, after
+    ("the same schema", {"type": "string"}, {"type": "string"}, EQUAL),
+    ("another order of keywords", {"type": "string", "minLength": 1}, {"minLength": 1, "type": "string"}, EQUAL),
+    ("another title and default", {"title": "a", "default": 1}, {"description": "b"}, EQUAL),
+    ("a format, which the validator takes for a note", {}, {"format": "uuid"}, EQUAL),
+    ("nothing and everything", True, {}, EQUAL),
+    ("an integer is a number", {"type": "number"}, {"type": "integer"}, NARROWER),
+    ("one type of two", {"type": ["string", "null"]}, {"type": "string"}, NARROWER),
+    ("another type", {"type": "string"}, {"type": "integer"}, CHANGED),
+    ("nothing passes any more", {"type": "string"}, False, NARROWER),
+    ("types that exclude each other pass nothing", {"minimum": 3}, {"allOf": [{"type": "null"}, {"type": "object"}]}, NARROWER),
+    ("what is not anything passes nothing", {"minimum": 3}, {"not": True}, NARROWER),
+    # lists
+    ("a value less", {"enum": ["a", "b"]}, {"enum": ["a"]}, NARROWER),
+    ("one of the list", {"enum": ["a", "b"]}, {"const": "b"}, NARROWER),
+    ("a value that the pattern lets pass", {"pattern": "^a"}, {"enum": ["ab"]}, NARROWER),
+    ("a value that the pattern does not let pass", {"pattern": "^a"}, {"enum": ["ba"]}, CHANGED),
+    ("a value that its own schema refuses counts for nothing", {"enum": ["a"]}, {"enum": ["a", 3], "type": "string"}, EQUAL),
+    ("1 and true are two values", {"enum": [1, True]}, {"enum": [1]}, NARROWER),
+    ("1 is not true", {"const": True}, {"const": 1}, CHANGED),
+    ("1.0 is an integer", {"type": "integer"}, {"const": 1.0}, NARROWER),
+    ("1.0 is 1", {"const": 1}, {"const": 1.0}, EQUAL),
+    ("null is a value to list", {"minimum": 1, "const": None}, {"minimum": 1}, WIDER),
+    ("an object as a constant", props(a={"type": "integer"}), {"const": {"a": 1}}, NARROWER),
+    ("an object as a constant that does not fit", props(a={"type": "integer"}), {"const": {"a": "1"}}, CHANGED),
+    ("booleans are listed by their type", {"enum": [True, False]}, {"type": "boolean"}, EQUAL),
+    ("null is listed by its type", {"enum": [None, "a"]}, {"type": "null"}, NARROWER),
+    ("a number that readers disagree on", {"minimum": 0}, {"const": 9007199254740993}, CHANGED),
+    ("such a number within a list", {"minItems": 1}, {"const": [{"a": 9007199254740993}]}, CHANGED),
+    # numbers
+    ("a higher minimum", {"minimum": 1}, {"minimum": 2}, NARROWER),
+    ("a lower maximum", {"maximum": 2}, {"maximum": 1.5}, NARROWER),
+    ("more than is at least", {"minimum": 1}, {"exclusiveMinimum": 1}, NARROWER),
+    ("less than is at most", {"maximum": 1}, {"exclusiveMaximum": 1}, NARROWER),
+    ("at least more is more than", {"exclusiveMinimum": 1}, {"minimum": 2}, NARROWER),
+    ("at most less is less than", {"exclusiveMaximum": 1}, {"maximum": 0}, NARROWER),
+    ("a bound that readers disagree on", {"minimum": 2**53}, {"minimum": 2**54}, CHANGED),
+    ("a multiple of a multiple", {"multipleOf": 3}, {"multipleOf": 6}, NARROWER),
+    ("a multiple of a fraction is not computed", {"multipleOf": 0.1}, {"multipleOf": 0.2}, CHANGED),
+    ("another multiple", {"multipleOf": 4}, {"multipleOf": 6}, CHANGED),
+    ("bounds of numbers don't bear on strings", {"minimum": 1}, {"type": "string"}, NARROWER),
+    # strings
+    ("a shorter maximum", {"maxLength": 9}, {"maxLength": 8}, NARROWER),
+    ("a longer minimum", {"minLength": 1}, {"minLength": 2}, NARROWER),
+    ("a pattern more", {"type": "string"}, {"type": "string", "pattern": "^a"}, NARROWER),
+    ("another pattern", {"pattern": "^a"}, {"pattern": "^ab"}, CHANGED),
+    # objects
+    ("a required field more", {"required": ["a"]}, {"required": ["b", "a"]}, NARROWER),
+    ("a field more in an open object", props(a={}), props(a={}, b={"type": "string"}), NARROWER),
+    ("a field more in a closed object", {**props(a={}), **CLOSED}, {**props(a={}, b={}), **CLOSED}, WIDER),
+    ("a field less in a closed object", {**props(a={}, b={}), **CLOSED}, {**props(a={}), **CLOSED}, NARROWER),
+    ("a field less in an open object", props(a={"type": "string"}), {}, WIDER),
+    ("closed", {**props(a={})}, {**props(a={}), **CLOSED}, NARROWER),
+    ("a field renamed in a closed object", {**props(a={}), **CLOSED}, {**props(b={}), **CLOSED}, CHANGED),
+    (
+        "renamed, so that what was for the rest now bears on the field",
+        {**props(a={"type": "string"}), "additionalProperties": {"type": "integer"}},
+        {**props(b={"type": "integer"}), "additionalProperties": {"type": "integer"}},
+        CHANGED,
+    ),
+    ("tightened within", props(a=props(b={"maximum": 2})), props(a=props(b={"maximum": 1})), NARROWER),
+    ("properties say nothing of what is no object", {"type": "object", **props(a={})}, props(a={"type": "string"}), CHANGED),
+    (
+        "a required field that nothing may have",
+        {"required": ["a"], "type": "object"},
+        {"required": ["a"], "type": "object", **props(b={}), **CLOSED},
+        NARROWER,
+    ),
+    ("required of what is refused, taken out", {"required": ["a"], **CLOSED}, {**CLOSED}, WIDER),
+    ("no property at all", {**props(a={"type": "string"}), **CLOSED}, {"maxProperties": 0}, NARROWER),
+    ("fewer properties", {"maxProperties": 3}, {"maxProperties": 2}, NARROWER),
+    ("more properties", {"minProperties": 1}, {"minProperties": 2}, NARROWER),
+    ("required fields are properties", {"minProperties": 2}, {"required": ["a", "b"]}, NARROWER),
+    ("a pattern's fields tightened", {"patternProperties": {"^x": {"type": "number"}}}, {"patternProperties": {"^x": {"type": "integer"}}}, NARROWER),
+    ("the rest tightened", {"patternProperties": {"^x": {}}, "additionalProperties": {"maximum": 2}}, {"patternProperties": {"^x": {}}, **CLOSED}, NARROWER),
+    (
+        "a pattern that fits a named field bears on it too",
+        {**props(xa={"type": "string"}), **CLOSED},
+        {**props(xa={}), "patternProperties": {"^x": {"type": "string"}}, **CLOSED},
+        WIDER,
+    ),
+    ("a pattern less in a closed object", {"patternProperties": {"^x": {}, "^y": {}}, **CLOSED}, {"patternProperties": {"^x": {}}, **CLOSED}, NARROWER),
+    ("another pattern for fields", {"patternProperties": {"^x": {}}, **CLOSED}, {"patternProperties": {"^y": {}}, **CLOSED}, CHANGED),
+    ("another pattern, of which nothing is known", {"patternProperties": {"^x": {"type": "null"}}}, {"patternProperties": {"^xy": {"type": "null"}}}, CHANGED),
+    ("all the rest is what the pattern asks", {"patternProperties": {"^x": {"type": "string"}}}, {"additionalProperties": {"type": "string"}}, NARROWER),
+    ("shorter names", {"propertyNames": {"maxLength": 9}}, {"propertyNames": {"maxLength": 3}}, NARROWER),
+    ("a field whose name is refused", {**props(long={"type": "string"})}, {"propertyNames": {"maxLength": 3}}, NARROWER),
+    ("a name that is left", {**props(a={"type": "string"})}, {"propertyNames": {"maxLength": 3}}, CHANGED),
+    # arrays
+    ("fewer items", {"maxItems": 3}, {"maxItems": 2}, NARROWER),
+    ("more items", {"minItems": 1}, {"minItems": 2}, NARROWER),
+    ("items tightened", {"items": {"type": "number"}}, {"items": {"type": "integer"}}, NARROWER),
+    ("different items", {}, {"uniqueItems": True}, NARROWER),
+    ("one item is different from all others", {"uniqueItems": True}, {"maxItems": 1}, NARROWER),
+    ("the same items again", {"uniqueItems": True}, {"uniqueItems": False}, WIDER),
+    ("the first item tightened", {"prefixItems": [{}], "items": {"type": "null"}}, {"prefixItems": [{"type": "null"}], "items": {"type": "null"}}, NARROWER),
+    ("an item that the rest was for", {"items": {"type": "string"}}, {"prefixItems": [{}], "items": {"type": "string"}}, WIDER),
+    ("items beyond the most there may be", {"items": {"type": "string"}}, {"prefixItems": [{"type": "string"}], "maxItems": 1}, NARROWER),
+    ("something else to contain", {"contains": {"type": "string"}}, {"contains": {"const": "a"}}, CHANGED),
+    ("to contain more of it", {"contains": {"type": "string"}}, {"contains": {"type": "string"}, "minContains": 2}, CHANGED),
+    # combinations
+    ("allOf is all that stand in it", {"allOf": [{"minimum": 1}, {"maximum": 3}]}, {"minimum": 1, "maximum": 2}, NARROWER),
+    ("one more of allOf", {"allOf": [{"minimum": 1}]}, {"allOf": [{"minimum": 1}, {"maximum": 9}]}, NARROWER),
+    ("one of anyOf", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, {"type": "integer"}, NARROWER),
+    ("fewer of anyOf", {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, {"anyOf": [{"required": ["a"]}]}, NARROWER),
+    ("anyOf beside more", {"anyOf": [{"minimum": 1}, {"type": "null"}]}, {"anyOf": [{"minimum": 2}, {"type": "null"}], "maxLength": 1}, NARROWER),
+    ("anyOf proved with what stands beside it", {"anyOf": [{"required": ["a"], "maximum": 3}]}, {"maximum": 3, "anyOf": [{"required": ["a"]}]}, NARROWER),
+    ("fewer of oneOf may be more", {"oneOf": [{"minimum": 1}, {"minimum": 2}]}, {"oneOf": [{"minimum": 1}]}, CHANGED),
+    ("the same oneOf and more", {"oneOf": [{"minimum": 1}, {"minimum": 2}]}, {"oneOf": [{"minimum": 1}, {"minimum": 2}], "type": "integer"}, NARROWER),
+    ("a tightened not lets more pass", {"not": {"minimum": 1}}, {"not": {"minimum": 2}}, CHANGED),
+    ("another then", {"if": {"minimum": 1}, "then": {"maximum": 2}}, {"if": {"minimum": 1}, "then": {"maximum": 1}}, CHANGED),
+    ("a then more", {"if": {"minimum": 1}}, {"if": {"minimum": 1}, "then": False}, CHANGED),
+    ("the same if and more", {"if": {"minimum": 1}, "then": {"maximum": 2}}, {"if": {"minimum": 1}, "then": {"maximum": 2}, "type": "integer"}, NARROWER),
+    ("a word that is not known", {}, {"dependentRequired": {"a": ["b"]}}, NARROWER),
+    ("such a word with other values", {"dependentRequired": {"a": ["b"]}}, {"dependentRequired": {"a": ["b", "c"]}}, CHANGED),
+    # what can only be compared as a whole
+    ("references, the same", {"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 1}}}, {"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 1}}}, EQUAL),
+    ("what is referred to differs", {"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 1}}}, {"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 2}}}, CHANGED),
+    ("a reference deep inside", {**props(a=[{"$ref": "#/$defs/a"}][0]), "$defs": {"a": {"minimum": 1}}}, {**props(a={"$ref": "#/$defs/a"}), "$defs": {"a": {}}}, CHANGED),
+    ("a reference within a list", {"anyOf": [{"$ref": "#"}]}, {"anyOf": [{"$ref": "#"}], "minimum": 1}, CHANGED),
+    ("a list that a schema with references lets pass", {"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 1}}}, {"const": 3}, NARROWER),
+    ("definitions that nothing refers to", {}, {"$defs": {"a": {"minimum": 1}}}, EQUAL),
+    ("what is left over is left over by what stands beside", {**props(a={}), "unevaluatedProperties": False}, {**props(a={}, b={}), "unevaluatedProperties": False}, CHANGED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), [pytest.param(*pair[1:], id=pair[0]) for pair in PAIRS])
+def test_pairs(before, after, expected):
+    assert compare([before], [after]) is expected
+    assert compare([after], [before]) is MIRRORED[expected]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        pytest.param([], [], EQUAL, id="no schema, then none"),
+        pytest.param([], [{}], NARROWER, id="no schema, then one: now there must be a value"),
+        pytest.param([{}], [], WIDER, id="a schema that asks for nothing but a value, then none"),
+        pytest.param([{"type": "string"}], [], WIDER, id="a schema, then none"),
+        pytest.param([{"type": "string"}], [{"type": "string"}, {"maxLength": 3}], NARROWER, id="one more to pass"),
+        pytest.param([{"type": "string"}, {"maxLength": 3}], [{"type": "string", "maxLength": 3}], EQUAL, id="two made one"),
+        pytest.param([{"minimum": 1}, {"maximum": 3}], [{"minimum": 2}], CHANGED, id="one taken out, the other tightened"),
+        pytest.param(
+            [{**props(a={}), **CLOSED}, props(a={"const": 1})], [{**props(a={}, b={}), **CLOSED}, props(a={"const": 1})], WIDER,
+            id="a field more, and a manifest that says nothing of it",
+        ),
+        pytest.param(
+            [props(a={"enum": ["x", "y"]}), props(a={"enum": ["x"]})], [props(a={"enum": ["x", "z"]}), props(a={"enum": ["x"]})],
+            EQUAL, id="more in the catalog that the manifest never let pass",
+        ),
+    ],
+)  # fmt: skip
+def test_conjunctions(before, after, expected):
+    assert compare(before, after) is expected
+
+
+def test_what_costs_too_much_is_changed_and_soon():
+    names = [f"n{index}" for index in range(4000)]
+    before = {"anyOf": [{"required": [name], "minimum": 1} for name in names]}
+    after = {"anyOf": [{"required": [name], "minimum": 2} for name in reversed(names)]}
+    began = time.perf_counter()
+    assert compare([before], [after]) is CHANGED
+    assert time.perf_counter() - began < 20
+
+
+def test_nested_choices_do_not_multiply_without_end():
+    schema = {"minimum": 1}
+    other = {"minimum": 2}
+    for _ in range(12):
+        schema = {"anyOf": [props(a=schema), props(b=schema)]}
+        other = {"anyOf": [props(b=other), props(a=other)]}
+    began = time.perf_counter()
+    compare([schema], [other])
+    assert time.perf_counter() - began < 20
+
+
+def test_a_large_schema_of_ordinary_shape_is_compared():
+    def large(most):
+        return props(**{f"field{index}": props(text={"type": "string", "maxLength": most}) for index in range(2000)})
+
+    assert len(json.dumps(large(9))) > 100_000
+    assert compare([large(9)], [large(8)]) is NARROWER
+
+
+# ------------------------------------------------------------------------------------------------- the search for a counter-example
+
+NAMES = ["a", "b", "xa", "xb"]
+PATTERNS = ["^x", "a$", "b"]
+UNTOUCHED = ("const", "uniqueItems", "dependentRequired", "$defs", "properties", "patternProperties")
+SCALARS = [None, True, False, 0, 1, 1.0, 2, 3, -1, 1.5, 6, 2.5, "", "a", "b", "ab", "xab", "xa"]
+
+
+def _values():
+    arrays = [list(each) for size in range(3) for each in itertools.product([None, True, 1, 2, "a", "xa", {"a": 1}], repeat=size)]
+    arrays += [[1, 2, 3], [1, 1, 1], ["a", 1, None], [[], [1]], ["xa", "xa", "a"]]
+    inner = [None, 1, 2, 1.5, "a", "xab", True, {}, {"a": 1}, {"xa": "a"}, [1]]
+    objects = [{}] + [{name: value} for name in [*NAMES, "c"] for value in inner]
+    for one, two in itertools.combinations([*NAMES, "c"], 2):
+        objects += [{one: x, two: y} for x in (1, "a", None, {"b": 2}) for y in (1, 2, "a", True)]
+    objects += [dict.fromkeys(NAMES, value) for value in (1, 2, "a")] + [
+        {"a": {"a": x, "xb": y}} for x in (1, "a") for y in (2, None)
+    ]
+    return [*SCALARS, *arrays, *objects]
+
+
+VALUES = _values()
+scalars = st.sampled_from(SCALARS)
+small = st.integers(0, 3)
+bounds = st.sampled_from([-1, 0, 1, 1.5, 2, 3])
+kinds = st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"])
+listed = st.sampled_from([*SCALARS, {"a": 1}, {"a": 1.0}, {"xa": "a"}, [1], ["a", 1], []])
+
+
+def keywords(inner):
+    """One keyword at a time, with its value."""
+    few = st.lists(inner, min_size=1, max_size=2)
+    return st.one_of(
+        st.tuples(st.just("type"), kinds | st.lists(kinds, min_size=1, max_size=3, unique=True)),
+        st.tuples(st.just("const"), listed),
+        st.tuples(st.just("enum"), st.lists(listed, min_size=1, max_size=4)),
+        st.tuples(st.sampled_from(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]), bounds),
+        st.tuples(st.just("multipleOf"), st.sampled_from([1, 2, 3, 6, 0.5])),
+        st.tuples(
+            st.sampled_from(
+                ["minLength", "maxLength", "minProperties", "maxProperties", "minItems", "maxItems", "minContains", "maxContains"]
+            ),
+            small,
+        ),
+        st.tuples(st.just("pattern"), st.sampled_from(PATTERNS)),
+        st.tuples(st.just("required"), st.lists(st.sampled_from(NAMES), max_size=2, unique=True)),
+        st.tuples(st.just("properties"), st.dictionaries(st.sampled_from(NAMES), inner, max_size=3)),
+        st.tuples(st.just("patternProperties"), st.dictionaries(st.sampled_from(PATTERNS), inner, max_size=2)),
+        st.tuples(st.sampled_from(["additionalProperties", "propertyNames", "items", "contains", "not"]), inner),
+        st.tuples(st.sampled_from(["if", "then", "else", "unevaluatedProperties", "unevaluatedItems"]), inner),
+        st.tuples(st.just("prefixItems"), few),
+        st.tuples(st.sampled_from(["allOf", "anyOf", "oneOf"]), few),
+        st.tuples(st.just("uniqueItems"), st.booleans()),
+        st.tuples(st.just("dependentRequired"), st.just({"a": ["b"]})),
+        st.tuples(st.sampled_from(["title", "format"]), st.sampled_from(["date", "uuid"])),
+    )
+
+
+schemas = st.recursive(st.booleans() | keywords(st.booleans()).map(lambda one: dict([one])), lambda inner: st.lists(keywords(inner), max_size=4).map(dict), max_leaves=6)  # fmt: skip
+referring = schemas.map(lambda schema: {"$ref": "#/$defs/a", "$defs": {"a": schema}})
+
+
+@st.composite
+def mutated(draw, schema, depth=0):
+    """A schema that differs a little: keywords added, taken out or changed, here or further in."""
+    if isinstance(schema, bool) or depth > 3:
+        return draw(schemas) if draw(st.booleans()) else schema
+    found = dict(schema)
+    for word in list(found):
+        choice = draw(st.integers(0, 9))
+        value = found[word]
+        if word == "$defs":
+            found[word] = {"a": draw(mutated(value["a"], depth + 1))}
+        elif choice == 0:
+            del found[word]
+        elif isinstance(value, dict) and value and word in ("properties", "patternProperties"):
+            name = draw(st.sampled_from(sorted(value)))
+            found[word] = {**value, name: draw(mutated(value[name], depth + 1))}
+            if choice == 1:
+                found[word].pop(name)
+        elif isinstance(value, dict | bool) and word not in UNTOUCHED:
+            found[word] = draw(mutated(value, depth + 1))
+        elif isinstance(value, list) and word in ("enum", "anyOf", "oneOf", "allOf", "prefixItems") and choice < 4:
+            found[word] = value[:-1] or value
+        elif isinstance(value, list) and word in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            found[word] = [draw(mutated(each, depth + 1)) for each in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool) and word not in ("const", "multipleOf"):
+            found[word] = max(value + draw(st.sampled_from([-1, 0, 1])), 0)
+    if draw(st.integers(0, 2)) == 0:
+        word, value = draw(keywords(schemas))
+        found[word] = value
+    return found
+
+
+@st.composite
+def pairs(draw):
+    before = draw(st.lists(schemas | referring, min_size=1, max_size=2))
+    after = [draw(mutated(schema)) for schema in before]
+    if draw(st.integers(0, 3)) == 0:
+        after.append(draw(schemas))
+    if draw(st.integers(0, 3)) == 0:
+        after = after[1:]
+    return before, after
+
+
+@cache
+def passing(text):
+    return frozenset(index for index, value in enumerate(VALUES) if valid(text, value))
+
+
+def language(conjunction):
+    return frozenset(range(len(VALUES))).intersection(*(passing(json.dumps(schema)) for schema in conjunction))
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(pairs())
+def test_nothing_is_proved_that_a_value_refutes(pair):
+    before, after = pair
+    for given_, wanted in ((before, after), (after, before)):
+        if implies(given_, wanted) and (refuting := language(given_) - language(wanted)):
+            raise AssertionError(f"{given_} does not imply {wanted}: {[VALUES[index] for index in list(refuting)[:3]]}")
