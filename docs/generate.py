@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,13 @@ spec: {protocol: rest, endpoint: "http://shop.example", unsafe_plaintext: true, 
 _PLATFORM = b"""{apiVersion: broker/v1, kind: Platform, metadata: {name: acme, owner: platform},
 spec: {ledger: {unsafe_reads_without_redis: true}}}"""
 
+_ENDING = b"""
+- {apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web}, spec: {protocol: rest, endpoint: "https://shop.example",
+   operations: {list: {match: {method: GET, path: /}, effect: read}}}}
+- {apiVersion: broker/v1, kind: Agent, metadata: {name: bot, owner: web}, spec: {identity: {token: true},
+   tools: {shop: {operations: {list: {expires: SOON}}}}}}
+""".replace(b"\n-", b"\n---\n")
+
 
 def _findings() -> Mapping[str, Finding]:
     """Each code with a finding of it, from tests/bad_manifests and what is too large, empty or allowed to stand there."""
@@ -243,6 +251,7 @@ def _findings() -> Mapping[str, Finding]:
         {"large.yaml": b"#" * (MAX_BYTES + 1)},
         {"shop.yaml": _PLAINTEXT},
         {"acme.yaml": _PLATFORM},
+        {"bot.yaml": _ENDING.replace(b"SOON", (datetime.now(UTC) + timedelta(days=7)).date().isoformat().encode())},
     ]
     for texts in (*bad, *more):
         for finding in load_texts(texts, folder).findings:

@@ -4,9 +4,11 @@ Law: a table names every field of its part. A field that a table lacks is told a
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, fields, is_dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,6 +88,15 @@ def differs(kind: str, direction: Direction = CHANGED) -> Difference:
 def more(kind: str, means: Direction) -> Difference:
     """A number or a flag; a larger one `means` this."""
     return lambda before, after: iter((Step(kind, means if after > before else _OPPOSITE[means], said(before), said(after)),))
+
+
+def later(kind: str) -> Difference:
+    """A moment until which something is given, in seconds since the epoch; 0 for not at all, infinite for ever."""
+    return lambda before, after: iter((Step(kind, WIDER if after > before else NARROWER, _day(before), _day(after)),))
+
+
+def _day(moment: float) -> str:
+    return f"until {datetime.fromtimestamp(moment, UTC).isoformat()}" if 0 < moment < math.inf else "always" if moment else "no"
 
 
 def present(kind: str, means: Direction) -> Difference:
@@ -323,6 +334,12 @@ def _pins(before: Mapping[str, tuple[str, ...]], after: Mapping[str, tuple[str, 
     return entries("credential", NARROWER, members("credential", WIDER))(before, after)
 
 
+def _exposed(before: Mapping[str, Iterable[str]], after: Mapping[str, Iterable[str]]) -> Iterator[Step]:
+    """What shadow mode lets pass of the catalog; an empty name stands for what the catalog does not know."""
+    old, new = ([f"{tool}/{name or '*'}" for tool, names in each.items() for name in names] for each in (before, after))
+    return members("shadow", WIDER)(old, new)
+
+
 GRANT: Table = {
     "rule": ignored,
     "schemas": ignored,  # with the catalog's
@@ -332,6 +349,8 @@ GRANT: Table = {
     "server_tools": members("server_tools", WIDER),
     "max_output": more("max_output", WIDER),
     "pins": _pins,
+    "expires": later("expires"),
+    "shadow_until": later("shadow"),
 }
 AGENT: Table = {
     "name": ignored,
@@ -345,6 +364,8 @@ AGENT: Table = {
     "housekeeping": ignored,  # with the limits of grants
     "answers": ignored,  # the same
     "limits": ignored,  # those that bear on grants
+    "shadow": _exposed,
+    "shadow_until": later("shadow"),
 }
 
 

@@ -305,7 +305,7 @@ def test_a_terminal_is_told_how_far_the_indexing_is_and_nothing_else_is(state, m
             pass
         (state / FILE).unlink()
         told = re.sub(r"\d+ %", "N %", capsys.readouterr().err)
-        assert told == (f"{'indexing the audit log, once: N %\r' * 2}\r\x1b[K" if terminal else "")
+        assert told == ("indexing the audit log, once: N %\r" * 2 + "\r\x1b[K" if terminal else "")
 
 
 def test_labels_survive_an_index_that_is_made_anew(state):

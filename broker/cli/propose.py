@@ -1,0 +1,150 @@
+"""`broker propose`: the narrowest manifest change that would allow certain denied calls, for a pull request.
+
+Laws: the log and the manifests are read; only --write changes something, and that is the files of the manifests, each whole or
+not at all. What is proposed passes `broker check` and permits those calls, or nothing is proposed.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from broker import clock
+from broker.audit import chain
+from broker.cli import options
+from broker.containment.standing import EVERYONE
+from broker.errors import BrokerError, UsageError, counted
+from broker.manifest.diff import diff
+from broker.manifest.findings import FORMATS, printable
+from broker.manifest.load import Known, Loaded, load_texts
+from broker.policy.snapshot import PolicySnapshot
+from broker.review.clusters import attacks, decisions, records, shadowed
+from broker.review.edit import edited
+from broker.review.propose import Edit, Record, Refused, proposed, replayed
+from broker.review.pullrequest import Proposal, printable_lines
+
+_MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
+
+
+class _Refused(BrokerError):
+    """There is nothing to propose."""
+
+    exit_code = 1
+
+
+@click.command()
+@click.argument("decision_ids", nargs=-1, metavar="[DECISION_ID]…")
+@click.option("--cluster", default="", metavar="ID", help="The calls of a cluster, as `broker denials` shows it.")
+@click.option("--shadow", is_flag=True, help="The calls of --agent that passed in shadow mode and would have been denied.")
+@click.option("--agent", default="", metavar="NAME", help="Whose shadow traffic.")
+@click.option("--write", is_flag=True, help="Apply the change to the manifests folder.")
+@options.manifests
+@options.state
+@options.as_json
+def propose(  # noqa: D417 - click shows its own
+    *,
+    decision_ids: tuple[str, ...],
+    cluster: str,
+    shadow: bool,
+    agent: str,
+    write: bool,
+    manifests: Path,
+    state: Path,
+    as_json: bool,
+) -> int:
+    """Print the narrowest change of manifests that would allow denied calls, as a pull request: evidence, patch, and its effect.
+
+    Takes decision IDs, a cluster, or an agent's shadow traffic. Ends with 1 where nothing can be proposed, and says why: for what
+    could not be read, who was not known, what failed, what people, flow rules or limits forbid, decoys, and agents under
+    containment. Of shadow traffic, what can't be proposed is left out and named.
+    """
+    if sum((bool(decision_ids), bool(cluster), shadow)) != 1 or shadow != bool(agent):
+        raise UsageError("name what to propose for", "write decision IDs, or --cluster ID, or --shadow --agent NAME")
+    snapshot, loaded = options.compiled(manifests)
+    with options.index(state) as index:
+        if shadow:
+            found = list(shadowed(index, agent))
+        else:
+            found = records(index, cluster, _MOST) if cluster else list(decisions(index, decision_ids))
+        hostile = attacks(index, clock.now(), found)
+    _known(decision_ids, cluster, found)
+    edits, refused = _sorted(snapshot, found, _contained(state), hostile)
+    for each in refused:
+        click.echo(printable(f"{each.record.get('decision_id')}: {each.why}"), err=True)
+    if not edits or (refused and not shadow):
+        raise _Refused("nothing is proposed", f"see why above: {counted(len(refused), 'call')}" if refused else "nothing was denied")
+    made = _proposal(snapshot, loaded, manifests, edits)
+    if as_json:
+        shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}
+        left_out = [{"decision_id": each.record.get("decision_id"), "why": each.why} for each in refused]
+        click.echo(options.ascii_json({**shown, "left_out": left_out}))
+    else:
+        click.echo(printable_lines(made.markdown), nl=False)
+    if write:
+        for path, (_, text) in made.texts.items():
+            _replace(Path(path), text)
+            click.echo(f"{path} is changed; review it with git diff", err=True)
+    return 0
+
+
+def _known(decision_ids: tuple[str, ...], cluster: str, found: list[Record]) -> None:
+    """Raise `UsageError` where the log does not hold what was named."""
+    missing = set(decision_ids) - {record["decision_id"] for record in found}
+    if missing or (cluster and not found):
+        what = f"a cluster {cluster!r}" if cluster else f"the decision {min(missing)!r}"
+        raise UsageError(printable(f"the log does not hold {what}"), "`broker denials` shows what it holds")
+
+
+def _sorted(
+    snapshot: PolicySnapshot, found: list[Record], contained: frozenset[str], hostile: frozenset[str]
+) -> tuple[list[Edit], list[Refused]]:
+    everyone = frozenset(snapshot.agents) if EVERYONE in contained else contained
+    now = clock.now()
+    known = {record["decision_id"] for record in found if _is_permitted(snapshot, record, now)}
+    edits, refused = proposed(snapshot, (each for each in found if each["decision_id"] not in known), everyone, hostile)
+    by_now = "the manifests permit it by now"
+    return edits, [*refused, *(Refused(each, by_now) for each in found if each["decision_id"] in known)]
+
+
+def _is_permitted(snapshot: PolicySnapshot, record: Record, now: float) -> bool:
+    named = (record.get("agent") or {}).get("name") in snapshot.agents
+    return bool(named and record.get("tool") in snapshot.tools and record.get("args") and replayed(snapshot, record, now))
+
+
+def _contained(state: Path) -> frozenset[str]:
+    """The agents under containment, as the log has it."""
+    held = options.contained(chain.notices(state / "audit"))
+    return frozenset(each.agent for each in held.standing.all)
+
+
+def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: list[Edit]) -> Proposal:
+    """The change, checked. Raises `BrokerError`."""
+    texts = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in (".yaml", ".yml")}
+    changed = {
+        file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in {edit.file for edit in edits}
+    }
+    after = load_texts({**texts, **{file: text.encode() for file, text in changed.items()}}, manifests, known=Known(manifests))
+    if after.snapshot is None:
+        errors = [finding for finding in after.findings if finding.severity == "error"]
+        click.echo(FORMATS["text"](errors), err=True, nl=False)
+        raise _Refused("the change that would allow it does not pass `broker check`", "write it by hand, or ask the platform team")
+    now = clock.now()
+    if lost := [record["decision_id"] for edit in edits for record in edit.calls if replayed(after.snapshot, record, now) is False]:
+        raise _Refused(f"no change of the manifest allows {', '.join(lost[:3])}", "write it by hand")
+    shown = {(manifests / file).as_posix(): (texts[file].decode(), text) for file, text in changed.items()}
+    return Proposal(tuple(edits), shown, diff(snapshot, after.snapshot))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all; it keeps its mode."""
+    mode = path.stat().st_mode
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(text)
+    try:
+        os.chmod(file.name, mode)
+        Path(file.name).replace(path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
+        raise
