@@ -91,7 +91,7 @@ def test_json_is_an_array_with_stable_keys(state):
     first = as_json(state)[0]
     assert list(first) == [
         "id", "kind", "agent", "what", "tool", "operation", "host", "code", "rule", "shadow", "count", "first", "last",
-        "ever_allowed", "example", "decision_ids", "label",
+        "ever_allowed", "label", "example", "decision_ids",
     ]  # fmt: skip
     assert (first["kind"], first["count"], first["first"]) == ("permission", 2, "2023-11-14T22:13:22.000000Z")
     assert (first["label"], first["decision_ids"]) == (None, ["d-3", "d-2"])
@@ -305,7 +305,7 @@ def test_a_terminal_is_told_how_far_the_indexing_is_and_nothing_else_is(state, m
             pass
         (state / FILE).unlink()
         told = re.sub(r"\d+ %", "N %", capsys.readouterr().err)
-        assert told == (f"{'indexing the audit log, once: N %\r' * 2}\r\x1b[K" if terminal else "")
+        assert told == ("indexing the audit log, once: N %\r" * 2 + "\r\x1b[K" if terminal else "")
 
 
 def test_labels_survive_an_index_that_is_made_anew(state):
