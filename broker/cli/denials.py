@@ -102,7 +102,9 @@ def _news(index: Index, found: list[Cluster], since: float | None, agent: str) -
 def _page(index: Index, found: Iterable[Cluster], since: float | None, agent: str) -> str:
     sections = ["\n".join(_section(index, kind, list(each))) for kind, each in groupby(found, key=lambda cluster: cluster.kind)]
     whose = f" to {agent}" if agent else ""
-    return "\n\n".join(sections) or printable(f"nothing was denied{whose}{f' since {timestamp(since)}' if since else ''}")
+    return "\n\n".join(sections) or printable(
+        f"nothing was denied{whose}{f' since {timestamp(since)}' if since is not None else ''}"
+    )
 
 
 def _section(index: Index, kind: DenialKind, found: list[Cluster]) -> Iterator[str]:

@@ -63,8 +63,8 @@ def clusters(index: Index, now: float, since: float | None = None, agent: str = 
 def latest(index: Index, cluster: Cluster) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Of a cluster's latest record some fields, as an example, and the IDs of its latest 20 decisions, latest first.
 
-    Of a call that ended badly, the example has what its decision says of the call. A function of its own, since an agent that tries
-    a hundred thousand hosts makes as many clusters, of which nobody looks at more than some.
+    Of a call that ended badly, the example has what its decision says of the call. This is apart from `clusters`, since an agent
+    that tries a hundred thousand hosts makes as many of them, and nobody looks at more than some.
     """
     rows = list(islice(index.latest(cluster.shapes, cluster.since), _SHOWN))
     told = [*decisions(index, [rows[0].decision_id or ""]), *index.records(rows[:1])]
