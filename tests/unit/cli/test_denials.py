@@ -4,9 +4,13 @@ import json
 import re
 import sqlite3
 
+import orjson
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker import clock
 from broker.audit import index
@@ -15,8 +19,10 @@ from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, Ending, decision_record, outcome_record
 from broker.cli import denials as verb
 from broker.cli import main, options
+from broker.cli.audit import render
 from broker.cli.denials import denials
 from broker.errors import UsageError
+from broker.manifest.findings import printable
 from broker.policy.types import ALLOW, Code, Decision, Verdict, Violation, deny
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
