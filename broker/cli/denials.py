@@ -21,7 +21,7 @@ from broker.errors import UsageError, counted
 from broker.manifest.findings import printable
 from broker.policy.denials import DenialKind
 from broker.redaction import redacted
-from broker.review.clusters import Cluster, clusters, exists
+from broker.review.clusters import Cluster, clusters, exists, latest
 
 _POLL_S = 1.0  # a person does not notice, and a busy broker's clusters are counted anew each time
 _MOST = 50  # clusters under one heading; whoever is attacked with more reads them as JSON
@@ -59,10 +59,11 @@ def denials(context: click.Context, *, state: Path, since: float | None, agent: 
     with options.index(state) as index:
         found = clusters(index, clock.now(), since, agent)
         if not follow:
-            click.echo(options.ascii_json([_document(each) for each in found]) if as_json else _page(found, since, agent))
+            documents = [_document(index, each) for each in found] if as_json else []
+            click.echo(options.ascii_json(documents) if as_json else _page(index, found, since, agent))
             return
         for each in _news(index, found, since, agent):
-            click.echo(options.ascii_json(_document(each)) if as_json else "\n".join(_lines(each)))
+            click.echo(options.ascii_json(_document(index, each)) if as_json else "\n".join(_lines(index, each)))
 
 
 @denials.command()
@@ -98,21 +99,23 @@ def _news(index: Index, found: list[Cluster], since: float | None, agent: str) -
         found = clusters(index, clock.now(), since, agent)
 
 
-def _page(found: Iterable[Cluster], since: float | None, agent: str) -> str:
-    sections = ["\n".join(_section(kind, list(each))) for kind, each in groupby(found, key=lambda cluster: cluster.kind)]
+def _page(index: Index, found: Iterable[Cluster], since: float | None, agent: str) -> str:
+    sections = ["\n".join(_section(index, kind, list(each))) for kind, each in groupby(found, key=lambda cluster: cluster.kind)]
     whose = f" to {agent}" if agent else ""
-    return "\n\n".join(sections) or printable(f"nothing was denied{whose}{f' since {timestamp(since)}' if since else ''}")
+    return "\n\n".join(sections) or printable(
+        f"nothing was denied{whose}{f' since {timestamp(since)}' if since is not None else ''}"
+    )
 
 
-def _section(kind: DenialKind, found: list[Cluster]) -> Iterator[str]:
+def _section(index: Index, kind: DenialKind, found: list[Cluster]) -> Iterator[str]:
     yield click.style(f"{_HEADINGS[kind]} ({counted(sum(each.count for each in found), 'call')})", bold=True)
     for each in islice(found, _MOST):
-        yield from _lines(each)
+        yield from _lines(index, each)
     if len(found) > _MOST:
         yield f"  … and {counted(len(found) - _MOST, 'cluster')} more; see them with --json, or fewer with --agent and --since"
 
 
-def _lines(each: Cluster) -> Iterator[str]:
+def _lines(index: Index, each: Cluster) -> Iterator[str]:
     shadow = "  shadow: passed" if each.shadow else ""
     yield printable(
         f"  {each.id}  {each.count:>5,}x  {each.agent or '(no agent)'}  {each.what or '(no host)'}  {each.code}{shadow}"
@@ -120,7 +123,7 @@ def _lines(each: Cluster) -> Iterator[str]:
     allowed = "allowed at other times" if each.ever_allowed else "never allowed"
     when = _shown(each.first) if each.count == 1 else f"{_shown(each.first)} to {_shown(each.last)}"
     yield printable(f"      {when}, {allowed}{f'; {each.rule}' if each.rule else ''}")
-    yield printable(f"      {_example(each.example)}")
+    yield printable(f"      {_example(latest(index, each)[0])}")
     if each.label:
         until = f" until {_shown(each.label.expires)}" if each.label.expires else ""
         note = f": {redacted(each.label.note)}" if each.label.note else ""
@@ -142,8 +145,11 @@ def _shown(when: float) -> str:
     return f"{timestamp(when)[:19]}Z"
 
 
-def _document(each: Cluster) -> dict[str, Any]:
+def _document(index: Index, each: Cluster) -> dict[str, Any]:
     label = each.label and {**asdict(each.label), "at": timestamp(each.label.at), "note": redacted(each.label.note)}
     if label and each.label and each.label.expires is not None:
         label["expires"] = timestamp(each.label.expires)
-    return {**asdict(each), "first": timestamp(each.first), "last": timestamp(each.last), "label": label}
+    example, decision_ids = latest(index, each)
+    told = {name: value for name, value in asdict(each).items() if name not in ("since", "shapes")}
+    found = {"example": example, "decision_ids": decision_ids, "label": label}
+    return {**told, "first": timestamp(each.first), "last": timestamp(each.last), **found}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from broker.audit.index import Index, Label, Row, Shape, Wanted
+from broker.audit.index import Index, Label, Shape, Wanted
 from broker.audit.record import canonical
 from broker.policy.denials import KIND_OF, DenialKind
 from broker.policy.types import Code, Verdict
@@ -28,7 +28,7 @@ class Cluster:
 
     `what` is `tool/operation`; where no operation matched, the tool and what was tried, with each path segment that holds a digit
     as `*`; without a tool the host. `shadow` says that the calls passed and would have been denied. `ever_allowed` says whether
-    this agent was ever allowed the same. `example` is of the latest: some fields of its record. `decision_ids` has the latest 20.
+    this agent was ever allowed the same. `shapes` and `since` are for `latest`.
     """
 
     id: str
@@ -45,9 +45,9 @@ class Cluster:
     first: float
     last: float
     ever_allowed: bool
-    example: Mapping[str, Any]
-    decision_ids: tuple[str, ...]
     label: Label | None
+    since: float | None
+    shapes: tuple[int, ...]
 
 
 def clusters(index: Index, now: float, since: float | None = None, agent: str = "") -> list[Cluster]:
@@ -55,10 +55,22 @@ def clusters(index: Index, now: float, since: float | None = None, agent: str = 
     labels, allowed = index.labels(now), _ever_allowed(index)
     found = []
     for cluster_id, shapes in _grouped(index, Wanted(agent=agent, since=since)).items():
-        latest = list(islice(index.latest((shape.id for shape in shapes), since), _SHOWN))
-        ever = _tried(shapes[0]) in allowed
-        found.append(_cluster(index, cluster_id, shapes, latest, ever_allowed=ever, label=labels.get(cluster_id)))
+        ever, label = _tried(shapes[0]) in allowed, labels.get(cluster_id)
+        found.append(_cluster(cluster_id, shapes, since, ever_allowed=ever, label=label))
     return sorted(found, key=lambda each: (_ORDER[each.kind], -each.count, -each.last, each.id))
+
+
+def latest(index: Index, cluster: Cluster) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Of a cluster's latest record some fields, as an example, and the IDs of its latest 20 decisions, latest first.
+
+    Of a call that ended badly, the example has what its decision says of the call. This is apart from `clusters`, since an agent
+    that tries a hundred thousand hosts makes as many of them, and nobody looks at more than some.
+    """
+    rows = list(islice(index.latest(cluster.shapes, cluster.since), _SHOWN))
+    told = [*decisions(index, [rows[0].decision_id or ""]), *index.records(rows[:1])]
+    whole = {name: value for record in told for name, value in record.items() if value is not None}
+    example = {name: hidden(whole.get(name)) for name in _EXAMPLE}
+    return example, tuple(row.decision_id for row in rows if row.decision_id)
 
 
 def exists(index: Index, cluster_id: str) -> bool:
@@ -77,9 +89,9 @@ def records(index: Index, cluster_id: str, most: int) -> list[dict[str, Any]]:
 
     Looks at the latest 10,000 only. Where the broker ended allowed calls, these are the decisions that allowed them.
     """
-    latest = islice(index.latest(shape.id for shape in _grouped(index, Wanted()).get(cluster_id, ())), _LOOKED_AT)
+    rows = islice(index.latest(shape.id for shape in _grouped(index, Wanted()).get(cluster_id, ())), _LOOKED_AT)
     different: dict[Any, dict[str, Any]] = {}
-    for row in latest:
+    for row in rows:
         for record in decisions(index, [row.decision_id]) if row.decision_id else index.records([row]):
             different.setdefault(str(record.get("args_hash")), record)
         if len(different) >= most:
@@ -139,9 +151,7 @@ def _tried(shape: Shape) -> tuple[str, str, str]:
     return (shape.agent, shape.tool, shape.operation if shape.tool else shape.host)
 
 
-def _cluster(  # noqa: PLR0913 - what a cluster is made of
-    index: Index, cluster_id: str, shapes: list[Shape], latest: list[Row], *, ever_allowed: bool, label: Label | None
-) -> Cluster:
+def _cluster(cluster_id: str, shapes: list[Shape], since: float | None, *, ever_allowed: bool, label: Label | None) -> Cluster:
     same = shapes[0]
     words = {name: redacted(getattr(same, name)) for name in ("agent", "tool", "operation", "host", "code", "rule")}
     return Cluster(
@@ -154,20 +164,12 @@ def _cluster(  # noqa: PLR0913 - what a cluster is made of
         first=min(shape.first for shape in shapes),
         last=max(shape.last for shape in shapes),
         ever_allowed=ever_allowed,
-        example=_example(index, latest[0]),
-        decision_ids=tuple(row.decision_id for row in latest if row.decision_id),
         label=label,
+        since=since,
+        shapes=tuple(shape.id for shape in shapes),
     )
 
 
 def _kind(code: str) -> DenialKind:
     # A log may be of a newer broker than this one.
     return KIND_OF[Code(code)] if code in KIND_OF else DenialKind.FAULT
-
-
-def _example(index: Index, row: Row) -> dict[str, Any]:
-    """Of the latest record; of a call that ended badly, with what its decision says of the call."""
-    told = [*decisions(index, [row.decision_id or ""]), *index.records([row])]
-    whole = {name: value for record in told for name, value in record.items() if value is not None}
-    shown: dict[str, Any] = hidden({name: whole.get(name) for name in _EXAMPLE})
-    return shown

@@ -20,6 +20,7 @@ class Run:
 
     agent: str
     run_id: str
+    began: str
     entries: list[dict[str, Any]] = field(default_factory=list)
     spent: Counter[str] = field(default_factory=Counter)
     last: str = ""
@@ -32,8 +33,8 @@ class Run:
         return {
             "agent": self.agent,
             "run_id": self.run_id,
-            "began": self.entries[0]["time"],
-            "took_s": round(_seconds(self.entries[0]["time"], self.last), 6),
+            "began": self.began,
+            "took_s": round(_seconds(self.began, self.last), 6),
             "calls": len(calls),
             "denied": sum(call.get("verdict") in ("deny", "hold") for call in calls),
             "tokens": {name: amount for name, amount in self.spent.items() if name != "usd"},
@@ -45,19 +46,20 @@ class Run:
 def runs(records: Iterable[Mapping[str, Any]], run_id: str) -> list[Run]:
     """The runs of this name, by the agent."""
     found: dict[str, Run] = {}
-    open_calls: dict[Any, dict[str, Any]] = {}
+    open_calls: dict[str, dict[str, Any]] = {}
     for record in filter(_sound, records):
         agent = str((record.get("agent") or {}).get("name") or "")
-        run = found.setdefault(agent, Run(agent, run_id))
-        call = open_calls.get(record.get("decision_id")) if record.get("event") == "outcome" else None
+        run = found.setdefault(agent, Run(agent, run_id, record["time"]))
+        name = str(record.get("decision_id"))
+        call = open_calls.get(name) if record.get("event") == "outcome" else None
         run.last = record["time"]
         if call is not None:
             call["outcome"] = dict(record)
         else:
             run.entries.append({**record, "outcome": None})
             if record.get("event") == "decision":
-                open_calls[record.get("decision_id")] = run.entries[-1]
-        run.spent.update({name: amount for name, amount in (record.get("tokens") or {}).items() if name != "estimated"})
+                open_calls[name] = run.entries[-1]
+        run.spent.update({word: amount for word, amount in (record.get("tokens") or {}).items() if word != "estimated"})
         run.spent["usd"] += record.get("usd") or 0
     return list(found.values())
 
@@ -65,8 +67,8 @@ def runs(records: Iterable[Mapping[str, Any]], run_id: str) -> list[Run]:
 def _sound(record: Mapping[str, Any]) -> bool:
     """Whether the numbers are where they belong; in a log that somebody changed they may not be, which `verify` tells."""
     parts = [record.get(name) or {} for name in ("agent", "tokens", "upstream")]
-    numbers = [record.get("usd"), *(value for part in parts[1:] if isinstance(part, Mapping) for value in part.values())]
-    return all(isinstance(part, Mapping) for part in parts) and all(isinstance(each, int | float | None) for each in numbers)
+    numbers = [record.get("usd") or 0, *(value for part in parts[1:] if isinstance(part, Mapping) for value in part.values())]
+    return all(isinstance(part, Mapping) for part in parts) and all(isinstance(each, int | float) for each in numbers)
 
 
 def told(run: Run) -> Iterator[str]:
@@ -85,11 +87,11 @@ def told(run: Run) -> Iterator[str]:
 
 def _entry(entry: Mapping[str, Any]) -> Iterator[str]:
     if entry.get("event") != "decision":
-        yield f"     {entry['event']}"
+        yield f"     {entry.get('event')}"
         yield str(entry.get("kind") or "")
         yield str(entry.get("detail") or "")
         return
-    yield f"{entry.get('step') or '-':>3}  {entry.get('verdict'):<10}"
+    yield f"{entry.get('step') or '-'!s:>3}  {entry.get('verdict')!s:<10}"
     yield str(entry.get("code") or "")
     yield named(*(str(entry.get(name) or "") for name in ("tool", "operation", "host")))
     yield _ending(entry)
@@ -99,12 +101,12 @@ def _entry(entry: Mapping[str, Any]) -> Iterator[str]:
 def _ending(entry: Mapping[str, Any]) -> str:
     if entry.get("verdict") not in ("allow", "would_deny"):
         return ""
-    if (outcome := entry["outcome"]) is None:
+    if not (outcome := entry["outcome"]):
         return "→ no end in the record"
     upstream = outcome.get("upstream") or {}
     status = upstream.get("status") or "no answer"
     took = f"{upstream.get('duration_ms') or 0:.0f} ms, {counted(upstream.get('bytes') or 0, 'byte')}"
-    return f"→ {' '.join(filter(None, (str(status), outcome.get('code'))))}, {took}"
+    return f"→ {' '.join(str(word) for word in (status, outcome.get('code')) if word)}, {took}"
 
 
 def _seconds(began: str, then: str) -> float:

@@ -4,9 +4,12 @@ import json
 import re
 import sqlite3
 
+import orjson
 import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker import clock
 from broker.audit import index
@@ -15,6 +18,7 @@ from broker.audit.log import AuditLog
 from broker.audit.record import Attempt, Ending, decision_record, outcome_record
 from broker.cli import denials as verb
 from broker.cli import main, options
+from broker.cli.audit import render
 from broker.cli.denials import denials
 from broker.errors import UsageError
 from broker.policy.types import ALLOW, Code, Decision, Verdict, Violation, deny
@@ -91,7 +95,7 @@ def test_json_is_an_array_with_stable_keys(state):
     first = as_json(state)[0]
     assert list(first) == [
         "id", "kind", "agent", "what", "tool", "operation", "host", "code", "rule", "shadow", "count", "first", "last",
-        "ever_allowed", "example", "decision_ids", "label",
+        "ever_allowed", "label", "example", "decision_ids",
     ]  # fmt: skip
     assert (first["kind"], first["count"], first["first"]) == ("permission", 2, "2023-11-14T22:13:22.000000Z")
     assert (first["label"], first["decision_ids"]) == (None, ["d-3", "d-2"])
@@ -141,8 +145,8 @@ def test_more_clusters_than_anyone_reads_are_counted(tmp_path, monkeypatch):
 
 def test_a_label_is_shown_to_other_reviewers_and_can_be_taken_off(state):
     cluster = as_json(state)[0]["id"]
-    given = run("label", cluster, "expected", "--note", "ticket 7", "--expires", "30d", "--state", state)
-    assert given.stdout == f"{cluster} is labelled expected\n"
+    labelled = run("label", cluster, "expected", "--note", "ticket 7", "--expires", "30d", "--state", state)
+    assert labelled.stdout == f"{cluster} is labelled expected\n"
     assert run("--state", state).stdout.splitlines()[4] == "      expected until 2023-12-14T22:15:00Z, says jo: ticket 7"
     assert as_json(state)[0]["label"] == {
         "label": "expected",
@@ -266,6 +270,26 @@ def test_nothing_that_a_call_carried_is_obeyed_or_told(tmp_path, carried, text):
         assert len(shown.splitlines()) == (1 if words else 5)
         assert "abcdef0123456789" not in shown
     assert run("--state", tmp_path, "--json").stdout.isascii()
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.sampled_from(["pointer", "status"]), inner, max_size=3)
+    ),
+)
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(("method", "host", "path", "args", "violations", "detail", "decision_id"), anything)))
+def test_whatever_stands_where_something_else_belongs_an_example_is_a_text(example):
+    assert isinstance(verb._example(example), str)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["time", "verdict", "agent", "tool", "operation", "host", "revision", "upstream"]), anything)
+)
+def test_and_a_record_is_one_line(record):
+    assert render(orjson.dumps(record)).isprintable()
 
 
 def test_records_that_somebody_spoiled_do_not_break_it(tmp_path):

@@ -1,6 +1,8 @@
 """A run as a timeline: each call with how it ended, and what was done about the run in between."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.audit.record import Attempt, Ending, alert_record, decision_record, notice_record, outcome_record
 from broker.policy.types import ALLOW, Code, Usage, deny
@@ -96,3 +98,27 @@ def test_without_calls_of_models_nothing_is_said_of_tokens():
 )
 def test_a_record_that_somebody_spoiled_is_left_out(spoiled):
     assert runs([{**ended(0, call(1)), **spoiled}], "r1") == []
+
+
+WHOLE = [
+    decided(0, call(1)),
+    {**ended(1, call(1), usage=Usage(1, 2), usd=0.5)},
+    alert_record(NOW, 1, "x", {"kind": "probing"}, ["d-1"]),
+]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text() | st.sampled_from(["name", "input", "status", "bytes"]), inner, max_size=3)
+    ),
+)
+
+
+@given(
+    spoiled=st.dictionaries(st.sampled_from(sorted({name for record in WHOLE for name in record} - {"time"})), anything),
+    which=st.integers(0, 2),
+)
+def test_whatever_stands_where_something_else_belongs_a_run_can_be_told(spoiled, which):
+    records = [{**record, **spoiled} if number == which else record for number, record in enumerate(WHOLE)]
+    for run in runs(records, "r1"):
+        assert len(list(told(run))) >= 4
