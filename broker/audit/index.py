@@ -354,7 +354,7 @@ class _Batch:
             if when.tzinfo is None:
                 return None
             time = _micros(when.timestamp())
-            shape = _shape(record)
+            shape = _words(record)
             run, decision = _run(record), record.get("decision_id")
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError):
             return None
@@ -396,7 +396,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _shape(record: Mapping[str, Any]) -> tuple[str, ...]:
+def shape_of(record: Mapping[str, Any]) -> Shape:
+    """What a decision's record has in common with others."""
+    words: Any = _words(record)
+    return Shape(0, *words)
+
+
+def _words(record: Mapping[str, Any]) -> tuple[str, ...]:
     agent, operation, classes = record.get("agent"), record.get("operation"), record.get("data")
     return (
         str(agent.get("name") or "") if agent else "",

@@ -22,9 +22,9 @@ from broker.manifest.diff import Diff
 from broker.manifest.diff import diff as differences
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Known, growing, load
-from broker.manifest.review import as_markdown
 from broker.manifest.steps import Direction
 from broker.policy.snapshot import PolicySnapshot
+from broker.review.markdown import as_markdown
 
 
 @click.command()

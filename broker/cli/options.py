@@ -17,7 +17,7 @@ import click
 
 from broker import clock
 from broker.admin.client import ask
-from broker.audit import chain
+from broker.audit import AuditSink, chain
 from broker.audit.index import Index
 from broker.audit.log import AuditLog
 from broker.containment.response import Containment, Surroundings
@@ -186,9 +186,7 @@ def act(
     if answer is None:
         now = clock.now()
         with AuditLog(folder.audit, ed25519(folder.keys / "audit.key"), now, clock.mono_ns()) as log:
-            held = Containment(Surroundings(log, clock.now, clock.steady, clock.mono_ns, lambda: secrets.token_hex(10)))
-            held.replay(chain.notices(folder.audit))
-            offline(held, by)
+            offline(contained(folder.audit, log), by)
             log.sync(now)
     return answer
 
@@ -197,6 +195,13 @@ def command(verb: str, **chosen: object) -> list[str]:
     """The command line of a verb with these options (`base_url` is `--base-url`) and `--json`."""
     options = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, "-m", "broker.cli", verb, "--json", *options]
+
+
+def contained(audit: Path, sink: AuditSink) -> Containment:
+    """What was done about agents, as the log in this folder has it."""
+    held = Containment(Surroundings(sink, clock.now, clock.steady, clock.mono_ns, lambda: secrets.token_hex(10)))
+    held.replay(chain.notices(audit))
+    return held
 
 
 class ManifestErrors(BrokerError):

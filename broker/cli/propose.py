@@ -4,15 +4,15 @@ Laws: the log and the manifests are read; only --write changes something, and th
 not at all. What is proposed passes `broker check` and permits those calls, or nothing is proposed.
 """
 
-import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from broker import clock
-from broker.audit import chain
+from broker.audit import AuditUnavailable
 from broker.cli import options
 from broker.containment.standing import EVERYONE
 from broker.errors import BrokerError, UsageError, counted
@@ -25,6 +25,7 @@ from broker.review.edit import edited
 from broker.review.propose import Edit, Record, Refused, proposed, replayed
 from broker.review.pullrequest import Proposal, printable_lines
 
+_YAML = (".yaml", ".yml")
 _MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
 
 
@@ -43,7 +44,7 @@ class _Refused(BrokerError):
 @options.manifests
 @options.state
 @options.as_json
-def propose(  # noqa: D417 - click shows its own
+def propose(
     *,
     decision_ids: tuple[str, ...],
     cluster: str,
@@ -65,16 +66,18 @@ def propose(  # noqa: D417 - click shows its own
     snapshot, loaded = options.compiled(manifests)
     with options.index(state) as index:
         if shadow:
-            found = list(shadowed(index, agent))
+            found: list[Record] = _different(shadowed(index, agent))
         else:
-            found = records(index, cluster, _MOST) if cluster else list(decisions(index, decision_ids))
+            found = [*(records(index, cluster, _MOST) if cluster else decisions(index, decision_ids))]
         hostile = attacks(index, clock.now(), found)
     _known(decision_ids, cluster, found)
     edits, refused = _sorted(snapshot, found, _contained(state), hostile)
     for each in refused:
         click.echo(printable(f"{each.record.get('decision_id')}: {each.why}"), err=True)
     if not edits or (refused and not shadow):
-        raise _Refused("nothing is proposed", f"see why above: {counted(len(refused), 'call')}" if refused else "nothing was denied")
+        raise _Refused(
+            "nothing is proposed", f"see why above: {counted(len(refused), 'call')}" if refused else "nothing was denied"
+        )
     made = _proposal(snapshot, loaded, manifests, edits)
     if as_json:
         shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}
@@ -87,6 +90,13 @@ def propose(  # noqa: D417 - click shows its own
             _replace(Path(path), text)
             click.echo(f"{path} is changed; review it with git diff", err=True)
     return 0
+
+
+def _different(found: Iterable[Record]) -> list[Record]:
+    """Of calls that are alike the latest."""
+    return list(
+        {(each["tool"], each["operation"], each["host"], each["code"], each["args_hash"]): each for each in found}.values()
+    )
 
 
 def _known(decision_ids: tuple[str, ...], cluster: str, found: list[Record]) -> None:
@@ -115,23 +125,28 @@ def _is_permitted(snapshot: PolicySnapshot, record: Record, now: float) -> bool:
 
 def _contained(state: Path) -> frozenset[str]:
     """The agents under containment, as the log has it."""
-    held = options.contained(chain.notices(state / "audit"))
-    return frozenset(each.agent for each in held.standing.all)
+    return frozenset(each.agent for each in options.contained(state / "audit", _Unwritten()).standing.all)
+
+
+class _Unwritten:
+    """An audit sink for what is only replayed."""
+
+    def append(self, record: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002 - the interface's
+        raise AuditUnavailable("nothing is written by a proposal")
 
 
 def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: list[Edit]) -> Proposal:
     """The change, checked. Raises `BrokerError`."""
-    texts = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in (".yaml", ".yml")}
-    changed = {
-        file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in {edit.file for edit in edits}
-    }
-    after = load_texts({**texts, **{file: text.encode() for file, text in changed.items()}}, manifests, known=Known(manifests))
+    texts = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in _YAML}
+    files = sorted({edit.file for edit in edits})
+    changed = {file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in files}
+    fresh = {file: text.encode() for file, text in changed.items()}
+    after = load_texts({**texts, **fresh}, manifests, known=Known(manifests))
     if after.snapshot is None:
-        errors = [finding for finding in after.findings if finding.severity == "error"]
-        click.echo(FORMATS["text"](errors), err=True, nl=False)
-        raise _Refused("the change that would allow it does not pass `broker check`", "write it by hand, or ask the platform team")
-    now = clock.now()
-    if lost := [record["decision_id"] for edit in edits for record in edit.calls if replayed(after.snapshot, record, now) is False]:
+        click.echo(FORMATS["text"](each for each in after.findings if each.severity == "error"), err=True, nl=False)
+        raise _Refused("what would allow it does not pass `broker check`", "write the change by hand, or ask the platform team")
+    now, calls = clock.now(), [record for edit in edits for record in edit.calls]
+    if lost := [record["decision_id"] for record in calls if replayed(after.snapshot, record, now) is False]:
         raise _Refused(f"no change of the manifest allows {', '.join(lost[:3])}", "write it by hand")
     shown = {(manifests / file).as_posix(): (texts[file].decode(), text) for file, text in changed.items()}
     return Proposal(tuple(edits), shown, diff(snapshot, after.snapshot))
@@ -139,12 +154,12 @@ def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: 
 
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all; it keeps its mode."""
-    mode = path.stat().st_mode
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         file.write(text)
+    fresh = Path(file.name)
     try:
-        os.chmod(file.name, mode)
-        Path(file.name).replace(path)
+        fresh.chmod(path.stat().st_mode)
+        fresh.replace(path)
     except OSError:
-        Path(file.name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from broker.audit.index import Index, Label, Shape, Wanted
+from broker.audit.index import Index, Label, Shape, Wanted, shape_of
 from broker.audit.record import canonical
 from broker.policy.denials import KIND_OF, DenialKind
 from broker.policy.types import Code, Verdict
@@ -102,6 +102,12 @@ def records(index: Index, cluster_id: str, most: int) -> list[dict[str, Any]]:
 def shadowed(index: Index, agent: str) -> Iterator[dict[str, Any]]:
     """Every record of an agent's call that would have been denied, as it is in the log, in its order."""
     yield from index.records(index.find(Wanted(agent=agent, verdict=Verdict.WOULD_DENY)))
+
+
+def attacks(index: Index, now: float, found: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Of these decisions those whose cluster a reviewer called an attack."""
+    hostile = {cluster for cluster, label in index.labels(now).items() if label.label == "attack"}
+    return frozenset(record["decision_id"] for record in found if _id(shape_of(record)) in hostile)
 
 
 def hidden(value: Any) -> Any:

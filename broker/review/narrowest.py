@@ -22,6 +22,8 @@ class _Open:
 
 
 OPEN: Final = _Open()
+MOST = 20
+"""Different values of one parameter that a manifest lists."""
 
 # What `broker/audit/record.py` writes in place of a value.
 _MARK = re.compile(
@@ -46,6 +48,15 @@ def unpinned(value: Any, *here: str | int) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from unpinned(part, *here, name)
+
+
+def thinned(values: Sequence[Any]) -> list[Any]:
+    """The values, with `OPEN` for each name of which more different ones were seen than a person would list."""
+    objects = [value for value in values if isinstance(value, dict)]
+    names = {name for value in objects for name in value}
+    many = {name for name in names if len(_different([value[name] for value in objects if name in value])) > MOST}
+    loose = [{name: OPEN if name in many else part for name, part in value.items()} for value in objects]
+    return loose if len(loose) == len(values) else list(values)
 
 
 def exact(value: Any) -> Schema:

@@ -15,7 +15,7 @@ from broker.policy.evaluate import evaluate
 from broker.policy.providers import PROVIDERS
 from broker.policy.snapshot import Agent, PolicySnapshot, Tool
 from broker.policy.types import Code, ToolCall
-from broker.review.narrowest import admitting, opened, unpinned, widened
+from broker.review.narrowest import MOST, admitting, opened, thinned, unpinned, widened
 
 Record = Mapping[str, Any]
 Place = tuple[str, ...]
@@ -127,8 +127,8 @@ def _edits(snapshot: PolicySnapshot, name: str, tool_name: str, operation: str, 
         return
     seen = [_seen(record) for record in calls]
     locations = sorted({where for each in seen for where in each})
-    values = {where: [each[where] for each in seen if where in each] for where in locations}
-    notes, at = tuple(_notes(tool, seen, locations)), (*place, "operations", operation)
+    values = {where: thinned([each[where] for each in seen if where in each]) for where in locations}
+    notes, at = tuple(_notes(tool, seen, values)), (*place, "operations", operation)
     model = any(record.get("model") for record in calls)
     if grants is None or operation not in grants:
         params = {"body": _with_model({}, values["body"])} if model else {}
@@ -163,11 +163,15 @@ def _seen(record: Record) -> dict[str, Any]:
     return args if whole else {where: opened(value) for where, value in args.items()}
 
 
-def _notes(tool: Tool, seen: Sequence[Mapping[str, Any]], locations: Sequence[str]) -> Iterator[str]:
-    loose = sorted({pointer for each in seen for where, value in each.items() for pointer in unpinned(value, where)})
-    if loose:
-        yield f"the record does not hold {', '.join(loose)}, so only the catalog's schema bounds that; narrow it by hand"
-    if sum(len({repr(each.get(where)) for each in seen}) > 1 for where in locations) > 1:
+def _notes(tool: Tool, seen: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    known = {pointer for each in seen for where, value in each.items() for pointer in unpinned(value, where)}
+    loose = {pointer for where, found in values.items() for value in found for pointer in unpinned(value, where)}
+    if known:
+        yield f"the record does not hold {', '.join(sorted(known))}, so only the catalog's schema bounds that; narrow it by hand"
+    if loose - known:
+        many = ", ".join(sorted(loose - known))
+        yield f"over {MOST} different values were seen of {many}, so only the catalog's schema bounds that; narrow it by hand"
+    if sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
         yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"
     if tool.protocol in PROVIDERS:
         yield "the record keeps no prompts, so of these calls only the model is pinned"

@@ -71,19 +71,19 @@ def _summary(groups: Sequence[_Group]) -> str:
 
 def _rows(agents: tuple[str, ...], changes: Sequence[Change]) -> Iterator[tuple[str, int]]:
     """Lines, and how many changes each is about."""
-    named = ", ".join(_code(name) for name in agents[:_NAMED]) if agents != ("",) else "Everybody"
+    named = ", ".join(code(name) for name in agents[:_NAMED]) if agents != ("",) else "Everybody"
     others = f" and {len(agents) - _NAMED:,} more" if len(agents) > _NAMED else ""
     yield f"\n### {named}{others}\n\n", 0
     for change in changes:
-        values = " → ".join(_code(value) if value else "nothing" for value in (change.before, change.after))
-        where = ", ".join(_code(rule) for rule in change.rules[:2])
+        values = " → ".join(code(value) if value else "nothing" for value in (change.before, change.after))
+        where = ", ".join(code(rule) for rule in change.rules[:2])
         yield (
-            f"- **{_SAID[change.direction]}** {change.kind} {_code(change.about)}: {values}{f' ({where})' if where else ''}\n",
+            f"- **{_SAID[change.direction]}** {change.kind} {code(change.about)}: {values}{f' ({where})' if where else ''}\n",
             1,
         )
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """As a code span (CommonMark 6.1), which holds no markup: fenced by more backticks than stand in it."""
     shown = printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
