@@ -24,6 +24,7 @@ from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
 from broker.audit.record import config_record
 from broker.containment.alerts import Alert, Alerts
+from broker.containment.ends import ending
 from broker.containment.response import Containment, Surroundings
 from broker.credentials import issuers
 from broker.credentials.base import CredentialUnavailable, referenced
@@ -82,6 +83,7 @@ class Server:
         now = clock.now()
         self._snapshot = EMPTY
         self._broken = False
+        self._told_day = 0
         self._loaded: Loaded | None = None
         self._refused: str | None = "Envoy has not asked for its configuration yet"
         self._certified: object = None
@@ -338,9 +340,15 @@ class Server:
             try:
                 self._ledger.renew(clock.steady())
                 self._containment.sweep()
+                self._tell_of_ends()
                 await self._checkpoint()
             except Exception:  # open calls must keep their places, whatever this round's fault was
                 log.exception("the ledger could not be kept up; it is tried again in %.0f s", RENEW_S)
+
+    def _tell_of_ends(self) -> None:
+        if self._told_day != (self._told_day := _day()):
+            for alert in ending(self._snapshot, clock.now()):
+                self._containment.alert(alert)
 
     async def _checkpoint(self) -> None:
         if self._snapshot is not EMPTY:
