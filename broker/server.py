@@ -346,7 +346,9 @@ class Server:
                 log.exception("the ledger could not be kept up; it is tried again in %.0f s", RENEW_S)
 
     def _tell_of_ends(self) -> None:
-        if self._told_day != (self._told_day := _day()):
+        today = _day()
+        if self._told_day != today:
+            self._told_day = today
             for alert in ending(self._snapshot, clock.now()):
                 self._containment.alert(alert)
 
