@@ -25,6 +25,7 @@ from broker.state import State
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @click.option("--issuers", is_flag=True, help="Have each credential issued that an agent's calls would get, and take it back.")
 @options.state
+@options.short_lived
 def check(*, manifests: Path, form: str, issuers: bool, state: Path) -> int:
     """Check the manifests in DIR (manifests).
 

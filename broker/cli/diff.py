@@ -21,7 +21,7 @@ from broker.errors import BrokerError, UsageError
 from broker.manifest.diff import Diff
 from broker.manifest.diff import diff as differences
 from broker.manifest.findings import FORMATS
-from broker.manifest.load import Known, growing, load
+from broker.manifest.load import Known, load
 from broker.manifest.steps import Direction
 from broker.policy.snapshot import PolicySnapshot
 from broker.review.markdown import as_markdown
@@ -34,6 +34,7 @@ from broker.review.markdown import as_markdown
 @click.option("--format", "form", type=click.Choice(["markdown", "json"]), default="markdown", help="How changes are printed.")
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @click.option("--fail-on", type=click.Choice(["wider"]), help="End with 1 where a change is wider, or may be.")
+@options.short_lived
 def diff(*, base: str, head: str, manifests: Path, form: str, fail_on: str | None) -> int:
     """Say what becomes reachable and what stops, from BASE to HEAD.
 
@@ -44,8 +45,7 @@ def diff(*, base: str, head: str, manifests: Path, form: str, fail_on: str | Non
     known = Known(manifests)
     before = _snapshot(base, manifests, known, "base", 2)
     after = _snapshot(head, manifests, known, "head", 1)
-    with growing():
-        found = differences(before, after)
+    found = differences(before, after)
     click.echo(as_markdown(found) if form == "markdown" else _as_json(found, before, after), nl=False)
     return int(fail_on is not None and found.widens)
 

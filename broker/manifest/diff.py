@@ -46,7 +46,7 @@ class Diff:
 
 def diff(base: PolicySnapshot, head: PolicySnapshot) -> Diff:
     """What is different under `head`."""
-    return Diff(tuple(sorted({*_Comparing(base, head).changes()})))
+    return Diff(tuple(sorted({*_Comparing(base, head).changes()}, key=lambda change: (change.agent, change.about, change))))
 
 
 _Place = tuple[str, str]
@@ -144,7 +144,7 @@ class _Comparing:
         now = after[0].schemas.get(location), after[1].schemas.get(location)
         texts = tuple(tuple(schema and schema.text for schema in each) for each in (was, now))
         if texts[0] == texts[1]:
-            return
+            return  # one that stands elsewhere now, at most
         if texts not in self._parameters:
             self._parameters[texts] = steps.parameters(was, now)
         old, new = (" and ".join(schema.text for schema in each if schema) for each in (was, now))

@@ -109,7 +109,7 @@ def _bytes(path: Path) -> bytes:
 
 
 @contextmanager
-def growing() -> Iterator[None]:
+def _growing() -> Iterator[None]:
     """Hold up the search for unreachable cycles: nearly all that is made here stays, and each search would look at all of it."""
     was = gc.isenabled()
     gc.disable()
@@ -120,7 +120,7 @@ def growing() -> Iterator[None]:
             gc.enable()
 
 
-@growing()
+@_growing()
 def load_texts(  # noqa: PLR0913, PLR0917 - what is read, what is known of it, and who is told
     texts: Mapping[str, bytes],
     base: Path,

@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from broker.policy.approval import Approval
@@ -50,12 +50,17 @@ WIDER, NARROWER, CHANGED, EQUAL = Direction
 _OPPOSITE = {WIDER: NARROWER, NARROWER: WIDER, CHANGED: CHANGED, EQUAL: EQUAL}
 
 
-def compared(table: Table, before: Any, after: Any) -> Iterator[Step]:
+def compared(table: Table, before: object, after: object) -> Iterator[Step]:
     """The differences between two parts of the same type."""
-    for field in fields(after):
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        if old != new:
-            yield from table.get(field.name, differs(field.name))(old, new)
+    for name in _names(type(after)):  # type: ignore[arg-type] # mypy takes a class's hash for that of its instances
+        old, new = getattr(before, name), getattr(after, name)
+        if old is not new and old != new:
+            yield from table.get(name, differs(name))(old, new)
+
+
+@cache
+def _names(part: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(part))
 
 
 def said(value: Any) -> str:

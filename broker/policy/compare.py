@@ -43,7 +43,7 @@ _BESIDE = frozenset({"unevaluatedProperties", "unevaluatedItems"})  # they mean 
 
 
 def compare(before: Sequence[Schema], after: Sequence[Schema]) -> Comparison:
-    """What a value must pass: all of `before`, then all of `after`. Where there is no schema, there need be no value either."""
+    """A value must pass all of `before`, and then all of `after`. Where there is no schema, there need be no value either."""
     narrower = (bool(after) or not before) and implies(after, before)
     wider = (bool(before) or not after) and implies(before, after)
     if narrower:

@@ -1,12 +1,14 @@
 """`narrower` and `equal` are never said where they are not so; and what reviews meet every day is recognised."""
+# ruff: noqa: E501 - a pair of schemas reads best in one row
 
 import itertools
 import json
+import random
 import time
 from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker.policy.compare import Comparison, compare, implies
@@ -67,6 +69,8 @@ PAIRS = [
     ("a shorter maximum", {"maxLength": 9}, {"maxLength": 8}, NARROWER),
     ("a longer minimum", {"minLength": 1}, {"minLength": 2}, NARROWER),
     ("a pattern more", {"type": "string"}, {"type": "string", "pattern": "^a"}, NARROWER),
+    ("the tightest of several", {"allOf": [{"minLength": 1}, {"minLength": 2}]}, {"minLength": 3}, NARROWER),
+    ("the tightest of several, loosened", {"allOf": [{"minLength": 1}, {"minLength": 5}]}, {"allOf": [{"minLength": 1}, {"minLength": 3}]}, WIDER),
     ("another pattern", {"pattern": "^a"}, {"pattern": "^ab"}, CHANGED),
     # objects
     ("a required field more", {"required": ["a"]}, {"required": ["b", "a"]}, NARROWER),
@@ -106,6 +110,12 @@ PAIRS = [
     ("a pattern less in a closed object", {"patternProperties": {"^x": {}, "^y": {}}, **CLOSED}, {"patternProperties": {"^x": {}}, **CLOSED}, NARROWER),
     ("another pattern for fields", {"patternProperties": {"^x": {}}, **CLOSED}, {"patternProperties": {"^y": {}}, **CLOSED}, CHANGED),
     ("another pattern, of which nothing is known", {"patternProperties": {"^x": {"type": "null"}}}, {"patternProperties": {"^xy": {"type": "null"}}}, CHANGED),
+    (
+        "where patterns may fit, the rest is not asked of all",
+        {"patternProperties": {"^x": {"type": "string"}}},
+        {"patternProperties": {"^y": {}}, "additionalProperties": {"type": "string"}},
+        CHANGED,
+    ),
     ("all the rest is what the pattern asks", {"patternProperties": {"^x": {"type": "string"}}}, {"additionalProperties": {"type": "string"}}, NARROWER),
     ("shorter names", {"propertyNames": {"maxLength": 9}}, {"propertyNames": {"maxLength": 3}}, NARROWER),
     ("a field whose name is refused", {**props(long={"type": "string"})}, {"propertyNames": {"maxLength": 3}}, NARROWER),
@@ -206,109 +216,131 @@ def test_a_large_schema_of_ordinary_shape_is_compared():
     assert compare([large(9)], [large(8)]) is NARROWER
 
 
-# ------------------------------------------------------------------------------------------------- the search for a counter-example
+# ---------------------------------------------------------------------------------------------- the search for a counter-example
 
 NAMES = ["a", "b", "xa", "xb"]
 PATTERNS = ["^x", "a$", "b"]
-UNTOUCHED = ("const", "uniqueItems", "dependentRequired", "$defs", "properties", "patternProperties")
 SCALARS = [None, True, False, 0, 1, 1.0, 2, 3, -1, 1.5, 6, 2.5, "", "a", "b", "ab", "xab", "xa"]
+INNER = [None, 1, 2, 1.5, "a", "xab", True, {"a": 1}, {"xa": "a"}, [1]]
 
 
 def _values():
-    arrays = [list(each) for size in range(3) for each in itertools.product([None, True, 1, 2, "a", "xa", {"a": 1}], repeat=size)]
-    arrays += [[1, 2, 3], [1, 1, 1], ["a", 1, None], [[], [1]], ["xa", "xa", "a"]]
-    inner = [None, 1, 2, 1.5, "a", "xab", True, {}, {"a": 1}, {"xa": "a"}, [1]]
-    objects = [{}] + [{name: value} for name in [*NAMES, "c"] for value in inner]
+    arrays = [list(each) for size in range(3) for each in itertools.product([None, True, 1, 2, "a", {"a": 1}], repeat=size)]
+    arrays += [[1, 2, 3], [1, 1, 1], ["a", 1, None], [[], [1]], ["a", "a", 2], [1, "a"], [2, 1.5]]
+    objects = [{}, *({name: value} for name in [*NAMES, "c"] for value in INNER)]
     for one, two in itertools.combinations([*NAMES, "c"], 2):
-        objects += [{one: x, two: y} for x in (1, "a", None, {"b": 2}) for y in (1, 2, "a", True)]
-    objects += [dict.fromkeys(NAMES, value) for value in (1, 2, "a")] + [
-        {"a": {"a": x, "xb": y}} for x in (1, "a") for y in (2, None)
-    ]
+        objects += [{one: x, two: y} for x in (1, "a", None) for y in (2, "a")]
+    objects += [dict.fromkeys(NAMES, value) for value in (1, "a")] + [{"a": {"a": x, "xb": 2}} for x in (1, "a")]
     return [*SCALARS, *arrays, *objects]
 
 
 VALUES = _values()
-scalars = st.sampled_from(SCALARS)
-small = st.integers(0, 3)
-bounds = st.sampled_from([-1, 0, 1, 1.5, 2, 3])
-kinds = st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"])
-listed = st.sampled_from([*SCALARS, {"a": 1}, {"a": 1.0}, {"xa": "a"}, [1], ["a", 1], []])
+KINDS = ["null", "boolean", "integer", "number", "string", "array", "object"]
+LISTED = [*SCALARS, {"a": 1}, {"a": 1.0}, {"xa": "a"}, [1], ["a", 1], []]
 
 
-def keywords(inner):
-    """One keyword at a time, with its value."""
-    few = st.lists(inner, min_size=1, max_size=2)
-    return st.one_of(
-        st.tuples(st.just("type"), kinds | st.lists(kinds, min_size=1, max_size=3, unique=True)),
-        st.tuples(st.just("const"), listed),
-        st.tuples(st.just("enum"), st.lists(listed, min_size=1, max_size=4)),
-        st.tuples(st.sampled_from(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"]), bounds),
-        st.tuples(st.just("multipleOf"), st.sampled_from([1, 2, 3, 6, 0.5])),
-        st.tuples(
-            st.sampled_from(
-                ["minLength", "maxLength", "minProperties", "maxProperties", "minItems", "maxItems", "minContains", "maxContains"]
-            ),
-            small,
-        ),
-        st.tuples(st.just("pattern"), st.sampled_from(PATTERNS)),
-        st.tuples(st.just("required"), st.lists(st.sampled_from(NAMES), max_size=2, unique=True)),
-        st.tuples(st.just("properties"), st.dictionaries(st.sampled_from(NAMES), inner, max_size=3)),
-        st.tuples(st.just("patternProperties"), st.dictionaries(st.sampled_from(PATTERNS), inner, max_size=2)),
-        st.tuples(st.sampled_from(["additionalProperties", "propertyNames", "items", "contains", "not"]), inner),
-        st.tuples(st.sampled_from(["if", "then", "else", "unevaluatedProperties", "unevaluatedItems"]), inner),
-        st.tuples(st.just("prefixItems"), few),
-        st.tuples(st.sampled_from(["allOf", "anyOf", "oneOf"]), few),
-        st.tuples(st.just("uniqueItems"), st.booleans()),
-        st.tuples(st.just("dependentRequired"), st.just({"a": ["b"]})),
-        st.tuples(st.sampled_from(["title", "format"]), st.sampled_from(["date", "uuid"])),
-    )
+BOUNDS = [-1, 0, 1, 1.5, 2, 3]
+VALUES_OF = {
+    **dict.fromkeys(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"], BOUNDS),
+    "multipleOf": [1, 2, 3, 6, 0.5],
+    "pattern": PATTERNS,
+    "type": [*KINDS, ["integer", "string"], ["number", "null"], ["array", "object"], ["boolean", "null"]],
+    "const": LISTED,
+    "enum": [LISTED[at : at + size] for at in range(len(LISTED) - 3) for size in (1, 2, 3)],
+    "required": [[], ["a"], ["b"], ["a", "xa"]],
+    "dependentRequired": [{"a": ["b"]}, {"b": ["b"]}],
+    "uniqueItems": [True, False],
+    "title": ["t"],
+}
+FAMILIES = {
+    "number": ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "type"],
+    "string": ["minLength", "maxLength", "pattern", "type"],
+    "listed": ["const", "enum", "type"],
+    "object": [
+        *["properties", "patternProperties", "additionalProperties"] * 3, "propertyNames", "type", "required", "minProperties",
+        "maxProperties", "dependentRequired", "unevaluatedProperties",
+    ],
+    "array": [
+        *["items", "prefixItems"] * 2, "minItems", "maxItems", "type", "uniqueItems", "contains", "minContains", "maxContains",
+        "unevaluatedItems",
+    ],
+    "both": ["allOf", "anyOf", "anyOf", "oneOf", "not", "if", "then", "else", "title"],
+}  # fmt: skip
 
 
-schemas = st.recursive(st.booleans() | keywords(st.booleans()).map(lambda one: dict([one])), lambda inner: st.lists(keywords(inner), max_size=4).map(dict), max_leaves=6)  # fmt: skip
-referring = schemas.map(lambda schema: {"$ref": "#/$defs/a", "$defs": {"a": schema}})
+class Making:
+    """Schemas of few words and few values, so that two of them have much to do with each other."""
 
+    def __init__(self, seed):
+        self.random = random.Random(
+            seed
+        )  # Hypothesis' own strategies are a hundred times as slow, and a seed names a case as well
+        self.pick = self.random.choice
 
-@st.composite
-def mutated(draw, schema, depth=0):
-    """A schema that differs a little: keywords added, taken out or changed, here or further in."""
-    if isinstance(schema, bool) or depth > 3:
-        return draw(schemas) if draw(st.booleans()) else schema
-    found = dict(schema)
-    for word in list(found):
-        choice = draw(st.integers(0, 9))
-        value = found[word]
-        if word == "$defs":
-            found[word] = {"a": draw(mutated(value["a"], depth + 1))}
-        elif choice == 0:
-            del found[word]
-        elif isinstance(value, dict) and value and word in ("properties", "patternProperties"):
-            name = draw(st.sampled_from(sorted(value)))
-            found[word] = {**value, name: draw(mutated(value[name], depth + 1))}
-            if choice == 1:
-                found[word].pop(name)
-        elif isinstance(value, dict | bool) and word not in UNTOUCHED:
-            found[word] = draw(mutated(value, depth + 1))
-        elif isinstance(value, list) and word in ("enum", "anyOf", "oneOf", "allOf", "prefixItems") and choice < 4:
-            found[word] = value[:-1] or value
-        elif isinstance(value, list) and word in ("anyOf", "oneOf", "allOf", "prefixItems"):
-            found[word] = [draw(mutated(each, depth + 1)) for each in value]
-        elif isinstance(value, int | float) and not isinstance(value, bool) and word not in ("const", "multipleOf"):
-            found[word] = max(value + draw(st.sampled_from([-1, 0, 1])), 0)
-    if draw(st.integers(0, 2)) == 0:
-        word, value = draw(keywords(schemas))
-        found[word] = value
-    return found
+    def inner(self, depth):
+        return self.pick([True, False, {}]) if depth <= 0 or self.random.random() < 0.2 else self.schema(depth - 1)
 
+    def word(self, family, depth):
+        """A keyword of a family, and its value."""
+        word = self.pick(FAMILIES[family])
+        return word, self.value(word, depth)
 
-@st.composite
-def pairs(draw):
-    before = draw(st.lists(schemas | referring, min_size=1, max_size=2))
-    after = [draw(mutated(schema)) for schema in before]
-    if draw(st.integers(0, 3)) == 0:
-        after.append(draw(schemas))
-    if draw(st.integers(0, 3)) == 0:
-        after = after[1:]
-    return before, after
+    def value(self, word, depth):
+        few = range(self.random.randint(1, 2))
+        if word in ("properties", "patternProperties"):
+            return {self.pick(NAMES if word == "properties" else PATTERNS): self.inner(depth) for _ in few}
+        if word in ("prefixItems", "allOf", "anyOf", "oneOf"):
+            return [self.inner(depth) for _ in few]
+        if word == "propertyNames":
+            return dict([self.word("string", depth)])
+        if word.startswith(("min", "max")) and len(word) > 7:
+            return self.random.randint(0, 3)
+        if word in VALUES_OF:
+            return self.pick(VALUES_OF[word])
+        return self.inner(depth)
+
+    def schema(self, depth=2):
+        family = self.pick(["number", "string", "listed", *["object", "object", "array", "both"] * (depth > 0)])
+        others = [family, family, family, "both" if depth > 0 else family, "listed"]
+        found = dict(self.word(self.pick(others), depth) for _ in range(self.random.randint(1, 4)))
+        return {"$ref": "#/$defs/a", "$defs": {"a": found}} if depth == 2 and self.random.random() < 0.05 else found
+
+    def changed(self, schema, depth=2):
+        """The same, but for a keyword here or further in."""
+        if isinstance(schema, bool) or not schema or depth < 0:
+            return self.inner(depth)
+        word = self.pick(sorted(schema))
+        value, how = schema[word], self.random.random()
+        if how < 0.15 and word != "$defs":
+            return {each: part for each, part in schema.items() if each != word}
+        if how < 0.35:
+            return {**schema, **self.schema(depth)} if "$ref" not in schema else {**schema, "minimum": 1}
+        return {**schema, word: self._value(word, value, depth)}
+
+    def _value(self, word, value, depth):
+        if word in ("properties", "patternProperties", "$defs") and value:
+            name = self.pick(sorted(value))
+            rest = {each: part for each, part in value.items() if each != name}
+            other = self.pick([name, name, *(NAMES if word == "properties" else PATTERNS)]) if word != "$defs" else name
+            return {**rest, other: self.changed(value[name], depth - 1)}
+        if word in ("allOf", "anyOf", "oneOf", "prefixItems"):
+            place = self.random.randrange(len(value))
+            part = [] if self.random.random() < 0.3 and len(value) > 1 else [self.changed(value[place], depth - 1)]
+            return [*value[:place], *part, *value[place + 1 :]]
+        if word in ("additionalProperties", "propertyNames", "items", "contains", "not", "if", "then", "else"):
+            return self.changed(value, depth - 1)
+        if word == "enum" and len(value) > 1:
+            return value[1:]
+        if isinstance(value, int | float) and not isinstance(value, bool) and word not in ("const", "multipleOf"):
+            return value + 1 if word.startswith(("min", "max")) else value + self.pick([-1, 1])
+        return value
+
+    def pair(self):
+        before = [self.schema() for _ in range(self.random.randint(1, 2))]
+        after = [self.changed(schema) if self.random.random() < 0.8 else schema for schema in before]
+        if self.random.random() < 0.3:
+            after = [*after, self.schema()] if self.random.random() < 0.5 else [self.schema()]
+        return before, after
 
 
 @cache
@@ -320,10 +352,13 @@ def language(conjunction):
     return frozenset(range(len(VALUES))).intersection(*(passing(json.dumps(schema)) for schema in conjunction))
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-@given(pairs())
-def test_nothing_is_proved_that_a_value_refutes(pair):
-    before, after = pair
-    for given_, wanted in ((before, after), (after, before)):
-        if implies(given_, wanted) and (refuting := language(given_) - language(wanted)):
-            raise AssertionError(f"{given_} does not imply {wanted}: {[VALUES[index] for index in list(refuting)[:3]]}")
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32))
+@example(7)
+def test_nothing_is_proved_that_a_value_refutes(seed):
+    making = Making(seed)
+    for before, after in (making.pair() for _ in range(50)):
+        for given_, wanted in ((before, after), (after, before)):
+            if given_ != wanted and implies(given_, wanted):
+                refuting = [VALUES[index] for index in language(given_) - language(wanted)]
+                assert not refuting, f"{given_} does not imply {wanted}"
