@@ -12,9 +12,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 

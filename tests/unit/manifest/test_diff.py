@@ -11,11 +11,11 @@ import pytest
 from broker.manifest import steps
 from broker.manifest.diff import Change, Diff, diff
 from broker.manifest.load import Known, load_texts
-from broker.manifest.review import MOST, as_markdown
 from broker.manifest.steps import Direction
 from broker.policy.approval import Approval
 from broker.policy.containment import Alerting, Decoys
 from broker.policy.snapshot import Agent, CredentialSpec, Grant, Operation, PolicySnapshot, Tool, Upstream
+from broker.review.markdown import MOST, as_markdown
 
 WIDER, NARROWER, CHANGED, EQUAL = Direction
 OPPOSITE = {WIDER: NARROWER, NARROWER: WIDER, CHANGED: CHANGED, EQUAL: EQUAL}
