@@ -147,8 +147,10 @@ class _Comparing:
             return  # one that stands elsewhere now, at most
         if texts not in self._parameters:
             self._parameters[texts] = steps.parameters(was, now)
-        old, new = (" and ".join(schema.text for schema in each if schema) for each in (was, now))
-        places = _rules(*(now if any(now) else was))
+        # Of the catalog's and the manifest's schema those that are not as they were.
+        other = [pair for pair in zip(was, now, strict=True) if (pair[0] and pair[0].text) != (pair[1] and pair[1].text)]
+        old, new = (" and ".join(schema.text for schema in each if schema) for each in zip(*other, strict=True))
+        places = _rules(*(schema for pair in other for schema in (pair[1] or pair[0],)))
         yield Step("parameters", self._parameters[texts], old, new, places, f"{about} {location}")
 
     def _unused(self) -> Iterator[Change]:

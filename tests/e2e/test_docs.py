@@ -5,7 +5,7 @@ How a block is read, by the words after its fence:
     console            commands (`$ …`) in the reader's terminal, each with the output that it must have
     console NAME       a command that goes on in a terminal called NAME; it must print at least the lines shown
     text NAME          lines that the terminal NAME must print next
-    yaml FILE          a file that the reader writes
+    yaml FILE          a file that the reader writes; without a name, an example
     python FILE        docs/tutorial/FILE, shown word for word
     sh                 not run: it makes the environment that the tests run in
 
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ import stack
 
 ROOT = Path(__file__).parents[2]
 PORTS = ("15001", "15002", "15003", "18443", "18080")
-BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block's fence may be longer, so that what it shows may hold fences.
+BLOCK = re.compile(r"^(?P<fence>`{3,})(\w+)(?: (\S+))?\n(.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)
 
 
 class Terminal:
@@ -84,14 +86,15 @@ def pattern(expected: str) -> str:
 
 def blocks(text: str) -> Iterator[tuple[str, str, str]]:
     for found in BLOCK.finditer(text):
-        yield found[1], found[2] or "", found[3]
+        yield found[2], found[3] or "", found[4]
 
 
 def commands(block: str) -> Iterator[tuple[str, str]]:
     """Each command of a console block, with its output."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-        command, _, output = part.partition("\n")
-        yield command, output
+        lines = part.splitlines(keepends=True)
+        more = [line.removeprefix("> ") for line in takewhile(lambda line: line.startswith("> "), lines[1:])]
+        yield "".join([lines[0], *more]).removesuffix("\n"), "".join(lines[1 + len(more) :])
 
 
 class Reader:
@@ -104,6 +107,7 @@ class Reader:
         self._terminal = Terminal(folder, self._environment)
         self._running: dict[str, Running] = {}
         (folder / "docs" / "tutorial").mkdir(parents=True)
+        shutil.copytree(ROOT / "manifests", folder / "manifests")
         for path in (ROOT / "docs" / "tutorial").glob("*.py"):
             (folder / "docs" / "tutorial" / path.name).write_text(self.placed(path.read_text()))
 
@@ -116,6 +120,8 @@ class Reader:
             kinds[kind](name, block)
 
     def _write(self, name: str, block: str) -> None:
+        if not name:
+            return
         (self._work / name).parent.mkdir(parents=True, exist_ok=True)
         (self._work / name).write_text(block)
 
@@ -156,6 +162,12 @@ def reader() -> Iterator[Reader]:
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(reader):
     reader.follow((ROOT / "docs" / "tutorial.md").read_text())
+
+
+@pytest.mark.envoy
+@pytest.mark.slow
+def test_the_review_loop_does_what_it_says(reader):
+    reader.follow((ROOT / "docs" / "review.md").read_text())
 
 
 @pytest.mark.envoy
@@ -208,6 +220,8 @@ def _environment(folder: Path, ports: dict[str, str]) -> dict[str, str]:
         name: value for name, value in os.environ.items() if not re.search("proxy|SSL_|OPENAI|PYTEST", name, re.IGNORECASE)
     }
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    git = {f"GIT_{who}_{what}": "reader@acme.example" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    inherited |= {**git, "GIT_CONFIG_GLOBAL": "/dev/null"}
     return {**inherited, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": search}
 
 
