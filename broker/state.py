@@ -3,6 +3,7 @@
     STATE/ca.pem              the platform CA's certificate; agents read it
     STATE/keys/               private keys, each 0600
     STATE/audit/              the record
+    STATE/review.db           an index of the record, and reviewers' labels; made again from the record where it is missing
     STATE/ledger.json         what was spent, as of a moment ago; made again from the record where it is missing
     STATE/outbox              credentials that are to be taken back at their issuers, sealed
     STATE/run/                sockets and Envoy's bootstrap, gone with the broker
