@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.manifest import steps
+from broker.manifest import meanings, steps
 from broker.manifest.diff import Change, Diff, diff
 from broker.manifest.load import Known, load_texts
 from broker.manifest.review import MOST, as_markdown
@@ -313,9 +313,9 @@ def test_a_second_load_gives_what_a_first_gives():
 
 
 TABLES = {
-    PolicySnapshot: steps.PLATFORM, Agent: steps.AGENT, Grant: steps.GRANT, Tool: steps.TOOL, Operation: steps.OPERATION,
-    Approval: steps.APPROVAL, CredentialSpec: steps.CREDENTIAL, Upstream: steps.UPSTREAM, Decoys: steps.DECOYS,
-    Alerting: steps.ALERTING,
+    PolicySnapshot: meanings.PLATFORM, Agent: meanings.AGENT, Grant: meanings.GRANT, Tool: meanings.TOOL, Operation: meanings.OPERATION,
+    Approval: meanings.APPROVAL, CredentialSpec: meanings.CREDENTIAL, Upstream: meanings.UPSTREAM, Decoys: meanings.DECOYS,
+    Alerting: meanings.ALERTING,
 }  # fmt: skip
 
 
@@ -325,7 +325,7 @@ def test_a_table_names_every_field(part):
 
 
 def test_a_field_that_no_table_knows_is_told_as_changed():
-    table = {name: rule for name, rule in steps.OPERATION.items() if name != "max_body"}
+    table = {name: rule for name, rule in meanings.OPERATION.items() if name != "max_body"}
     operation = BASE.tools["shop"].operations["get"]
     [step] = steps.compared(table, operation, replace(operation, max_body=7))
     assert (step.kind, step.direction, step.before, step.after) == ("max_body", CHANGED, "1048576", "7")
