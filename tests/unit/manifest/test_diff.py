@@ -10,7 +10,7 @@ import pytest
 
 from broker.manifest import meanings, steps
 from broker.manifest.diff import Change, Diff, diff
-from broker.manifest.load import Known, load_texts
+from broker.manifest.load import Reading, load_texts
 from broker.manifest.review import MOST, as_markdown
 from broker.manifest.steps import Direction
 from broker.policy.approval import Approval
@@ -105,14 +105,14 @@ def changed(*edits):
     return world
 
 
-def compiled(world, folder="/somewhere", known=None):
+def compiled(world, folder="/somewhere", reading=None):
     texts = {}
     for name, written in world.items():
         if "owner" not in (metadata := dict(written.get("metadata", {}))):
             metadata["owner"] = "team"
         texts[f"{name}.yaml"] = json.dumps({"apiVersion": "broker/v1", "metadata": {"name": name, **metadata}, **{
             key: part for key, part in written.items() if key != "metadata"}}).encode()  # fmt: skip
-    loaded = load_texts(texts, Path(folder), known=known)
+    loaded = load_texts(texts, Path(folder), reading=reading)
     assert loaded.snapshot, loaded.findings
     return loaded.snapshot
 
@@ -290,8 +290,8 @@ def test_a_schema_written_otherwise_is_without_effect():
 
 
 def test_another_folder_and_another_order_of_files_are_no_change():
-    known = Known(Path("/anchor"))
-    base, head = (compiled(WORLD, folder, known) for folder in ("/one", "/two"))
+    reading = Reading(Path("/anchor"))
+    base, head = (compiled(WORLD, folder, reading) for folder in ("/one", "/two"))
     assert diff(base, head).changes == ()
     assert diff(base, head).widens is False
     assert base.agents["bot"] is head.agents["bot"]
@@ -305,9 +305,9 @@ def test_what_only_moved_is_no_change():
 
 def test_a_second_load_gives_what_a_first_gives():
     world = changed((f"{CATALOG}/put/max_body", "2MiB"), ("bot/spec/limits/calls", "7/hour"))
-    known = Known(Path("/somewhere"))
-    assert compiled(WORLD, known=known).revision == BASE.revision
-    again = compiled(world, known=known)
+    reading = Reading(Path("/somewhere"))
+    assert compiled(WORLD, reading=reading).revision == BASE.revision
+    again = compiled(world, reading=reading)
     assert diff(again, compiled(world)).changes == ()
     assert again.tools["shop"].operations["put"].max_body == 2 << 20
 
