@@ -229,6 +229,19 @@ def _limits(before: Agent, after: Agent) -> Iterator[Step]:
             here = key in kept[0] and key in kept[1] and not (key in old and key in new)
             about = place if here else key[0] or f"after {' and '.join(key[2])}"
             yield from (step._replace(about=about) for step in meanings.limit(old.get(key), new.get(key)))
+    if before.limits != after.limits:
+        yield from _idle_limits(
+            before, after, {key for each in (was, now) for bounds in each.values() for key in _by_identity(bounds)}
+        )
+
+
+def _idle_limits(before: Agent, after: Agent, bearing: set[_Bound]) -> Iterator[Step]:
+    """Those that bear on nothing that the agent does; one of an operation is told of with the operation."""
+    old, new = _by_identity(before.limits), _by_identity(after.limits)
+    for key in (old.keys() | new.keys()) - bearing:
+        if not key[0].startswith(f"agent/{after.name}/"):
+            for step in meanings.limit(old.get(key), new.get(key)):
+                yield step._replace(direction=Direction.EQUAL_EFFECT, about=key[0])
 
 
 def _bearing(agent: Agent, other: Agent) -> Mapping[str, tuple[Limit, ...]]:

@@ -284,6 +284,39 @@ def test_what_bears_on_nobody_is_told_without_effect():
     assert told(BASE, compiled(renamed)) == [("bot", "owner", "shop", EQUAL)]
 
 
+def test_a_limit_that_bears_on_nothing_is_without_effect():
+    assert told(BASE, compiled(changed(("bot/spec/limits/destructive", "1/day")))) == [("bot", "limit", "agent/bot", EQUAL)]
+
+
+def test_what_comes_and_goes_with_an_operation_is_told_with_the_operation():
+    world = changed(("bot/spec/tools/shop/operations/unused", {"limits": {"calls": "1/day"}}))
+    assert told(BASE, compiled(world)) == [("bot", "operation", "shop/unused", WIDER)]
+
+
+def test_a_tool_less_is_told_with_its_credential():
+    found = told(BASE, compiled(changed(("bot/spec/tools/shop", GONE))))
+    assert ("bot", "credential", "shop", NARROWER) in found
+    assert ("bot", "host", "https://shop.example:443", NARROWER) in found
+    assert {each[3] for each in found} == {NARROWER}
+
+
+def test_a_parameter_that_is_no_longer_pinned_widens_the_credential():
+    found = told(BASE, compiled(changed(("bot/spec/tools/shop/operations/get/params", GONE))))
+    assert ("bot", "credential", "shop/get id", WIDER) in found
+    assert ("bot", "parameters", "shop/get path", WIDER) in found
+    bare = changed(("shop/spec/credential", GONE))
+    loose = copy.deepcopy(bare)
+    del loose["bot"]["spec"]["tools"]["shop"]["operations"]["get"]["params"]
+    assert told(compiled(bare), compiled(loose)) == [("bot", "parameters", "shop/get path", WIDER)]
+
+
+def test_two_flow_rules_after_the_same_data_are_two():
+    more = {"after": ["pii"], "deny": {"egress": "internal"}}
+    after = compiled(changed(("platform/spec/flow", [*WORLD["platform"]["spec"]["flow"], more])))
+    assert {each[3] for each in told(BASE, after)} == {NARROWER}
+    assert {each[3] for each in told(after, BASE)} == {WIDER}
+
+
 def test_a_schema_written_otherwise_is_without_effect():
     found = told(BASE, compiled(changed((f"{CATALOG}/put/params/body/title", "An item"))))
     assert found == [("bot", "parameters", "shop/put body", EQUAL)]
