@@ -99,9 +99,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="Write the folders here and leave them there.")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(
-            f"{chosen.agents} agents x {TOOLS * OPERATIONS} operations\n\n| verb | seconds | target | exit |\n| --- | --- | --- | --- |"
-        )
+        print(f"{chosen.agents} agents x {TOOLS * OPERATIONS} operations\n")
+        print("| verb | seconds | target | exit |\n| --- | --- | --- | --- |", flush=True)
         for name, arguments in runs(chosen.keep or Path(temporary), chosen.agents):
             seconds, code = timed(*arguments)
             print(f"| {name} | {seconds:.1f} | {TARGET_S} | {code} |", flush=True)

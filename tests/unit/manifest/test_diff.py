@@ -330,6 +330,26 @@ def test_another_folder_and_another_order_of_files_are_no_change():
     assert base.agents["bot"] is head.agents["bot"]
 
 
+def test_a_changed_catalog_entry_is_told_for_each_agent_that_it_bears_on():
+    world = changed(("other", copy.deepcopy(WORLD["bot"])), ("third", copy.deepcopy(WORLD["bot"])))
+    for name in ("other", "third"):
+        world[name]["spec"]["identity"] = {"token": True}
+    del world["third"]["spec"]["tools"]["shop"]
+    wider = copy.deepcopy(world)
+    wider["shop"]["spec"]["operations"]["put"]["max_body"] = "2MiB"
+    wider["shop"]["spec"]["operations"]["put"]["params"]["body"]["properties"]["n"]["maximum"] = 60
+    wider["shop"]["spec"]["egress"] = "external"
+    for reading in (None, Reading(Path("/somewhere"))):
+        assert told(compiled(world, reading=reading), compiled(wider, reading=reading)) == [
+            ("bot", "egress", "shop", NARROWER),
+            ("bot", "max_body", "shop/put", WIDER),
+            ("bot", "parameters", "shop/put body", WIDER),
+            ("other", "egress", "shop", NARROWER),
+            ("other", "max_body", "shop/put", WIDER),
+            ("other", "parameters", "shop/put body", WIDER),
+        ]
+
+
 def test_what_only_moved_is_no_change():
     moved = {f"x-{name}" if name == "platform" else name: each for name, each in changed().items()}
     moved["x-platform"]["metadata"] = {"name": "platform"}
