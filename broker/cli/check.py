@@ -14,7 +14,7 @@ from broker.credentials.base import CredentialUnavailable
 from broker.errors import counted
 from broker.keys import ed25519
 from broker.manifest.findings import FORMATS, Finding, printable
-from broker.manifest.load import load
+from broker.manifest.load import Reading, load
 from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
@@ -33,7 +33,7 @@ def check(*, manifests: Path, form: str, issuers: bool, state: Path) -> int:
     is, 2 where DIR can't be read. With --issuers, a credential that can't be had is a finding (issuer_failed), and those that can
     are named on stderr: agent, tool, issuer, scopes and life, never a value. The keys in STATE sign the broker's own tokens.
     """
-    loaded = load(manifests, progress=told(str(manifests)))
+    loaded = load(manifests, reading=Reading(manifests, told(str(manifests)), options.processors()))
     findings = [*loaded.findings]
     if issuers and loaded.snapshot:
         findings += _unissued(loaded.snapshot, state)

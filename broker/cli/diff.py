@@ -21,7 +21,7 @@ from broker.errors import BrokerError, UsageError
 from broker.manifest.diff import Diff
 from broker.manifest.diff import diff as differences
 from broker.manifest.findings import FORMATS
-from broker.manifest.load import Known, load
+from broker.manifest.load import Reading, load
 from broker.manifest.steps import Direction
 from broker.policy.snapshot import PolicySnapshot
 from broker.review.markdown import as_markdown
@@ -42,9 +42,9 @@ def diff(*, base: str, head: str, manifests: Path, form: str, fail_on: str | Non
     the manifests folder, which is read as it was there. Markdown is made for a comment on a pull request, JSON lists every
     change. Ends with 0; with 1 where --fail-on says so or HEAD has errors; with 2 where BASE has, or one of them can't be read.
     """
-    known = Known(manifests)
-    before = _snapshot(base, manifests, known, "base", 2)
-    after = _snapshot(head, manifests, known, "head", 1)
+    reading = Reading(manifests, processes=options.processors())
+    before = _snapshot(base, manifests, reading, "base", 2)
+    after = _snapshot(head, manifests, reading, "head", 1)
     found = differences(before, after)
     click.echo(as_markdown(found) if form == "markdown" else _as_json(found, before, after), nl=False)
     return int(fail_on is not None and found.widens)
@@ -65,9 +65,10 @@ class _Unreadable(BrokerError):
         self.exit_code = exit_code
 
 
-def _snapshot(name: str, manifests: Path, known: Known, which: str, exit_code: int) -> PolicySnapshot:
+def _snapshot(name: str, manifests: Path, reading: Reading, which: str, exit_code: int) -> PolicySnapshot:
     with _folder(name, manifests) as (folder, shown):
-        loaded = load(folder, known=known, progress=told(f"the {which}"))
+        reading.progress = told(f"the {which}")
+        loaded = load(folder, reading=reading)
     errors = [finding for finding in loaded.findings if finding.severity == "error"]
     click.echo(FORMATS["text"](replace(each, file=f"{shown}/{each.file}") for each in errors), err=True, nl=False)
     if loaded.snapshot is None:

@@ -152,6 +152,11 @@ def short_lived(function: Callable[..., Any]) -> Callable[..., Any]:
     return verb
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def broker_state(folder: Path) -> State:
     """The state folder of a broker that ran before. Raises `UsageError` where none has."""
     if not (folder / "keys" / "tokens.key").exists():

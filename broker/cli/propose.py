@@ -18,7 +18,7 @@ from broker.containment.standing import EVERYONE
 from broker.errors import BrokerError, UsageError, counted
 from broker.manifest.diff import diff
 from broker.manifest.findings import FORMATS, printable
-from broker.manifest.load import Known, Loaded, load_texts
+from broker.manifest.load import Loaded, load_texts
 from broker.policy.snapshot import PolicySnapshot
 from broker.review.clusters import attacks, decisions, records, shadowed
 from broker.review.edit import edited
@@ -141,7 +141,7 @@ def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: 
     files = sorted({edit.file for edit in edits})
     changed = {file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in files}
     fresh = {file: text.encode() for file, text in changed.items()}
-    after = load_texts({**texts, **fresh}, manifests, known=Known(manifests))
+    after = load_texts({**texts, **fresh}, manifests)
     if after.snapshot is None:
         click.echo(FORMATS["text"](each for each in after.findings if each.severity == "error"), err=True, nl=False)
         raise _Refused("what would allow it does not pass `broker check`", "write the change by hand, or ask the platform team")

@@ -330,7 +330,7 @@ def _grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]], word
             match = spec.match(operation) if operation in spec.operations else Match.model_construct()
             yield from _params((*place, "params"), grant.params, spec.protocol, match.path, words)
             path = match.path.text if match.path else ""
-            if api_at(spec.protocol, match.method or "", path) and not named_models(grant.params):
+            if spec.protocol in PROVIDERS and api_at(spec.protocol, match.method or "", path) and not named_models(grant.params):
                 yield place, "model_not_named", _MODEL_NOT_NAMED
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from broker.manifest import models, platform, words
 from broker.manifest.admission import Source, named_models
@@ -26,22 +26,43 @@ from broker.policy.snapshot import DEFAULT_SVID, Agent, CredentialSpec, Grant, O
 from broker.policy.types import Effect
 
 _Kind = TypeVar("_Kind", bound=words.Kind)
-_Part = TypeVar("_Part", Tool, Agent)
+_Part = TypeVar("_Part")
 
 
 class Made:
-    """What documents were compiled to, and from what else: one that is compiled anew from the same is what it was before."""
+    """What parts of documents were compiled to, and from what: one that is compiled anew from the same is what it was before."""
 
     def __init__(self) -> None:
-        self._made: dict[Source, tuple[object, Any]] = {}
+        self._made: dict[tuple[Source, str], tuple[object, Any]] = {}
 
-    def of(self, source: Source, given: object, make: Callable[[], _Part]) -> _Part:
-        """What `make` gave for this document and `given` the last time, or gives now."""
-        known = self._made.get(source)
+    def of(self, source: Source, part: str, given: object, make: Callable[[], _Part]) -> _Part:
+        """What `make` gave for this part of a document and `given` the last time, or gives now."""
+        known = self._made.get((source, part))
         if known is None or known[0] != given:
-            known = self._made[source] = given, make()
-        part: _Part = known[1]
-        return part
+            known = self._made[source, part] = given, make()
+        made: _Part = known[1]
+        return made
+
+
+class _Under(NamedTuple):
+    """What an agent is compiled under: the tools that it names, the limits above its own, and the flow rules.
+
+    `exposed` is what it may use of the catalog in shadow mode.
+    """
+
+    catalog: Mapping[str, Tool]
+    limits: tuple[Limit, ...]
+    flows: "tuple[_Flow, ...]"
+    exposed: Mapping[str, Tool]
+
+
+class _Held(NamedTuple):
+    """One tool of an agent: its grants, what limits the protocol's own traffic and answers to the tool, and all these limits."""
+
+    grants: Mapping[str, Grant]
+    housekeeping: tuple[Limit, ...]
+    answers: tuple[Limit, ...]
+    limits: tuple[Limit, ...]
 
 
 def compile_policy(
@@ -57,7 +78,7 @@ def compile_policy(
     """
     made = made or Made()
     tools = {
-        model.metadata.name: made.of(source, (base, pems), partial(_tool, source, model, pems, base))
+        model.metadata.name: made.of(source, "", (base, pems), partial(_tool, source, model, pems, base))
         for source, model in _of(sources, models.Tool)
     }
     hosts: dict[tuple[str, str, int], tuple[Tool, ...]] = {}
@@ -74,10 +95,9 @@ def compile_policy(
     for number, (source, agent) in enumerate(_of(sources, models.Agent)):
         progress(number, len(sources))
         limited = above.get(agent.metadata.owner, above.get("", ()))
-        catalog = {name: tools[name] for name in agent.spec.tools}
         exposed = shown if agent.spec.mode == "shadow" else {}
-        makings = (catalog, exposed, limited, flows)
-        agents[agent.metadata.name] = made.of(source, makings, partial(_agent, source, agent, *makings))
+        under = _Under({name: tools[name] for name in agent.spec.tools}, limited, flows, exposed)
+        agents[agent.metadata.name] = made.of(source, "", under, partial(_agent, source, agent, under, made))
     bundles = {name: pems[part["file"]] for name, part in written.identity.trust_bundles.items()}
     spire, anchored = written.identity.spire, partial(_anchored, base=base)
     content = [sorted(source.canonical for source in sources), sorted(pems.items())]
@@ -217,49 +237,28 @@ def _usual(
     return lambda operation, own: bearing_on(operation.effect, operation.data, own)
 
 
-def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
-    source: Source,
-    model: models.Agent,
-    catalog: Mapping[str, Tool],
-    exposed: Mapping[str, Tool],
-    above: tuple[Limit, ...],
-    flows: tuple[_Flow, ...],
-) -> Agent:
-    """`exposed` is what it may use of the catalog in shadow mode."""
+def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Agent:
     spec, name = model.spec, model.metadata.name
-    common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *above)
-    tools: dict[str, Mapping[str, Grant]] = {}
+    common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *under.limits)
+    held = {}
+    for tool in spec.tools:
+        bounds = under._replace(catalog={tool: under.catalog[tool]}, limits=common, exposed={})
+        held[tool] = made.of(source, tool, bounds, partial(_held, source, model, tool, bounds))
+    mode, flows, exposed = source.rule("spec", "mode"), under.flows, under.exposed
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
     answers = {tool: _own_traffic(flows, each, Effect.WRITE, common) for tool, each in exposed.items()}
-    every = dict.fromkeys(common)
-    for tool, part in spec.tools.items():
-        here = ("spec", "tools", tool)
-        shared = (*limits(source, part.limits, f"agent/{name}/{tool}", *here, "limits"), *common)
-        housekeeping[tool] = _own_traffic(flows, catalog[tool], None, shared)
-        answers[tool] = _own_traffic(flows, catalog[tool], Effect.WRITE, shared)
-        grants, usual, rule = {}, _usual(flows, catalog[tool], shared), source.rule(*here, "operations")
-        fresh = shared
-        for operation, grant in part.operations.items():
-            own = limits(source, grant.limits, f"agent/{name}/{tool}/{operation}", *here, "operations", operation, "limits")
-            every |= dict.fromkeys((*own, *fresh))
-            fresh = ()
-            declared = catalog[tool].operations[operation]
-            bounds = usual(declared, own)
-            grants[operation] = _grant(rule + json_pointer(operation), grant, bounds, catalog[tool].protocol, declared)
-        tools[tool] = MappingProxyType(grants)
-    mode = source.rule("spec", "mode")
     return Agent(
         name=name,
         owner=model.metadata.owner,
         oncall=model.metadata.oncall,
         rule=source.rule(),
-        tools=MappingProxyType(tools),
+        tools=MappingProxyType({tool: each.grants for tool, each in held.items()}),
         spiffe=spec.identity.spiffe or "",
         token=spec.identity.token,
         namespace=spec.identity.namespace or "",
-        housekeeping=MappingProxyType(housekeeping),
-        answers=MappingProxyType(answers),
-        limits=tuple(every),
+        housekeeping=MappingProxyType(housekeeping | {tool: each.housekeeping for tool, each in held.items()}),
+        answers=MappingProxyType(answers | {tool: each.answers for tool, each in held.items()}),
+        limits=tuple(dict.fromkeys((*common, *(limit for each in held.values() for limit in each.limits)))),
         shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, common) for name, tool in exposed.items()}),
         shadow_until=spec.shadow_until or 0.0,
     )
@@ -276,6 +275,23 @@ def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Li
             for name, each in {**tool.operations, **unknown}.items()
         }
     )
+
+
+def _held(source: Source, model: models.Agent, name: str, under: _Under) -> _Held:
+    """What an agent has of the tool with this name."""
+    tool, flows, part = under.catalog[name], under.flows, model.spec.tools[name]
+    here, scope = ("spec", "tools", name), f"agent/{model.metadata.name}/{name}"
+    shared = (*limits(source, part.limits, scope, *here, "limits"), *under.limits)
+    grants: dict[str, Grant] = {}
+    usual, rule = _usual(flows, tool, shared), source.rule(*here, "operations")
+    every: dict[Limit, None] = {}
+    for operation, grant in part.operations.items():
+        own = limits(source, grant.limits, f"{scope}/{operation}", *here, "operations", operation, "limits")
+        every |= dict.fromkeys(own if grants else (*own, *shared))
+        declared = tool.operations[operation]
+        grants[operation] = _grant(rule + json_pointer(operation), grant, usual(declared, own), tool.protocol, declared)
+    housekeeping, answers = (_own_traffic(flows, tool, effect, shared) for effect in (None, Effect.WRITE))
+    return _Held(MappingProxyType(grants), housekeeping, answers, tuple(every))
 
 
 def _grant(rule: str, spec: models.GrantSpec, bounds: tuple[Limit, ...], protocol: str, declared: Operation) -> Grant:
@@ -302,6 +318,8 @@ def approval(rule: str, spec: words.Approvers) -> Approval:
 
 def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterSchema]) -> Iterator[int]:
     """What schemas allow of the fields by which a model call bounds its output."""
+    if protocol not in PROVIDERS:
+        return
     api = api_at(protocol, declared.method, declared.template.text if declared.template else "")
     for field in PROVIDERS[protocol][api].outputs if api else ():
         for schema in (each["body"].source for each in (declared.schemas, granted) if "body" in each):
@@ -310,8 +328,13 @@ def _maxima(protocol: str, declared: Operation, granted: Mapping[str, ParameterS
                 yield int(of_field["maximum"])
 
 
+_NO_PINS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
 def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[str, tuple[str, ...]]:
     """The parameters that may have only certain texts; the manifest's schemas come after the catalog's."""
+    if not any(schema.pinned for schema in (*declared.schemas.values(), *own.values())):
+        return _NO_PINS
     pins: dict[str, tuple[str, ...]] = {}
     # What the path names is pinned by the path alone, not by a field of the body that has the same name.
     variables = {name for name, _ in declared.template.parts} if declared.template else set()

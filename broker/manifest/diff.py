@@ -2,13 +2,13 @@
 
 Laws: a change is `narrower` only where it surely is; what is neither is `changed` and counts as wider. Whatever differs is told,
 also a field that no table knows; only where something is written may change without a word. A changed catalog entry is told for
-each agent that it bears on. What each field means stands in `steps`.
+each agent that it bears on. What each field means stands in `meanings`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from broker.manifest import steps
+from broker.manifest import meanings
 from broker.manifest.steps import Direction, Step, compared
 from broker.policy.limits import Limit
 from broker.policy.schema import ParameterSchema
@@ -65,7 +65,7 @@ class _Comparing:
         self._parameters: dict[object, Direction] = {}
 
     def changes(self) -> Iterator[Change]:
-        yield from (_change("", "platform", step) for step in compared(steps.PLATFORM, self.base, self.head))
+        yield from (_change("", "platform", step) for step in compared(meanings.PLATFORM, self.base, self.head))
         for name in {*self.base.agents, *self.head.agents}:
             yield from (
                 _change(name, "agent", step) for step in self._agent(self.base.agents.get(name), self.head.agents.get(name))
@@ -79,7 +79,7 @@ class _Comparing:
             direction = Direction.NARROWER if before else Direction.WIDER
             yield Step("agent", direction, _who(before), _who(after), _rules(before, after))
         else:
-            yield from (step._replace(rules=(after.rule,)) for step in compared(steps.AGENT, before, after))
+            yield from (step._replace(rules=(after.rule,)) for step in compared(meanings.AGENT, before, after))
             yield from _limits(before, after)
         old, new = _tools(before), _tools(after)
         yield from _come_or_gone("host", self._hosts(self.base, old), self._hosts(self.head, new))
@@ -88,7 +88,7 @@ class _Comparing:
 
     def _hosts(self, snapshot: PolicySnapshot, tools: Iterable[str]) -> Mapping[str, tuple[str, str]]:
         found = (snapshot.tools[name] for name in tools)
-        return {steps.host(tool.endpoint): (tool.name, tool.rule) for tool in found}
+        return {meanings.host(tool.endpoint): (tool.name, tool.rule) for tool in found}
 
     def _granted(self, name: str, before: _Grants | None, after: _Grants | None) -> Iterator[Step]:
         """One tool of an agent."""
@@ -96,7 +96,7 @@ class _Comparing:
             snapshot = self.base if after is None else self.head
             tool = snapshot.tools[name]
             specs = (tool.credential, None) if after is None else (None, tool.credential)
-            yield from (_at(step, name, tool.rule) for step in (steps.credential(*specs) if tool.credential else ()))
+            yield from (_at(step, name, tool.rule) for step in (meanings.credential(*specs) if tool.credential else ()))
         else:
             yield from self._tool(name)
         old, new = before or {}, after or {}
@@ -112,14 +112,14 @@ class _Comparing:
     def _tool(self, name: str) -> tuple[Step, ...]:
         before, after = self.base.tools[name], self.head.tools[name]
         if name not in self._catalog:
-            found = compared(steps.TOOL, before, after) if before is not after else ()
+            found = compared(meanings.TOOL, before, after) if before is not after else ()
             self._catalog[name] = tuple(_at(step, name, after.rule) for step in found)
         return self._catalog[name]
 
     def _operation(self, place: _Place) -> tuple[Step, ...]:
         if place not in self._catalog:
             before, after = (_declared(each, place) for each in (self.base, self.head))
-            found = compared(steps.OPERATION, before, after) if before is not after else ()
+            found = compared(meanings.OPERATION, before, after) if before is not after else ()
             self._catalog[place] = tuple(_at(step, "/".join(place), after.rule) for step in found)
         return self._catalog[place]
 
@@ -129,7 +129,7 @@ class _Comparing:
         if before is after and old is new:
             return
         about = "/".join(place)
-        for step in compared(steps.GRANT, before, after):
+        for step in compared(meanings.GRANT, before, after):
             # A pin narrows credentials, so that it means nothing where there is none.
             if step.kind != "credential" or self.head.tools[place[0]].credential:
                 yield _at(step, about, after.rule)
@@ -146,7 +146,7 @@ class _Comparing:
         if texts[0] == texts[1]:
             return  # one that stands elsewhere now, at most
         if texts not in self._parameters:
-            self._parameters[texts] = steps.parameters(was, now)
+            self._parameters[texts] = meanings.parameters(was, now)
         # Of the catalog's and the manifest's schema those that are not as they were.
         other = [pair for pair in zip(was, now, strict=True) if (pair[0] and pair[0].text) != (pair[1] and pair[1].text)]
         old, new = (" and ".join(schema.text for schema in each if schema) for each in zip(*other, strict=True))
@@ -207,7 +207,7 @@ def _does(operation: Operation | None) -> str:
 
 
 def _lies(tool: Tool | None) -> str:
-    return steps.host(tool.endpoint) if tool else ""
+    return meanings.host(tool.endpoint) if tool else ""
 
 
 def _rules(*parts: Agent | Tool | ParameterSchema | None) -> tuple[str, ...]:
@@ -230,7 +230,20 @@ def _limits(before: Agent, after: Agent) -> Iterator[Step]:
         for key in old.keys() | new.keys():
             here = key in kept[0] and key in kept[1] and not (key in old and key in new)
             about = place if here else key[0] or f"after {' and '.join(key[2])}"
-            yield from (step._replace(about=about) for step in steps.limit(old.get(key), new.get(key)))
+            yield from (step._replace(about=about) for step in meanings.limit(old.get(key), new.get(key)))
+    if before.limits != after.limits:
+        yield from _idle_limits(
+            before, after, {key for each in (was, now) for bounds in each.values() for key in _by_identity(bounds)}
+        )
+
+
+def _idle_limits(before: Agent, after: Agent, bearing: set[_Bound]) -> Iterator[Step]:
+    """Those that bear on nothing that the agent does; one of an operation is told of with the operation."""
+    old, new = _by_identity(before.limits), _by_identity(after.limits)
+    for key in (old.keys() | new.keys()) - bearing:
+        if not key[0].startswith(f"agent/{after.name}/"):
+            for step in meanings.limit(old.get(key), new.get(key)):
+                yield step._replace(direction=Direction.EQUAL_EFFECT, about=key[0])
 
 
 def _bearing(agent: Agent, other: Agent) -> Mapping[str, tuple[Limit, ...]]:

@@ -6,10 +6,13 @@ Law: only a folder that can't be listed raises. Whatever is in it, the answer is
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +63,42 @@ def _quiet(_what: str, _done: int, _all: int) -> None:
     """Tells nobody."""
 
 
-class Known:
-    """What files became, for whoever loads two folders that are much alike: what is the same in both is made once.
+class Reading:
+    """How folders are read, and what became of files: what is the same in two folders is made once.
 
-    References to files are then made absolute below `anchor` in both, so that the folders' own places make no difference.
+    References to files are made absolute below `anchor`, for else the folders' own places would make a difference. With more than
+    one of `processes` YAML is read in forks, so that only a process without threads may ask for them.
     """
 
-    def __init__(self, anchor: Path) -> None:
-        self.anchor = anchor
-        self.files: dict[tuple[str, bytes], tuple[list[Source], list[Finding]]] = {}
+    def __init__(self, anchor: Path, progress: Progress = _quiet, processes: int = 1) -> None:
+        self.anchor, self.progress, self.processes = anchor, progress, processes
         self.made = Made()
+        self._files: dict[tuple[str, bytes], tuple[list[Source], list[Finding]]] = {}
+
+    def sources(self, texts: Mapping[str, bytes]) -> Iterator[tuple[list[Source], list[Finding]]]:
+        """Of each file, in order, the documents and what is wrong with them."""
+        unknown = [file for file in sorted(texts) if (file, texts[file]) not in self._files]
+        for number, (file, found) in enumerate(_documents(unknown, texts, self.processes)):
+            self.progress("reading", number, len(unknown))
+            self._files[file, texts[file]] = _sources(file, *found)
+        return (self._files[file, texts[file]] for file in sorted(texts))
 
 
-def load(directory: Path, words: Vocabulary | None = None, known: Known | None = None, progress: Progress = _quiet) -> Loaded:
+_FORK_FROM = 1000  # files: about two seconds of reading, a hundred times what a fork takes
+_Read = tuple[tuple[Document, ...], tuple[Finding, ...]]
+
+
+def _documents(files: Sequence[str], texts: Mapping[str, bytes], processes: int) -> Iterator[tuple[str, _Read]]:
+    contents = (texts[file] for file in files)
+    if processes == 1 or len(files) < _FORK_FROM:
+        yield from zip(files, map(read, files, contents), strict=True)
+        return
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # whoever interrupts means this process, which then ends the others
+    with ProcessPoolExecutor(processes, get_context("fork"), signal.signal, ignore) as pool:
+        yield from zip(files, pool.map(read, files, contents, chunksize=50), strict=True)
+
+
+def load(directory: Path, words: Vocabulary | None = None, reading: Reading | None = None) -> Loaded:
     """Read `*.yaml` and `*.yml` below the folder, except in `schema/` and what begins with a dot.
 
     Raises `UsageError` where the folder can't be listed.
@@ -86,7 +112,7 @@ def load(directory: Path, words: Vocabulary | None = None, known: Known | None =
         except OSError as error:
             message, advice = f"the file can't be read ({error.strerror or error})", "let the broker read it, or remove it"
             findings.append(Finding(name, 1, 1, "file_unreadable", message, advice))
-    return load_texts(texts, directory, words, tuple(findings), known, progress)
+    return load_texts(texts, directory, words, tuple(findings), reading)
 
 
 def _listed(directory: Path) -> list[Path]:
@@ -121,25 +147,21 @@ def _growing() -> Iterator[None]:
 
 
 @_growing()
-def load_texts(  # noqa: PLR0913, PLR0917 - what is read, what is known of it, and who is told
+def load_texts(
     texts: Mapping[str, bytes],
     base: Path,
     words: Vocabulary | None = None,
     before: tuple[Finding, ...] = (),
-    known: Known | None = None,
-    progress: Progress = _quiet,
+    reading: Reading | None = None,
 ) -> Loaded:
     """The same from contents at hand, by file name; `base` is where files that they name (certificates) are looked for.
 
     `before` are findings that are known already.
     """
-    known = known or Known(base)
+    reading = reading or Reading(base)
     findings = list(before)
     sources: list[Source] = []
-    for number, file in enumerate(sorted(texts)):
-        progress("reading", number, len(texts))
-        typed, problems = known.files.get((file, texts[file])) or _sources(file, texts[file])
-        known.files[file, texts[file]] = typed, problems
+    for typed, problems in reading.sources(texts):
         sources += typed
         findings += problems
     if not texts and not before:
@@ -149,14 +171,13 @@ def load_texts(  # noqa: PLR0913, PLR0917 - what is read, what is known of it, a
     findings = sorted({replace(finding, message=redacted(finding.message)) for finding in (*findings, *more)})
     failed = any(finding.severity == "error" for finding in findings)
     files = tuple(base / name for name in (*sorted(texts), *pems))
-    told = partial(progress, "compiling")
-    snapshot = None if failed else compile_policy(sources, pems, known.anchor, known.made, told)
+    told = partial(reading.progress, "compiling")
+    snapshot = None if failed else compile_policy(sources, pems, reading.anchor, reading.made, told)
     return Loaded(snapshot, tuple(findings), files, tuple(sources))
 
 
-def _sources(file: str, content: bytes) -> tuple[list[Source], list[Finding]]:
-    """The documents of one file, and what is wrong with them."""
-    documents, problems = read(file, content)
+def _sources(file: str, documents: Iterable[Document], problems: Iterable[Finding]) -> tuple[list[Source], list[Finding]]:
+    """The documents of one file as their kinds, and all that is wrong with them."""
     sources, findings = [], list(problems)
     for document in documents:
         source, more = _typed(file, document)

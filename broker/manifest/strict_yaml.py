@@ -193,14 +193,15 @@ class _Reader:
 
     def _mapping(self, depth: int, pointer: Pointer | None) -> Json:
         data: dict[str, Json] = {}
-        while (event := self._loader.get_event()).__class__ is not yaml.MappingEndEvent:
+        following = self._loader.get_event
+        while (event := following()).__class__ is not yaml.MappingEndEvent:
             key, here = self._key(event, depth, pointer), None
             if key in data:
                 self.note(_start(event), "yaml_duplicate_key", f"the key {key!r} stands here twice", "keep one of the two")
             if pointer is not None:
                 here = (*pointer, key)
                 self._keys[here] = _start(event)
-            value = self._node(self._loader.get_event(), depth, here)
+            value = self._node(following(), depth, here)
             data.setdefault(key, value)
         return data
 

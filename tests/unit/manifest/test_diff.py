@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from broker.manifest import steps
+from broker.manifest import meanings, steps
 from broker.manifest.diff import Change, Diff, diff
-from broker.manifest.load import Known, load_texts
+from broker.manifest.load import Reading, load_texts
 from broker.manifest.steps import Direction
 from broker.policy.approval import Approval
 from broker.policy.containment import Alerting, Decoys
@@ -105,14 +105,14 @@ def changed(*edits):
     return world
 
 
-def compiled(world, folder="/somewhere", known=None):
+def compiled(world, folder="/somewhere", reading=None):
     texts = {}
     for name, written in world.items():
         if "owner" not in (metadata := dict(written.get("metadata", {}))):
             metadata["owner"] = "team"
         texts[f"{name}.yaml"] = json.dumps({"apiVersion": "broker/v1", "metadata": {"name": name, **metadata}, **{
             key: part for key, part in written.items() if key != "metadata"}}).encode()  # fmt: skip
-    loaded = load_texts(texts, Path(folder), known=known)
+    loaded = load_texts(texts, Path(folder), reading=reading)
     assert loaded.snapshot, loaded.findings
     return loaded.snapshot
 
@@ -284,17 +284,70 @@ def test_what_bears_on_nobody_is_told_without_effect():
     assert told(BASE, compiled(renamed)) == [("bot", "owner", "shop", EQUAL)]
 
 
+def test_a_limit_that_bears_on_nothing_is_without_effect():
+    assert told(BASE, compiled(changed(("bot/spec/limits/destructive", "1/day")))) == [("bot", "limit", "agent/bot", EQUAL)]
+
+
+def test_what_comes_and_goes_with_an_operation_is_told_with_the_operation():
+    world = changed(("bot/spec/tools/shop/operations/unused", {"limits": {"calls": "1/day"}}))
+    assert told(BASE, compiled(world)) == [("bot", "operation", "shop/unused", WIDER)]
+
+
+def test_a_tool_less_is_told_with_its_credential():
+    found = told(BASE, compiled(changed(("bot/spec/tools/shop", GONE))))
+    assert ("bot", "credential", "shop", NARROWER) in found
+    assert ("bot", "host", "https://shop.example:443", NARROWER) in found
+    assert {each[3] for each in found} == {NARROWER}
+
+
+def test_a_parameter_that_is_no_longer_pinned_widens_the_credential():
+    found = told(BASE, compiled(changed(("bot/spec/tools/shop/operations/get/params", GONE))))
+    assert ("bot", "credential", "shop/get id", WIDER) in found
+    assert ("bot", "parameters", "shop/get path", WIDER) in found
+    bare = changed(("shop/spec/credential", GONE))
+    loose = copy.deepcopy(bare)
+    del loose["bot"]["spec"]["tools"]["shop"]["operations"]["get"]["params"]
+    assert told(compiled(bare), compiled(loose)) == [("bot", "parameters", "shop/get path", WIDER)]
+
+
+def test_two_flow_rules_after_the_same_data_are_two():
+    more = {"after": ["pii"], "deny": {"egress": "internal"}}
+    after = compiled(changed(("platform/spec/flow", [*WORLD["platform"]["spec"]["flow"], more])))
+    assert {each[3] for each in told(BASE, after)} == {NARROWER}
+    assert {each[3] for each in told(after, BASE)} == {WIDER}
+
+
 def test_a_schema_written_otherwise_is_without_effect():
     found = told(BASE, compiled(changed((f"{CATALOG}/put/params/body/title", "An item"))))
     assert found == [("bot", "parameters", "shop/put body", EQUAL)]
 
 
 def test_another_folder_and_another_order_of_files_are_no_change():
-    known = Known(Path("/anchor"))
-    base, head = (compiled(WORLD, folder, known) for folder in ("/one", "/two"))
+    reading = Reading(Path("/anchor"))
+    base, head = (compiled(WORLD, folder, reading) for folder in ("/one", "/two"))
     assert diff(base, head).changes == ()
     assert diff(base, head).widens is False
     assert base.agents["bot"] is head.agents["bot"]
+
+
+def test_a_changed_catalog_entry_is_told_for_each_agent_that_it_bears_on():
+    world = changed(("other", copy.deepcopy(WORLD["bot"])), ("third", copy.deepcopy(WORLD["bot"])))
+    for name in ("other", "third"):
+        world[name]["spec"]["identity"] = {"token": True}
+    del world["third"]["spec"]["tools"]["shop"]
+    wider = copy.deepcopy(world)
+    wider["shop"]["spec"]["operations"]["put"]["max_body"] = "2MiB"
+    wider["shop"]["spec"]["operations"]["put"]["params"]["body"]["properties"]["n"]["maximum"] = 60
+    wider["shop"]["spec"]["egress"] = "external"
+    for reading in (None, Reading(Path("/somewhere"))):
+        assert told(compiled(world, reading=reading), compiled(wider, reading=reading)) == [
+            ("bot", "egress", "shop", NARROWER),
+            ("bot", "max_body", "shop/put", WIDER),
+            ("bot", "parameters", "shop/put body", WIDER),
+            ("other", "egress", "shop", NARROWER),
+            ("other", "max_body", "shop/put", WIDER),
+            ("other", "parameters", "shop/put body", WIDER),
+        ]
 
 
 def test_what_only_moved_is_no_change():
@@ -305,17 +358,17 @@ def test_what_only_moved_is_no_change():
 
 def test_a_second_load_gives_what_a_first_gives():
     world = changed((f"{CATALOG}/put/max_body", "2MiB"), ("bot/spec/limits/calls", "7/hour"))
-    known = Known(Path("/somewhere"))
-    assert compiled(WORLD, known=known).revision == BASE.revision
-    again = compiled(world, known=known)
+    reading = Reading(Path("/somewhere"))
+    assert compiled(WORLD, reading=reading).revision == BASE.revision
+    again = compiled(world, reading=reading)
     assert diff(again, compiled(world)).changes == ()
     assert again.tools["shop"].operations["put"].max_body == 2 << 20
 
 
 TABLES = {
-    PolicySnapshot: steps.PLATFORM, Agent: steps.AGENT, Grant: steps.GRANT, Tool: steps.TOOL, Operation: steps.OPERATION,
-    Approval: steps.APPROVAL, CredentialSpec: steps.CREDENTIAL, Upstream: steps.UPSTREAM, Decoys: steps.DECOYS,
-    Alerting: steps.ALERTING,
+    PolicySnapshot: meanings.PLATFORM, Agent: meanings.AGENT, Grant: meanings.GRANT, Tool: meanings.TOOL, Operation: meanings.OPERATION,
+    Approval: meanings.APPROVAL, CredentialSpec: meanings.CREDENTIAL, Upstream: meanings.UPSTREAM, Decoys: meanings.DECOYS,
+    Alerting: meanings.ALERTING,
 }  # fmt: skip
 
 
@@ -325,7 +378,7 @@ def test_a_table_names_every_field(part):
 
 
 def test_a_field_that_no_table_knows_is_told_as_changed():
-    table = {name: rule for name, rule in steps.OPERATION.items() if name != "max_body"}
+    table = {name: rule for name, rule in meanings.OPERATION.items() if name != "max_body"}
     operation = BASE.tools["shop"].operations["get"]
     [step] = steps.compared(table, operation, replace(operation, max_body=7))
     assert (step.kind, step.direction, step.before, step.after) == ("max_body", CHANGED, "1048576", "7")

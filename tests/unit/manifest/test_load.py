@@ -1,6 +1,7 @@
 """What a right folder becomes, and what may and may not change its revision."""
 
 import datetime as dt
+import gc
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from broker.errors import UsageError
-from broker.manifest.load import load, load_texts
+from broker.manifest import load as loading
+from broker.manifest.load import Reading, load, load_texts
 from broker.policy.types import Effect
 
 TOOLS = b"""
@@ -337,3 +339,28 @@ def test_a_credential_of_a_well_known_form_is_found_wherever_it_stands():
     ]
     assert [(finding.code, finding.line) for finding in findings] == [("secret_literal", 4)]
     assert "0123456789" not in str(findings)
+
+
+def test_several_processes_read_what_one_reads(folder, monkeypatch):
+    monkeypatch.setattr(loading, "_FORK_FROM", 2)
+    for number in range(120):
+        agent = (
+            AGENT.decode().replace("refund-bot", f"bot{number}").replace("token: true", "token: true" if number else "token: no")
+        )
+        (folder / f"agents/bot{number:03}.yaml").write_text(agent)
+    told = []
+    one, many = load(folder), load(folder, reading=Reading(folder, lambda *done: told.append(done), processes=2))
+    assert many.findings == one.findings
+    assert [(finding.file, finding.code) for finding in many.findings] == [("agents/bot000.yaml", "yaml_boolean")]
+    assert told[0] == ("reading", 0, 123)
+    (folder / "agents/bot000.yaml").unlink()
+    snapshots = [load(folder, reading=Reading(folder, processes=number)).snapshot for number in (1, 2)]
+    assert snapshots[0].revision == snapshots[1].revision
+    assert len(snapshots[1].agents) == 120
+
+
+def test_collection_is_as_it_was_after_reading(folder):
+    for before in (gc.disable, gc.enable):
+        before()
+        load(folder)
+        assert gc.isenabled() is (before is gc.enable)

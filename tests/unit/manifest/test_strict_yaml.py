@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.manifest.strict_yaml import MAX_BYTES, MAX_DEPTH, read
+from broker.redaction import SHAPE, may_hold
 
 WORDS = ["yes", "no", "on", "off", "y", "n", "Y", "N", "YES", "No", "On", "OFF", "True", "TRUE", "False", "FALSE", "Null", "NULL"]
 JSON = st.recursive(
@@ -128,3 +129,24 @@ def test_what_is_not_plain_utf_8_is_refused(content):
 @pytest.mark.parametrize("character", ["\0", "\x1b", "\x85", "\u2028", "\u202e", "\u2066", "\ufeff", "\uffff"])
 def test_characters_that_a_reviewer_cannot_see_are_refused(character):
     assert codes(f"a: 'b{character}'") == ["yaml_character"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: ghp_12345678",
+        'a: "gh\\x70_12345678"',
+        'a: "ghp_\\\n  12345678"',
+        "a: >-\n  -----BEGIN RSA\n  PRIVATE KEY",
+        "a: '-----BEGIN RSA\n  PRIVATE KEY'",
+        "ghp_12345678: a",
+        "a: [b, {c: 'x sk_live_1'}]",
+    ],
+)
+def test_a_credential_is_found_however_it_is_written(text):
+    assert codes(text) == ["secret_literal"]
+
+
+@given(st.from_regex(SHAPE), st.text(max_size=5))
+def test_what_holds_a_credential_is_looked_at(secret, text):
+    assert may_hold(text + secret)
