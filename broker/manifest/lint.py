@@ -3,7 +3,9 @@
 Law: what is reported is so. Where it takes more than a look at a rule and its neighbours to tell, nothing is said.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from broker.manifest.models import Agent, ToolSpec
@@ -30,7 +32,7 @@ def lint_tool(spec: ToolSpec) -> Iterator[Problem]:
         if operation.effect is not Effect.READ and content and not _is_closed(operation.params, content):
             yield _place(here, operation.params, content), "schema_open", _OPEN.format(content)
         for location, schema in operation.params.items():
-            yield from _odd(schema.source, {}, (*here, "params", location))
+            yield from _placed((*here, "params", location), _oddities(schema.text, ""))
 
 
 _OPEN = (
@@ -64,8 +66,17 @@ def lint_grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]]) 
             asked = (grant.approval.when or {}) if grant.approval else {}
             for place, params in (((*here, "params"), grant.params), ((*here, "approval", "when"), asked)):
                 for location, schema in params.items():
-                    above = declared[location].source if location in declared else {}
-                    yield from _odd(schema.source, above, (*place, location))
+                    above = declared[location].text if location in declared else ""
+                    yield from _placed((*place, location), _oddities(schema.text, above))
+
+
+def _placed(here: Pointer, problems: Iterable[Problem]) -> Iterator[Problem]:
+    return (((*here, *pointer), code, why) for pointer, code, why in problems)
+
+
+@lru_cache(maxsize=4096)  # few schemas are written, and many agents have them
+def _oddities(text: str, above: str) -> tuple[Problem, ...]:
+    return tuple(_odd(json.loads(text), json.loads(above or "{}"), ()))
 
 
 def _odd(schema: Any, above: Any, here: Pointer) -> Iterator[Problem]:
