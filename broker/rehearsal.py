@@ -25,7 +25,7 @@ from broker.ledger.base import Spend
 from broker.ledger.memory import MemoryLedger
 from broker.metrics import Metrics
 from broker.policy.agreement import Wire
-from broker.policy.limits import Measure, label
+from broker.policy.limits import Kind, Measure, label
 from broker.policy.snapshot import PolicySnapshot, Tool
 from broker.policy.types import Door, Json, Request
 from broker.protocols.registry import ADAPTERS
@@ -109,10 +109,10 @@ class Rehearsal:
         if (agent := self._snapshot.agents.get(name)) is None:
             return
         for what, limits, amounts in (
-            ("spent", tuple(limit for limit in agent.limits if limit.measure in before.spent), before.spent),
+            ("spent", tuple(limit for limit in agent.limits if limit.kind in (Kind.WINDOW, Kind.RUN)), before.spent),
             ("labels", tuple(map(label, before.labels)), {Measure.CALLS: 1}),
         ):
-            if limits:
+            if limits and amounts:
                 ledger.take(Spend(what, name, limits, amounts, run, "earlier/"), self._now)
                 ledger.settle(what, {}, self._now)
 
