@@ -95,3 +95,24 @@ def test_a_tunnel_is_refused_in_words_and_recorded_under_the_same_decision_for(c
 def test_a_refusal_that_cannot_be_recorded_is_still_one():
     answer, _ = asked(peer="", audit=Full())
     assert answer.denied_response.status.code == 407
+
+
+def in_shadow(**agent):
+    shadowed = replace(SNAPSHOT.agents["bot"], shadow_until=NOW + 1, **agent)
+    return lambda: replace(SNAPSHOT, agents={"bot": shadowed}, by_spiffe={SPIFFE: shadowed})
+
+
+def test_in_shadow_mode_a_tunnel_to_a_tool_that_is_not_listed_is_opened_once_that_is_recorded():
+    exposed = {"shadow": {"other": {}}}
+    answer, (record,) = asked(target="other.example:443", snapshot=in_shadow(**exposed))
+    assert answer.HasField("ok_response")
+    assert (record["verdict"], record["code"], record["method"]) == ("would_deny", "tool_not_declared", "CONNECT")
+    unwritten, _ = asked(target="other.example:443", snapshot=in_shadow(**exposed), audit=Full())
+    assert json.loads(unwritten.denied_response.body)["code"] == "audit_unavailable"
+
+
+def test_in_shadow_mode_a_tunnel_to_a_decoy_and_to_a_host_of_no_tool_stays_closed():
+    answer, _ = asked(target="other.example:443", snapshot=in_shadow(shadow={}))
+    assert json.loads(answer.denied_response.body)["code"] == "tool_not_declared"
+    answer, _ = asked(target="elsewhere.example:443", snapshot=in_shadow(shadow={"other": {}}))
+    assert json.loads(answer.denied_response.body)["code"] == "host_not_declared"
