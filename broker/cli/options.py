@@ -28,6 +28,7 @@ from broker.errors import BrokerError, UsageError, counted
 from broker.keys import ed25519
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
+from broker.manifest.words import moment as date_or_time
 from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
@@ -67,7 +68,6 @@ def _together(*options: Decorator) -> Decorator:
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SPAN = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
-_DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?", re.ASCII)  # RFC 3339, section 5.6
 
 
 def _moment(text: str, direction: int) -> float:
@@ -75,9 +75,7 @@ def _moment(text: str, direction: int) -> float:
         if span := _SPAN.fullmatch(text):
             away = timedelta(seconds=direction * int(span[1]) * _UNITS[span[2]])
             return (datetime.fromtimestamp(clock.now(), UTC) + away).timestamp()
-        if _DATE.fullmatch(text):
-            when = datetime.fromisoformat(text.upper())
-            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC).timestamp()
+        return date_or_time(text)
     raise UsageError(f"{text!r} is no time", "write 30s, 15m, 12h, 7d, 2026-01-31 (in UTC) or 2026-01-31T09:30:00Z")
 
 

@@ -99,16 +99,23 @@ def _rate(units: Mapping[str, int], example: str, parts: int = 1) -> Callable[[s
 
 
 def moment(text: str) -> float:
-    """A date, which begins at 00:00 UTC, or a time with its zone (RFC 3339), in seconds since the epoch. Raises `ValueError`."""
+    """A date, which begins at 00:00 UTC, or a time with its zone (RFC 3339 section 5.6), in seconds since the epoch.
+
+    Raises `ValueError`.
+    """
     try:
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text.upper()) if _MOMENT.fullmatch(text) else None
     except ValueError:
-        raise refusal(_NO_MOMENT) from None
-    if found.tzinfo is None and len(text) > len("2027-01-31"):
+        found = None
+    if found is None:
         raise refusal(_NO_MOMENT)
-    return found.replace(tzinfo=found.tzinfo or UTC).timestamp()
+    try:
+        return found.replace(tzinfo=found.tzinfo or UTC).astimezone(UTC).timestamp()
+    except OverflowError:  # in UTC it is before the year 1, or after 9999
+        raise refusal(_NO_MOMENT) from None
 
 
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d))?", re.ASCII)
 _NO_MOMENT = "it should be a date or a time with its zone; write 2027-01-31 (from 00:00 UTC on) or 2027-01-31T17:00:00Z"
 
 
