@@ -125,7 +125,7 @@ class Evidence:
     """What a request brings to prove who sends it, by the door it came through. Only Envoy fills `peer_uri` and `carried`.
 
     `peer_uri` is the URI SAN of a verified client certificate, `peer_times` when that ends (if known), as in `Principal.decode`.
-    `carried` is `(agent, times)` from the tunnel's filter state.
+    `carried` is `(agent, times)` from the tunnel's or the namespace's filter state.
     """
 
     door: Door
@@ -141,7 +141,7 @@ def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthorit
 
     First that applies:
 
-    1. inside a tunnel: the identity that opened it, while its token or certificate lasts
+    1. inside a tunnel: the identity that opened it, while its token or certificate lasts; in a namespace: its agent
     2. a verified client certificate, while it lasts: the agent with that SPIFFE ID
     3. a token in the door's own header, for an agent whose manifest takes tokens
     4. nobody → `agent_unknown`

@@ -214,7 +214,9 @@ def drain(admin_socket: Path) -> None:
     with contextlib.suppress(OSError):
         fetch(admin_socket, "POST", "/drain_listeners?graceful&skip_exit")
         while time.monotonic() < end:
-            _, active = fetch(admin_socket, "GET", "/stats?filter=%5Ehttp%5C.(proxy|base-url|inner).*downstream_rq_active$")
+            _, active = fetch(
+                admin_socket, "GET", "/stats?filter=%5Ehttp%5C.(proxy|base-url|inner|namespace).*downstream_rq_active$"
+            )
             if not re.search(rb": [1-9]", active):
                 return
             time.sleep(_POLL_S)

@@ -11,7 +11,7 @@ from broker.case import UNRECORDED, Case
 from broker.events import Services
 from broker.identity import Evidence, Principal
 from broker.policy.agreement import connect_target
-from broker.policy.types import Code, Decision, Door, Verdict, deny
+from broker.policy.types import Code, Decision, Verdict, deny
 from broker.protocols.base import Reply
 from broker.protocols.problem import reply, status_at
 
@@ -28,7 +28,7 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Principal 
     3. the catalog has nothing at exactly this host and port → `host_not_declared`
     4. the agent's manifest lists no tool there → `tool_not_declared`; in shadow mode that is recorded, and it is opened
     """
-    case = Case(services, door=Door.PROXY, method="CONNECT", host=target)
+    case = Case(services, door=evidence.door, method="CONNECT", host=target)
     try:
         outcome = _decide(case, evidence, target)
     except Exception:
@@ -38,7 +38,7 @@ def authorize(services: Services, evidence: Evidence, target: str) -> Principal 
         return outcome
     if outcome is not UNRECORDED:
         case.record(outcome)
-    return reply(case.problem(outcome), status_at(outcome.code or Code.INTERNAL_FAULT, Door.PROXY))
+    return reply(case.problem(outcome), status_at(outcome.code or Code.INTERNAL_FAULT, evidence.door))
 
 
 def _decide(case: Case, evidence: Evidence, target: str) -> Principal | Decision:

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import betterproto2
 import envoy_data_plane.envoy.config.bootstrap.v3 as bootstrap_v3
 import envoy_data_plane.envoy.config.core.v3 as core
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 
-from broker.dataplane import clusters, listeners, routes, site
+from broker.dataplane import clusters, listeners, namespaces, routes, site
 from broker.dataplane.proto import ADS, extension, seconds, to_processor
-from broker.dataplane.site import Certificates, Site
+from broker.dataplane.site import Certificates, Namespace, Site
 from broker.policy.snapshot import PolicySnapshot
 
 
@@ -23,6 +24,29 @@ class Resources:
     routes: Sequence[betterproto2.Message]
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The same in Envoy's own form: what stays as it is need not be written again."""
+
+    clusters: Sequence[bytes]
+    listeners: Sequence[bytes]
+    routes: Sequence[bytes]
+
+    @classmethod
+    def of(cls, made: Resources) -> "Written":
+        """The resources, written."""
+        return cls(*(tuple(map(bytes, part)) for part in (made.clusters, made.listeners, made.routes)))
+
+    @classmethod
+    def all(cls, *parts: "Written") -> "Written":
+        """All of these together."""
+        return cls(
+            tuple(chain.from_iterable(each.clusters for each in parts)),
+            tuple(chain.from_iterable(each.listeners for each in parts)),
+            tuple(chain.from_iterable(each.routes for each in parts)),
+        )
+
+
 def resources(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> Resources:
     """Envoy's configuration for one snapshot."""
     tools = [clusters.tool(tool, place.system_roots) for _, tool in sorted(snapshot.tools.items())]
@@ -31,6 +55,21 @@ def resources(snapshot: PolicySnapshot, place: Site, certificates: Certificates)
         [*listeners.inner(certificates), listeners.proxy(snapshot, place, certificates), listeners.base_url(place)],
         [routes.proxy(snapshot), routes.inner(snapshot), routes.base_url(snapshot)],
     )
+
+
+def shared_by_namespaces(snapshot: PolicySnapshot, certificates: Certificates) -> Resources:
+    """What is there beside these, once there are namespaces: where their doors lead."""
+    inner, by_address = routes.INNER_OF[site.NAMESPACE_PROXY]
+    return Resources(
+        [clusters.internal(inner), clusters.internal(by_address)],
+        listeners.inner(certificates, site.NAMESPACE_PROXY),
+        [routes.proxy(snapshot, site.NAMESPACE_PROXY), routes.inner(snapshot, inner)],
+    )
+
+
+def doors_of(snapshot: PolicySnapshot, namespace: Namespace) -> Resources:
+    """The doors inside one namespace."""
+    return Resources([], [namespaces.doors(namespace), namespaces.dns(snapshot, namespace)], [])
 
 
 def bootstrap(place: Site) -> bootstrap_v3.Bootstrap:

@@ -4,6 +4,7 @@ Law: `failure_mode_allow` is never set. ext_proc lets a request through when its
 the processor alone does not guard: the gate after it wants proof, per request, that the processor decided.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import betterproto2
@@ -20,8 +21,11 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthz
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as RbacFilter
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
 from envoy_data_plane.envoy.extensions.filters.http.set_filter_state.v3 import Config as SetFilterState
+from envoy_data_plane.envoy.extensions.filters.http.set_metadata.v3 import Config as SetMetadata
+from envoy_data_plane.envoy.extensions.filters.http.set_metadata.v3 import Metadata
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
+from envoy_data_plane.google.protobuf import Struct
 
 from broker.dataplane import site
 from broker.dataplane.proto import extension, inline, seconds, to_processor
@@ -59,10 +63,15 @@ def call_filters(*openers: rbac.Principal) -> list[HttpFilter]:
     return [_ext_proc(), gate, router]
 
 
-def proxy_filters() -> list[HttpFilter]:
-    """For the explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls."""
+def proxy_filters(agent: str = "") -> list[HttpFilter]:
+    """For an explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls.
+
+    With an `agent`, whoever comes through is that one.
+    """
     connect = rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
     opener = rbac.Principal(and_ids=rbac.PrincipalSet(ids=[connect, _proof(site.EXT_AUTHZ)]))
+    if agent:
+        return [_owner(agent), _ext_authz([site.NAMESPACE_METADATA]), _owner_state(agent), *call_filters(opener)]
     return [_ext_authz(), _identity_state(), *call_filters(opener)]
 
 
@@ -102,7 +111,7 @@ def _ext_proc() -> HttpFilter:
     )
 
 
-def _ext_authz() -> HttpFilter:
+def _ext_authz(told: list[str] | None = None) -> HttpFilter:
     return http_filter(
         "ext_authz",
         ExtAuthz(
@@ -110,6 +119,7 @@ def _ext_authz() -> HttpFilter:
             transport_api_version=core.ApiVersion.V3,
             failure_mode_allow=False,
             status_on_error=_UNAVAILABLE,
+            metadata_context_namespaces=told or [],
         ),
     )
 
@@ -121,8 +131,28 @@ def _identity_state() -> HttpFilter:
         site.STATE_TOKEN: f"%DYNAMIC_METADATA({site.EXT_AUTHZ}:token)%%DOWNSTREAM_PEER_CERT_V_END(/%s)%",
         site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%",
     }
-    carried = [_carried(key, source) for key, source in values.items()]
-    return http_filter("set_filter_state", SetFilterState(on_request_headers=carried))
+    return http_filter("set_filter_state", SetFilterState(on_request_headers=carried(values)))
+
+
+def _owner(agent: str) -> HttpFilter:
+    # ext_authz is told no filter state. Metadata, like it, comes from filters alone: no header can set it.
+    value = Struct.from_dict({"agent": agent})
+    return http_filter("set_metadata", SetMetadata(metadata=[Metadata(metadata_namespace=site.NAMESPACE_METADATA, value=value)]))
+
+
+def _owner_state(agent: str) -> HttpFilter:
+    state = carried({site.STATE_AGENT: literal(agent), site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%"})
+    return http_filter("set_filter_state", SetFilterState(on_request_headers=state))
+
+
+def literal(text: str) -> str:
+    """Text as a format string that means just it."""
+    return text.replace("%", "%%")
+
+
+def carried(values: Mapping[str, str]) -> list[filter_state.FilterStateValue]:
+    """Filter state that goes along into a tunnel: key → format string."""
+    return [_carried(key, source) for key, source in values.items()]
 
 
 def _carried(key: str, source: str) -> filter_state.FilterStateValue:

@@ -16,14 +16,14 @@ from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import 
 from broker.dataplane import site
 from broker.dataplane.filters import call_filters, connection_access_log, http_access_log, proxy_filters
 from broker.dataplane.proto import ADS, extension, inline, sds, seconds, socket
-from broker.dataplane.routes import IDLE_S
+from broker.dataplane.routes import IDLE_S, INNER_OF
 from broker.dataplane.site import Certificates, Leaf, Site
 from broker.policy.snapshot import PolicySnapshot, Spire
 
 # Memory a peer can make Envoy hold per connection; a route raises it to what its tool's operations take.
 BUFFER_BYTES = 65_536
 
-_PLAIN, _TLS = "raw_buffer", "tls"
+PLAIN, TLS = "raw_buffer", "tls"
 _H1 = ["http/1.1"]
 # SPIRE's own bundle and the federated ones, each for its domain only. Under its other names (`ROOTCA`, a domain's) an agent with
 # `disable_spiffe_cert_validation` gives a plain list, which lets a root vouch for any name; under this one it then gives nothing.
@@ -32,39 +32,44 @@ _ALL_BUNDLES = "ALL"
 
 def proxy(snapshot: PolicySnapshot, place: Site, certificates: Certificates) -> listener_v3.Listener:
     """The explicit proxy: plain for agents with a token, TLS with a client certificate where SPIRE or trust bundles are named."""
-    chains = [_chain("plain", site.PROXY)]
+    chains = [chain("plain", site.PROXY)]
     if snapshot.spire or snapshot.trust_bundles:
         common = _from_spire(snapshot.spire) if snapshot.spire else _own(snapshot.trust_bundles, certificates.door)
-        mutual = _chain("mtls", site.PROXY, _server_tls(common, mutual=True))
-        chains = [_for(_PLAIN, chains[0]), _for(_TLS, mutual)]
-    return _listener(site.PROXY, chains, place.proxy)
+        mutual = chain("mtls", site.PROXY, _server_tls(common, mutual=True))
+        chains = [on(PLAIN, chains[0]), on(TLS, mutual)]
+    return listener(site.PROXY, chains, socket(place.proxy))
 
 
 def base_url(place: Site) -> listener_v3.Listener:
     """The reverse proxy."""
-    return _listener(site.BASE_URL, [_chain("plain", site.BASE_URL)], place.base_url)
+    return listener(site.BASE_URL, [chain("plain", site.BASE_URL)], socket(place.base_url))
 
 
-def inner(certificates: Certificates) -> list[listener_v3.Listener]:
-    """Where tunnels end: by name, and, only if the catalog has any, by address."""
+def inner(certificates: Certificates, door: str = site.PROXY) -> list[listener_v3.Listener]:
+    """Where the tunnels of an explicit proxy end: by name, and, only if the catalog has any, by address."""
+    name, name_by_address = INNER_OF[door]
     named, alpn = sorted(certificates.hosts), ["h2", "http/1.1"]
-    chains = [_for(_PLAIN, _chain("plain", site.INNER))]
+    chains = [on(PLAIN, chain("plain", name))]
     if named:
         leaves = [certificates.hosts[host] for host in named]
-        chains.append(_for(_TLS, _chain("tls", site.INNER, _server_tls(_shown(leaves, alpn))), named))
-    listeners = [_listener(site.INNER, chains)]
+        chains.append(on(TLS, chain("tls", name, _server_tls(_shown(leaves, alpn))), named))
+    listeners = [listener(name, chains)]
     if certificates.addresses:
-        by_address = _chain("tls", site.INNER, _server_tls(_shown([certificates.addresses], alpn)))
-        listeners.append(_listener(site.INNER_ADDRESSES, [_for(_TLS, by_address)]))
+        by_address = chain("tls", name, _server_tls(_shown([certificates.addresses], alpn)))
+        listeners.append(listener(name_by_address, [on(TLS, by_address)]))
     return listeners
 
 
-def _listener(name: str, chains: list[listener_v3.FilterChain], address: tuple[str, int] | None = None) -> listener_v3.Listener:
-    inspected = any(chain.filter_chain_match for chain in chains)
+def listener(
+    name: str, chains: list[listener_v3.FilterChain], address: core.Address | None = None, *more: core.Address
+) -> listener_v3.Listener:
+    """A door at these addresses; without one, an internal listener."""
+    inspected = any(each.filter_chain_match for each in chains)
     inspector = extension(listener_v3.ListenerFilter, "envoy.filters.listener.tls_inspector", TlsInspector())
     return listener_v3.Listener(
         name=name,
-        address=socket(address) if address else None,
+        address=address,
+        additional_addresses=[listener_v3.AdditionalAddress(address=each) for each in more],
         internal_listener=None if address else listener_v3.ListenerInternalListenerConfig(),
         # Two Envoys must never share a door silently.
         enable_reuse_port=False if address else None,
@@ -76,19 +81,21 @@ def _listener(name: str, chains: list[listener_v3.FilterChain], address: tuple[s
     )
 
 
-def _for(transport: str, chain: listener_v3.FilterChain, names: Sequence[str] = ()) -> listener_v3.FilterChain:
-    chain.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol=transport, server_names=list(names))
-    return chain
+def on(transport: str, made: listener_v3.FilterChain, names: Sequence[str] = ()) -> listener_v3.FilterChain:
+    """The chain, for `PLAIN` or `TLS` connections alone, and of these only for such names."""
+    made.filter_chain_match = listener_v3.FilterChainMatch(transport_protocol=transport, server_names=list(names))
+    return made
 
 
-def _chain(name: str, routes: str, transport: core.TransportSocket | None = None) -> listener_v3.FilterChain:
-    connect = routes == site.PROXY
+def chain(name: str, routes: str, transport: core.TransportSocket | None = None, agent: str = "") -> listener_v3.FilterChain:
+    """HTTP, led by these routes; with an `agent`, whoever comes to an explicit proxy is that one."""
+    connect = routes in INNER_OF
     codec = hcm.HttpConnectionManagerCodecType.AUTO if transport and not connect else hcm.HttpConnectionManagerCodecType.HTTP1
     manager = hcm.HttpConnectionManager(
         codec_type=codec,
         stat_prefix=f"{routes}-{name}",
         rds=hcm.Rds(config_source=ADS, route_config_name=routes),
-        http_filters=proxy_filters() if connect else call_filters(),
+        http_filters=proxy_filters(agent) if connect else call_filters(),
         access_log=[http_access_log()],
         common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=seconds(IDLE_S), max_headers_count=100),
         # Python before 3.12 (urllib, requests) sends its CONNECT as HTTP/1.0; any other such request is refused by the exchange.

@@ -61,9 +61,13 @@ def sds(path: str) -> core.ConfigSource:
     return core.ConfigSource(api_config_source=api, resource_api_version=core.ApiVersion.V3, initial_fetch_timeout=seconds(1))
 
 
-def socket(address: tuple[str, int]) -> core.Address:
-    """A TCP address."""
-    return core.Address(socket_address=core.SocketAddress(address=address[0], port_value=address[1]))
+def socket(address: tuple[str, int], namespace: str = "", *, udp: bool = False) -> core.Address:
+    """An address of TCP or UDP; with a `namespace` (a path that opens it), in that network namespace."""
+    protocol = core.SocketAddressProtocol.UDP if udp else core.SocketAddressProtocol.TCP
+    host, port = address
+    return core.Address(
+        socket_address=core.SocketAddress(protocol=protocol, address=host, port_value=port, network_namespace_filepath=namespace)
+    )
 
 
 def one_endpoint(cluster: str, address: core.Address) -> ClusterLoadAssignment:

@@ -27,6 +27,9 @@ IDLE_S = 600
 # Taken off every request after the processor saw it: what only the broker is meant to read, and hop-by-hop leftovers.
 _NEVER_UPSTREAM = ("proxy-authorization", "proxy-connection", site.TOKEN_HEADER, "x-forwarded-proto", "forwarded", "via")
 
+INNER_OF = {site.PROXY: (site.INNER, site.INNER_ADDRESSES), site.NAMESPACE_PROXY: (site.NAMESPACE, site.NAMESPACE_ADDRESSES)}
+"""The explicit proxies, and the internal listeners that their tunnels lead into: by name, and by address."""
+
 _CONNECT, _ANY = RouteMatch(connect_matcher=route_v3.RouteMatchConnectMatcher()), RouteMatch(prefix="/")
 
 
@@ -35,19 +38,19 @@ def tool_cluster(tool: Tool) -> str:
     return f"tool/{tool.name}"
 
 
-def proxy(snapshot: PolicySnapshot) -> RouteConfiguration:
-    """The explicit proxy: absolute-form requests for `http://` tools, CONNECT for every declared host and port."""
+def proxy(snapshot: PolicySnapshot, listener: str = site.PROXY) -> RouteConfiguration:
+    """An explicit proxy: absolute-form requests for `http://` tools, CONNECT for every declared host and port."""
     hosts = []
     for tools in _by_place(snapshot.tools.values()):
-        plain = [_call(site.PROXY, tool) for tool in tools if tool.endpoint.scheme == "http"]
-        hosts.append(_host(site.PROXY, tools, [_tunnel(tools[0]), *plain]))
-    return _configuration(site.PROXY, hosts)
+        plain = [_call(listener, tool) for tool in tools if tool.endpoint.scheme == "http"]
+        hosts.append(_host(listener, tools, [_tunnel(listener, tools[0]), *plain]))
+    return _configuration(listener, hosts)
 
 
-def inner(snapshot: PolicySnapshot) -> RouteConfiguration:
+def inner(snapshot: PolicySnapshot, listener: str = site.INNER) -> RouteConfiguration:
     """Inside a tunnel: every tool, by authority."""
     places = _by_place(snapshot.tools.values())
-    return _configuration(site.INNER, [_host(site.INNER, tools, [_call(site.INNER, tool) for tool in tools]) for tools in places])
+    return _configuration(listener, [_host(listener, tools, [_call(listener, tool) for tool in tools]) for tools in places])
 
 
 def base_url(snapshot: PolicySnapshot) -> RouteConfiguration:
@@ -73,9 +76,10 @@ def _host(listener: str, tools: list[Tool], routes: list[Route]) -> VirtualHost:
     return VirtualHost(name=name, domains=names, routes=[*routes, *_denied(listener)])
 
 
-def inner_listener(tool: Tool) -> str:
+def inner_listener(listener: str, tool: Tool) -> str:
     """The internal listener that a tunnel to this tool leads into: TLS clients send no SNI for IP addresses (RFC 6066)."""
-    return site.INNER_ADDRESSES if tool.endpoint.scheme == "https" and is_address(tool.endpoint.host) else site.INNER
+    named, by_address = INNER_OF[listener]
+    return by_address if tool.endpoint.scheme == "https" and is_address(tool.endpoint.host) else named
 
 
 def _to(cluster: str) -> RouteAction:
@@ -83,12 +87,12 @@ def _to(cluster: str) -> RouteAction:
     return RouteAction(cluster=cluster, timeout=seconds(0), idle_timeout=seconds(IDLE_S), max_stream_duration=lifetime)
 
 
-def _tunnel(tool: Tool) -> Route:
-    action = _to(inner_listener(tool))
+def _tunnel(listener: str, tool: Tool) -> Route:
+    action = _to(inner_listener(listener, tool))
     ended_here = route_v3.RouteActionUpgradeConfigConnectConfig()
     action.upgrade_configs = [route_v3.RouteActionUpgradeConfig(upgrade_type="CONNECT", connect_config=ended_here)]
     judged_inside = {EXT_PROC: Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=TUNNEL)))}
-    return Route(name=f"{site.PROXY}/{tool.name}", match=_CONNECT, route=action, typed_per_filter_config=judged_inside)
+    return Route(name=f"{listener}/{tool.name}", match=_CONNECT, route=action, typed_per_filter_config=judged_inside)
 
 
 def _call(listener: str, tool: Tool, prefix: str | None = None, rewrite: RegexMatchAndSubstitute | None = None) -> Route:
@@ -119,5 +123,5 @@ def _denied(listener: str) -> list[Route]:
 
 
 def _no_tunnel(listener: str) -> dict[str, Any]:
-    # ext_authz judges CONNECT alone, and only the proxy's filters have it.
-    return {site.EXT_AUTHZ: Any.pack(ExtAuthzPerRoute(disabled=True))} if listener == site.PROXY else {}
+    # ext_authz judges CONNECT alone, and only a proxy's filters have it.
+    return {site.EXT_AUTHZ: Any.pack(ExtAuthzPerRoute(disabled=True))} if listener in INNER_OF else {}

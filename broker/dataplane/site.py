@@ -8,6 +8,10 @@ PROXY = "proxy"
 BASE_URL = "base-url"
 INNER = "inner"
 INNER_ADDRESSES = "inner-ip"
+# The same for namespaces: every HTTP door inside one, and where what is captured there ends.
+NAMESPACE_PROXY = "namespace-proxy"
+NAMESPACE = "namespace"
+NAMESPACE_ADDRESSES = "namespace-ip"
 
 # Clusters of the bootstrap.
 PROCESSOR = "processor"
@@ -22,6 +26,8 @@ GATE_NAMESPACE = "broker"
 GATE_KEY = "decision"
 GATE_ALLOW = "allow"
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
+# Dynamic metadata by which a namespace's doors tell ext_authz whose they are.
+NAMESPACE_METADATA = "broker.namespace"
 
 # Request attributes (CEL) that reach the processor with a stream's first message.
 CARRIED = tuple(f"filter_state['{key}']" for key in (STATE_AGENT, STATE_TOKEN, STATE_CONNECT_HOST))
@@ -53,6 +59,22 @@ class Site:
     processor_socket: str
     admin_socket: str
     system_roots: str
+
+
+# The doors inside a namespace; where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).
+DOOR_PORT = 15001
+TRANSPARENT_PORTS = (80, 443)
+DNS_PORT = 53
+CAPTURED = ("198.18.0.1", "2001:2::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A network namespace whose processes are the agent's. `key` is in no other's name, `path` opens it for Envoy."""
+
+    key: str
+    agent: str
+    path: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,14 @@ BROKER_REPLY = "broker_reply"
 _OBSERVED = ProcessingMode.FromString(bytes(OBSERVED))
 _PROOF = Struct()  # made once: a quarter of what an allow took to write was this
 _PROOF[site.GATE_NAMESPACE] = {site.GATE_KEY: site.GATE_ALLOW}
-_DOORS = {site.PROXY: Door.PROXY, site.INNER: Door.PROXY, site.BASE_URL: Door.BASE_URL}
+_DOORS = {
+    site.PROXY: Door.PROXY,
+    site.INNER: Door.PROXY,
+    site.BASE_URL: Door.BASE_URL,
+    site.NAMESPACE_PROXY: Door.NAMESPACE,
+    site.NAMESPACE: Door.NAMESPACE,
+}
+_INSIDE = (site.INNER, site.NAMESPACE)
 
 
 def event_of(message: Any) -> Event | None:
@@ -75,7 +82,7 @@ def _request_head(message: Any) -> RequestHead:
     path, _, query = pseudo.get(":path", "").partition("?")
     request = Request(pseudo.get(":method", ""), path, query, headers)
     listener, _, tool = attributes.get("xds.route_name", "").partition("/")
-    door, inside = _DOORS[listener], listener == site.INNER
+    door, inside = _DOORS[listener], listener in _INSIDE
     agent, token, connect_host = (attributes.get(name, "") for name in site.CARRIED)
     wire = Wire(
         door=door,
@@ -90,7 +97,8 @@ def _request_head(message: Any) -> RequestHead:
         door=door,
         peer_uri="" if inside else attributes.get("connection.uri_san_peer_certificate", ""),
         peer_times=token,
-        carried=(agent, token) if inside else None,
+        # The doors of a namespace carry its agent themselves.
+        carried=(agent, token) if inside or door is Door.NAMESPACE else None,
         proxy_authorization=request.only("proxy-authorization"),
         token=request.only(site.TOKEN_HEADER),
     )

@@ -25,14 +25,20 @@ class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated withou
         """Open, with the identity that the tunnel carries, or refused with a problem body."""
         attributes = request.attributes
         http = attributes.request.http
-        evidence = Evidence(
-            door=Door.PROXY,
-            # Filled by Envoy from a verified client certificate only; a plain connection has none.
-            peer_uri=attributes.source.principal,
-            proxy_authorization=http.headers.get("proxy-authorization"),
-        )
-        outcome = authorize(self._services, evidence, http.host)
+        outcome = authorize(self._services, _evidence(attributes), http.host)
         return _refused(outcome) if isinstance(outcome, Reply) else _opened(outcome)
+
+
+def _evidence(attributes: Any) -> Evidence:
+    told = attributes.metadata_context.filter_metadata
+    if site.NAMESPACE_METADATA in told:  # a namespace is its agent's: what a request says beside it counts for nothing
+        return Evidence(Door.NAMESPACE, carried=(told[site.NAMESPACE_METADATA]["agent"], ""))
+    return Evidence(
+        door=Door.PROXY,
+        # Filled by Envoy from a verified client certificate only; a plain connection has none.
+        peer_uri=attributes.source.principal,
+        proxy_authorization=attributes.request.http.headers.get("proxy-authorization"),
+    )
 
 
 def _opened(principal: Principal) -> Any:

@@ -15,7 +15,7 @@ from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceSe
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryResponse
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from broker.dataplane.compile import Resources
+from broker.dataplane.compile import Resources, Written
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
         self._answers: dict[str, Any] = {}
         self._changed = asyncio.Event()
 
-    def publish(self, resources: Resources) -> None:
+    def publish(self, resources: Resources | Written) -> None:
         """Make this the configuration. Types whose content is the same are not sent again."""
         contents = (resources.clusters, resources.listeners, resources.routes)
         self._answers = {url: _answer(url, messages) for url, messages in zip(_ORDER, contents, strict=True)}
