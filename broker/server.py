@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
@@ -31,7 +30,7 @@ from broker.credentials.base import CredentialUnavailable, referenced
 from broker.credentials.jwt import jwks, key_id
 from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
-from broker.dataplane.compile import resources
+from broker.dataplane.compile import Written, resources
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, counted
 from broker.events import Services
@@ -45,6 +44,7 @@ from broker.ledger.redis import RedisLedger
 from broker.manifest.findings import FORMATS
 from broker.manifest.load import Loaded, load
 from broker.metrics import Metrics, Standing, windows
+from broker.namespaces import Namespaces
 from broker.pki import PlatformCA, declared_hosts
 from broker.policy.containment import Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot
@@ -117,6 +117,9 @@ class Server:
         self._self_test = SelfTest(self._services, str(state.processor_socket), self._tested)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
+        self._namespaces = Namespaces(
+            self._ads.publish, lambda what: self._record(what, self._snapshot.revision), lambda: secrets.token_hex(4)
+        )
 
     def _contained(self) -> Containment:
         around = Surroundings(
@@ -156,7 +159,7 @@ class Server:
             *api.public(self._readiness, self._exposition, self._jwks),
             *api.acting(acts, by_token(self._services.tokens, clock.now)),
         ]
-        control = api.acting(acts, local)
+        control = api.acting({**acts, **self._namespaces.acts}, local)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
             work = (self._watch(), self._sync(), self._keep(), self._take_back(), self._alerts.run(), self._self_test.run())
             background = [asyncio.create_task(each) for each in work]
@@ -219,7 +222,8 @@ class Server:
                 log.error("%s", line)
             self._report(f"{counted(len(errors), 'error')} in the manifests, the first: {FORMATS['text'](errors[:1]).strip()}")
             return
-        self._ads.publish(await asyncio.to_thread(self._compile, loaded.snapshot))
+        written = await asyncio.to_thread(self._compile, loaded.snapshot)
+        await self._namespaces.use(loaded.snapshot, self._certificates, written)
         if self._snapshot is EMPTY:
             # Only now is it known which limits there are to count under; nothing was let through before.
             await asyncio.to_thread(rebuild, self._own, self._state.ledger, self._state.audit, loaded.snapshot, clock.now())
@@ -249,16 +253,17 @@ class Server:
         log.error("%s; revision %s stays in force", what, self._snapshot.revision)
         self._record(f"refused: {what}", self._snapshot.revision)
 
-    def _compile(self, snapshot: PolicySnapshot) -> Any:
+    def _compile(self, snapshot: PolicySnapshot) -> Written:
         wanted = (declared_hosts(snapshot), _day())
         # Certificates that stay the same leave Envoy's listeners, and so the open tunnels, alone.
         if wanted != self._certified:
             doors = {"localhost", "127.0.0.1", self._site.proxy[0]}
             self._certified, self._certificates = wanted, self._ca.certify(snapshot, doors, clock.now())
-        return resources(snapshot, self._site, self._certificates)
+        return Written.of(resources(snapshot, self._site, self._certificates))
 
     def _heard(self, error: str | None) -> None:
         self._refused = error
+        self._namespaces.heard(error)
         if error is None:
             self._announce("accepted", self._snapshot.revision)
         else:

@@ -1,0 +1,144 @@
+"""Network namespaces whose processes are an agent's, and the doors that Envoy has inside them.
+
+Laws: the broker's own namespace is nobody's, and no namespace is two agents'. It is held open here by a descriptor, so that no
+other can stand in its place, and let go when the process that brought it ends; a broker that starts knows of none. Whoever brings
+one is answered when Envoy listens in it, or has said why not.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.admin.api import Act
+from broker.dataplane.compile import Written, doors_of, shared_by_namespaces
+from broker.dataplane.site import Certificates, Leaf, Namespace
+from broker.errors import BrokerError, UsageError
+from broker.policy.snapshot import EMPTY, PolicySnapshot
+
+log = logging.getLogger(__name__)
+
+_AS_ROOT = "run `broker up` as root, on the same machine"
+_PATIENCE_S = 10.0  # Envoy answers within a few milliseconds; while it is started again, within a second or two
+
+
+@dataclass(slots=True)
+class _Held:
+    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer."""
+
+    namespace: Namespace
+    inode: int
+    descriptor: int
+    process: int
+    doors: Written
+
+
+class Namespaces:
+    """The namespaces there are. `publish` has Envoy told of all of its configuration, `record` writes down what was done."""
+
+    def __init__(self, publish: Callable[[Written], None], record: Callable[[str], None], random_id: Callable[[], str]) -> None:
+        self._publish, self._record, self._random_id = publish, record, random_id
+        self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
+        self._base = self._shared = _NOTHING
+        self._held: dict[int, _Held] = {}
+        self._joining = asyncio.Lock()
+        self._verdict: asyncio.Future[str | None] | None = None
+
+    async def use(self, snapshot: PolicySnapshot, certificates: Certificates, base: Written) -> None:
+        """Make this the configuration, with each namespace's doors as it has them."""
+        self._snapshot, self._certificates, self._base, self._shared = snapshot, certificates, base, _NOTHING
+        if self._held:
+            await self._compile_shared()
+            for held in self._held.values():
+                held.doors = Written.of(doors_of(snapshot, held.namespace))
+        self._publish_all()
+
+    def heard(self, error: str | None) -> None:
+        """Envoy has taken the newest configuration, or refused one in these words."""
+        if self._verdict and not self._verdict.done():
+            self._verdict.set_result(error)
+
+    @property
+    def acts(self) -> Mapping[str, Act]:
+        """What is asked over the control socket."""
+        return {"POST /namespaces": self._join}
+
+    async def _join(self, _path: Mapping[str, str], said: Mapping[str, object], _who: object) -> dict[str, str]:
+        agent, pid = str(said.get("agent")), said.get("pid")
+        if agent not in self._snapshot.agents:
+            raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
+        async with self._joining:
+            held = self._hold(agent, pid if isinstance(pid, int) else 0)
+            asyncio.get_running_loop().add_reader(held.process, self._release, held)
+            if error := await self._opened(held):
+                self._release(held)
+                raise BrokerError(f"Envoy does not listen in this namespace: {error}", _AS_ROOT)
+        log.info("namespace %s is %s's", held.namespace.key, agent)
+        self._record(f"namespace {held.namespace.key} is {agent}'s")
+        return {"namespace": held.namespace.key, "revision": self._snapshot.revision}
+
+    def _hold(self, agent: str, pid: int) -> _Held:
+        with contextlib.ExitStack() as opened:
+            try:
+                process = _kept(opened, os.pidfd_open(pid))
+                descriptor = _kept(opened, os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+                os.kill(pid, 0)
+            except (OSError, OverflowError) as error:
+                raise UsageError(f"the namespace of process {pid} can't be opened ({error})", _AS_ROOT) from error
+            inode = os.fstat(descriptor).st_ino
+            if inode == Path("/proc/self/ns/net").stat().st_ino:
+                raise ValueError("this is the broker's own network namespace; an agent needs one of its own")
+            if inode in self._held:
+                raise ValueError(f"this namespace is {self._held[inode].namespace.agent}'s already")
+            opened.pop_all()
+        namespace = Namespace(self._random_id(), agent, f"/proc/{os.getpid()}/fd/{descriptor}")
+        held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
+        self._held[inode] = held
+        return held
+
+    async def _opened(self, held: _Held) -> str | None:
+        """Have Envoy open the doors; its words where it does not."""
+        if self._shared is _NOTHING:
+            await self._compile_shared()
+        self._verdict = asyncio.get_running_loop().create_future()
+        self._publish_all()
+        try:
+            refused = await asyncio.wait_for(self._verdict, _PATIENCE_S)
+        except TimeoutError:
+            return f"no answer within {_PATIENCE_S:.0f} s"
+        return refused if held.inode in self._held else "its process has ended"
+
+    def _release(self, held: _Held) -> None:
+        """The process that brought it has ended, and with it all that was in it (or Envoy refused it)."""
+        if self._held.pop(held.inode, None) is None:
+            return
+        asyncio.get_running_loop().remove_reader(held.process)
+        self._publish_all()
+        os.close(held.process)
+        os.close(held.descriptor)
+        log.info("namespace %s has ended", held.namespace.key)
+
+    async def _compile_shared(self) -> None:
+        made = await asyncio.to_thread(shared_by_namespaces, self._snapshot, self._certificates)
+        self._shared = await asyncio.to_thread(Written.of, made)
+
+    def _publish_all(self) -> None:
+        self._publish(Written.all(*self._parts()))
+
+    def _parts(self) -> Iterator[Written]:
+        yield self._base
+        if self._held:
+            yield self._shared
+            for held in self._held.values():
+                yield held.doors
+
+
+_NOTHING = Written((), (), ())
+
+
+def _kept(opened: contextlib.ExitStack, descriptor: int) -> int:
+    opened.callback(os.close, descriptor)
+    return descriptor
