@@ -22,7 +22,7 @@ from broker.policy.snapshot import EMPTY, PolicySnapshot
 log = logging.getLogger(__name__)
 
 _AS_ROOT = "run `broker up` as root, on the same machine"
-_PATIENCE_S = 10.0  # Envoy answers within a few milliseconds; while it is started again, within a second or two
+_PATIENCE_S = 4.0  # less than who asks waits; Envoy answers within milliseconds, or a second while it is started again
 
 
 @dataclass(slots=True)

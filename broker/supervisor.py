@@ -6,7 +6,6 @@ again; meanwhile Envoy denies, because its processor is gone, or nothing gets ou
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import os
 import re
@@ -27,11 +26,11 @@ from broker.dataplane.compile import bootstrap
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, UsageError
 from broker.keys import write_private
+from broker.lifetimes import die_with
 
 # CVE-2026-73547, -73548, -73551: older builds can be killed by a CONNECT, mix up upstream connections, or mis-normalise paths.
 OLDEST_ENVOY = (1, 39, 1)
 
-_PR_SET_PDEATHSIG = 1
 # From nothing to the first call: a start takes about a second; a slow disk or a thousand hosts, a few.
 _START_S = 60.0
 _RESTART_S = 0.5
@@ -81,13 +80,6 @@ def refuse_taken(addresses: dict[str, tuple[str, int]]) -> None:
             except OSError as error:
                 shown = f"{address[0]}:{address[1]}"
                 raise UsageError(f"{shown} can't be used ({error.strerror})", f"choose another with {name} HOST:PORT") from error
-
-
-def die_with(parent: int) -> None:
-    """Have this process killed when its parent, the process `parent`, ends; at once if that has happened already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended between fork and prctl: no signal will come
-        os._exit(1)
 
 
 def without_core_dumps() -> None:

@@ -22,6 +22,8 @@ from broker.admin.client import ask
 from broker.audit import AuditSink, chain
 from broker.audit.index import Index
 from broker.audit.log import AuditLog
+from broker.cli import folders
+from broker.cli.folders import FOLDER, Decorator, folder
 from broker.containment.response import Containment, Surroundings
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, UsageError, counted
@@ -33,11 +35,8 @@ from broker.policy.snapshot import PolicySnapshot
 from broker.state import State
 
 _PORTS = 65_535
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 REDIS = "BROKER_REDIS_URL"
 ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Address(NamedTuple):
@@ -88,10 +87,6 @@ def moment(name: str, what: str, *, ahead: bool = False) -> Decorator:
     return click.option(name, type=read, metavar="7d|DATE|TIME", help=what)
 
 
-def _folder(name: str, default: str, what: str) -> Decorator:
-    return click.option(name, type=_FOLDER, default=default, show_default=True, help=what)
-
-
 def door(name: str, default: str, what: str) -> Decorator:
     """An option that takes an address."""
     return click.option(name, type=_address, metavar="HOST:PORT", default=default, show_default=True, help=what)
@@ -111,9 +106,9 @@ def _redis(_context: click.Context, _option: click.Parameter, url: str | None) -
     return parts.geturl()
 
 
-directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=_FOLDER)
-manifests = _folder("--manifests", "manifests", "The manifests folder.")
-state = _folder("--state", ".broker", "The broker's state folder.")
+directory = click.argument("manifests", metavar="[DIR]", default="manifests", type=FOLDER)
+manifests = folder("--manifests", "manifests", "The manifests folder.")
+state, broker_state = folders.state, folders.broker_state
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 doors = _together(
     door("--proxy", "127.0.0.1:15001", "The explicit proxy, for HTTP_PROXY and HTTPS_PROXY."),
@@ -153,15 +148,6 @@ def short_lived(function: Callable[..., Any]) -> Callable[..., Any]:
 def processors() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def broker_state(folder: Path) -> State:
-    """The state folder of a broker that ran before. Raises `UsageError` where none has."""
-    if not (folder / "keys" / "tokens.key").exists():
-        raise UsageError(
-            f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
-        )
-    return State.at(folder)
 
 
 def index(folder: Path) -> Index:

@@ -160,7 +160,7 @@ def leaves(command, path):
 
 @pytest.mark.parametrize("parent", [pytest.param("os.getppid()", id="lives"), pytest.param("-1", id="has ended before")])
 def test_a_child_goes_on_only_while_its_parent(parent):
-    script = f"import os; from broker.supervisor import die_with; die_with({parent}); print('on')"
+    script = f"import os; from broker.lifetimes import die_with; die_with({parent}); print('on')"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stdout) == ((1, "") if parent == "-1" else (0, "on\n"))
 

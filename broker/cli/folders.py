@@ -1,0 +1,31 @@
+"""The option that nearly every verb has, for those that must start fast."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker.errors import UsageError
+from broker.state import State
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def folder(name: str, default: str, what: str) -> Decorator:
+    """An option that takes a folder."""
+    return click.option(name, type=FOLDER, default=default, show_default=True, help=what)
+
+
+state = folder("--state", ".broker", "The broker's state folder.")
+
+
+def broker_state(folder: Path) -> State:
+    """The state folder of a broker that ran before. Raises `UsageError` where none has."""
+    if not (folder / "keys" / "tokens.key").exists():
+        raise UsageError(
+            f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
+        )
+    return State.at(folder)

@@ -1,0 +1,224 @@
+"""Process 1 of the command's namespaces: makes its network and its view of the machine, starts it, and ends with its code.
+
+    python -I -S inside.py TOLD TELLING    (two inherited descriptors: a line of JSON is read, and one is written)
+
+Laws: nothing but the standard library is imported, so that it starts in milliseconds. The command starts with no capability, and
+no way to get one (no_new_privs), only after the word has come that the doors are open. Where anything fails, it does not start.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+# mount(2), and mount_setattr(2), which alone changes a whole tree at once.
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC = 1, 2, 4, 8, 32, 4096, 16384
+_SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
+
+_NETWORK = """link set lo up
+route add local default dev lo table local
+route add default dev lo
+"""
+# Unix sockets that lead out lie here (D-Bus, containers, terminals, agents for keys), as do the broker's own.
+_HIDDEN = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+# By these root, also without capabilities, has the kernel do things.
+_KERNEL = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
+_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+)  # fmt: skip
+_OPEN_S = 10.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_FAULT = 3
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> int:
+    """Run, as the module says. Gives the command's exit code, 128 + n for the signal n."""
+    told, telling = (os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], ("r", "w"), strict=True))
+    plan = json.loads(told.readline())
+    # The proc that is still the host's knows this process by its number there.
+    pid = int(os.readlink("/proc/self"))
+    _network()
+    print(json.dumps({"pid": pid}), file=telling, flush=True)
+    _view(plan)
+    if not told.readline():
+        return _FAULT  # whoever would have said that the doors are open has ended
+    _await_doors(plan["doors"])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    child = os.fork()
+    if child == 0:
+        _become(plan)
+    told.close()
+    telling.close()
+    return _attend(child)
+
+
+def _network() -> None:
+    subprocess.run(["ip", "-batch", "-"], input=_NETWORK, text=True, check=True)  # noqa: S607 - found in PATH before
+    if Path("/proc/net/if_inet6").exists():
+        subprocess.run(["ip", "-6", "-batch", "-"], input=_NETWORK, text=True, check=True)  # noqa: S607
+
+
+# The view.
+
+
+def _view(plan: dict[str, Any]) -> None:
+    keep = {path: os.open(path, os.O_PATH) for path in plan["writable"]}
+    if plan["user"][0] == 0:
+        # Root's files are root's also without capabilities: programs that others start, disks, the kernel's own files.
+        for path in keep:
+            _mount(path, path, flags=_BIND | _REC)
+            keep[path] = os.open(path, os.O_PATH)
+        _set_readonly("/", on=True)
+        for path in keep:
+            _set_readonly(path, on=False)
+    _devices()
+    _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+    for path in filter(os.path.exists, _KERNEL):
+        _mount(path, path, flags=_BIND | _REC)
+        _set_readonly(path, on=True)
+    for path, mode in _HIDDEN.items():
+        _empty(path, mode)
+    for path, descriptor in keep.items():
+        if not os.path.exists(path):
+            Path(path).mkdir(parents=True)
+            _mount(f"/proc/self/fd/{descriptor}", path, flags=_BIND | _REC)
+        os.close(descriptor)
+    for path in plan["hidden"]:
+        _empty(path, "755")
+    _trust(plan["ca"])
+    _names()
+    os.chdir(plan["directory"])
+
+
+def _devices() -> None:
+    """A /dev with what programs need and no disk in it."""
+    nodes = {name: os.open(f"/dev/{name}", os.O_PATH) for name in _DEVICES}
+    _mount("tmpfs", "/dev", "tmpfs", _NOSUID | _NOEXEC, "mode=755")
+    for name, descriptor in nodes.items():
+        Path("/dev", name).touch()
+        _mount(f"/proc/self/fd/{descriptor}", f"/dev/{name}", flags=_BIND)
+        os.close(descriptor)
+    for name in ("pts", "shm"):
+        Path("/dev", name).mkdir()
+    _mount("devpts", "/dev/pts", "devpts", _NOSUID | _NOEXEC, "newinstance,ptmxmode=0666,mode=620")
+    links = {"ptmx": "pts/ptmx", "fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
+    for name, target in {**links, "stderr": "/proc/self/fd/2"}.items():
+        Path("/dev", name).symlink_to(target)
+
+
+def _trust(ca: str) -> None:
+    """The broker's CA, and nobody else's: everything that answers is Envoy."""
+    bundle = Path("/run/broker/ca.pem")
+    bundle.parent.mkdir()
+    bundle.write_text(ca)
+    known = {os.path.realpath(path) for path in _BUNDLES if os.path.exists(path)}
+    if os.path.isdir("/etc/ssl/certs"):
+        _empty("/etc/ssl/certs", "755")
+        Path(_BUNDLES[0]).write_text(ca)
+    for path in filter(os.path.exists, known - {_BUNDLES[0]}):
+        _mount(str(bundle), path, flags=_BIND)
+
+
+def _names() -> None:
+    """Names are asked of the namespace's own door."""
+    here = Path("/run/broker/resolv.conf")
+    here.write_text("nameserver 127.0.0.1\n")
+    target = Path(os.path.realpath("/etc/resolv.conf"))
+    if not target.exists():  # a link into what is hidden now
+        if target.is_relative_to("/run"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(here.read_bytes())
+        return
+    _mount(str(here), str(target), flags=_BIND)
+
+
+def _empty(path: str, mode: str) -> None:
+    if os.path.isdir(path):
+        _mount("tmpfs", os.path.realpath(path), "tmpfs", _NOSUID | _NODEV, f"mode={mode}")
+
+
+def _mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode() or None):
+        _raise(f"mount {target}")
+
+
+def _set_readonly(path: str, *, on: bool) -> None:
+    wanted = (ctypes.c_uint64 * 4)(_RDONLY, 0, 0, 0) if on else (ctypes.c_uint64 * 4)(0, _RDONLY, 0, 0)  # struct mount_attr
+    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    if _libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, path.encode(), ctypes.c_uint(_AT_RECURSIVE), ctypes.byref(wanted), size):
+        _raise(f"mount_setattr {path}")
+
+
+def _raise(what: str) -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+# The command.
+
+
+def _await_doors(ports: list[int]) -> None:
+    """Envoy has taken the doors' configuration; a moment later it listens."""
+    end = time.monotonic() + _OPEN_S
+    for port in ports:
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if time.monotonic() > end:
+                raise TimeoutError(f"Envoy does not listen on port {port} of the namespace")
+            time.sleep(0.001)
+
+
+def _become(plan: dict[str, Any]) -> NoReturn:
+    """Become the command, of the user and without any right of root's."""
+    try:
+        for name, most in plan["limits"].items():
+            resource.setrlimit(getattr(resource, name), (most, most))
+        for each in _FORWARDED:
+            signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        uid, gid, groups = plan["user"]
+        whose = ["--reuid", str(uid), "--regid", str(gid), *(["--groups", groups] if groups else ["--clear-groups"])]
+        bare = ["--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+        os.execvpe("setpriv", ["setpriv", *whose, *bare, "--", *plan["command"]], plan["environment"])  # noqa: S606, S607
+    except OSError as error:
+        print(f"broker: {error}", file=sys.stderr)
+    os._exit(_FAULT)
+
+
+def _attend(child: int) -> int:
+    """Pass signals on and take in whoever ends, until the command does."""
+    while True:
+        came = signal.sigwaitinfo({*_FORWARDED, signal.SIGCHLD})
+        if came.si_signo != signal.SIGCHLD:
+            # What the terminal sends (its code is above 0), it has sent the command too.
+            if came.si_code <= 0:
+                os.kill(child, came.si_signo)
+            continue
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+            if pid == 0:
+                break
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"broker: the command can't be confined: {error}", file=sys.stderr)
+        sys.exit(_FAULT)

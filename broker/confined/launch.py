@@ -1,0 +1,166 @@
+"""From `broker run`'s side: the command is started, joined to the running broker, watched, and its end waited for."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from broker.admin.client import ask
+from broker.dataplane.site import DOOR_PORT, TRANSPARENT_PORTS
+from broker.errors import BrokerError, UsageError
+from broker.lifetimes import die_with
+from broker.state import State
+
+_TOOLS = {"ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux"}
+_NAMESPACES = ("--net", "--ipc", "--uts", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
+_WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH}
+_REJOIN_S = 0.25
+_INSIDE = Path(__file__).with_name("inside.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to run: the command and its environment, as which user (`uid`, `gid`, all groups by commas), and where.
+
+    `ca` is the text of the broker's CA. `hidden` are folders that look empty to it, `writable` those that root may still write to.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    user: tuple[int, int, str]
+    directory: str
+    ca: str
+    hidden: Sequence[str]
+    writable: Sequence[str]
+
+    def document(self, limits: Mapping[str, int]) -> bytes:
+        """As the process inside reads it, on one line."""
+        said = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps({**said, "limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS]}).encode() + b"\n"
+
+
+def check_tools() -> None:
+    """Raises `UsageError` where something is missing."""
+    if os.geteuid() != 0:
+        raise UsageError("only root can make network namespaces", "run it with sudo")
+    for tool in _TOOLS:
+        _found(tool)
+
+
+def _found(tool: str) -> str:
+    if (path := shutil.which(tool)) is None:
+        raise UsageError(f"{tool!r} is missing here", f"install the package {_TOOLS[tool]}")
+    return path
+
+
+class Confined:
+    """Process 1 of a command's namespaces, which waits for `go` before it starts the command. `pid` is its number out here.
+
+    `limits` are those of each process, by name. Raises `BrokerError` where it can't be made.
+    """
+
+    def __init__(self, plan: Plan, limits: Mapping[str, int]) -> None:
+        (told, self._tell), (hear, telling) = os.pipe(), os.pipe()
+        # Isolated, and without the packages or the environment of whoever called.
+        inside = [sys.executable, "-I", "-S", str(_INSIDE), str(told), str(telling)]
+        self._process = subprocess.Popen(  # noqa: S603 - our own
+            [_found("unshare"), *_NAMESPACES, "--", *inside],
+            pass_fds=(told, telling),
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
+        )
+        os.close(told)
+        os.close(telling)
+        with os.fdopen(hear) as answers:
+            self._say(plan.document(limits))
+            line = answers.readline()
+        if not line:
+            self.end()
+            raise BrokerError("the command's namespaces can't be made", "see the message above")
+        self.pid = int(json.loads(line)["pid"])
+
+    def _say(self, line: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen by what it answers
+            os.write(self._tell, line)
+
+    def go(self) -> None:
+        """The doors are open: have the command started."""
+        self._say(b"go\n")
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended; signals that come meanwhile are passed on."""
+        while (code := self._process.poll()) is None:
+            came = signal.sigwaitinfo({*_WATCHED, signal.SIGCHLD})
+            # A terminal sends its signals (their code is above 0) to the command as well.
+            if came.si_signo != signal.SIGCHLD and came.si_code <= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, came.si_signo)
+        return code if code >= 0 else 128 - code
+
+    def end(self) -> None:
+        """End it, and all that it started."""
+        self._process.kill()
+        self._process.wait()
+        os.close(self._tell)
+
+
+def hold_signals() -> None:
+    """From now on signals wait for `Confined.wait`. Threads and children that are started later inherit this."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_WATCHED, signal.SIGCHLD})
+
+
+@contextlib.contextmanager
+def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) -> Iterator[str]:
+    """For as long as the body runs, the namespace of this process is the agent's; gives its key.
+
+    A broker that is started again knows nothing of it, and is told again; until then nothing gets out. Raises what `ask` raises,
+    and `UsageError` where none runs.
+    """
+    said = {"agent": agent, "pid": pid}
+    line = _connected(state)
+    if line is None or (made := ask(state.control_socket, "POST", "/namespaces", said)) is None:
+        raise UsageError(f"no broker runs on {state.root}", "start it with `broker up`, or name another's folder with --state")
+    threading.Thread(target=_stay, args=(state, said, line, tell), daemon=True).start()
+    yield made["namespace"]
+
+
+def _stay(state: State, said: Mapping[str, Any], line: socket.socket, tell: Callable[[str], object]) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            line.recv(1)  # nothing is ever said, so this is its end
+        line.close()
+        tell("the broker is gone: nothing gets out until it is back")
+        line = _rejoined(state, said)
+        tell("the broker is back")
+
+
+def _rejoined(state: State, said: Mapping[str, Any]) -> socket.socket:
+    while True:
+        if line := _connected(state):
+            with contextlib.suppress(BrokerError):
+                if ask(state.control_socket, "POST", "/namespaces", said):
+                    return line
+            line.close()
+        time.sleep(_REJOIN_S)
+
+
+def _connected(state: State) -> socket.socket | None:
+    """A connection on which nothing is said: it ends when the broker does."""
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(str(state.control_socket))
+    except OSError:
+        line.close()
+        return None
+    return line
