@@ -37,13 +37,20 @@ class _Held:
 
 
 class Namespaces:
-    """The namespaces there are. `publish` has Envoy told of all of its configuration, `record` writes down what was done."""
+    """The namespaces there are. `publish` has Envoy told of all of its configuration, `record` writes down what was done.
 
-    def __init__(self, publish: Callable[[Written], None], record: Callable[[str], None], random_id: Callable[[], str]) -> None:
-        self._publish, self._record, self._random_id = publish, record, random_id
+    `folder` is where Envoy finds them.
+    """
+
+    def __init__(
+        self, folder: Path, publish: Callable[[Written], None], record: Callable[[str], None], random_id: Callable[[], str]
+    ) -> None:
+        self._folder, self._publish, self._record, self._random_id = folder, publish, record, random_id
         self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
         self._base = self._shared = _NOTHING
         self._held: dict[int, _Held] = {}
+        for left in folder.glob(f"{_LINK}*"):
+            left.unlink()
         self._joining = asyncio.Lock()
         self._verdict: asyncio.Future[str | None] | None = None
 
@@ -94,7 +101,11 @@ class Namespaces:
             if inode in self._held:
                 raise ValueError(f"this namespace is {self._held[inode].namespace.agent}'s already")
             opened.pop_all()
-        namespace = Namespace(self._random_id(), agent, f"/proc/{os.getpid()}/fd/{descriptor}")
+        key = self._random_id()
+        # A path that no other namespace had before it: Envoy takes over the sockets of a listener that ended by their address.
+        path = self._folder / f"{_LINK}{key}"
+        path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+        namespace = Namespace(key, agent, str(path))
         held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
         self._held[inode] = held
         return held
@@ -117,6 +128,7 @@ class Namespaces:
             return
         asyncio.get_running_loop().remove_reader(held.process)
         self._publish_all()
+        Path(held.namespace.path).unlink(missing_ok=True)
         os.close(held.process)
         os.close(held.descriptor)
         log.info("namespace %s has ended", held.namespace.key)
@@ -137,6 +149,7 @@ class Namespaces:
 
 
 _NOTHING = Written((), (), ())
+_LINK = "namespace-"
 
 
 def _kept(opened: contextlib.ExitStack, descriptor: int) -> int:

@@ -118,7 +118,7 @@ class Server:
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
         self._namespaces = Namespaces(
-            self._ads.publish, lambda what: self._record(what, self._snapshot.revision), lambda: secrets.token_hex(4)
+            state.run, self._ads.publish, lambda what: self._record(what, self._snapshot.revision), lambda: secrets.token_hex(4)
         )
 
     def _contained(self) -> Containment:

@@ -6,6 +6,7 @@ Laws: nothing but the standard library is imported, so that it starts in millise
 no way to get one (no_new_privs), only after the word has come that the doors are open. Where anything fails, it does not start.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -36,6 +37,8 @@ _BUNDLES = (
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
 )  # fmt: skip
 _OPEN_S = 10.0
+_DNS = 53
+_QUERY = b"\0\1\1\0\0\1\0\0\0\0\0\0\6broker\7invalid\0\0\1\0\1"  # RFC 1035 section 4: A of broker.invalid, which nobody has
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _FAULT = 3
 
@@ -171,14 +174,24 @@ def _raise(what: str) -> NoReturn:
 def _await_doors(ports: list[int]) -> None:
     """Envoy has taken the doors' configuration; a moment later it listens."""
     end = time.monotonic() + _OPEN_S
-    for port in ports:
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if time.monotonic() > end:
-                raise TimeoutError(f"Envoy does not listen on port {port} of the namespace")
-            time.sleep(0.001)
+    while not (all(map(_listens, ports)) and _answers()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"Envoy does not listen in the namespace within {_OPEN_S:.0f} s")
+        time.sleep(0.001)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers() -> bool:
+    with socket.socket(type=socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.settimeout(0.25)
+        probe.connect(("127.0.0.1", _DNS))
+        probe.send(_QUERY)
+        return bool(probe.recv(512))
+    return False
 
 
 def _become(plan: dict[str, Any]) -> NoReturn:

@@ -33,7 +33,7 @@ _INSIDE = Path(__file__).with_name("inside.py")
 class Plan:
     """What is to run: the command and its environment, as which user (`uid`, `gid`, all groups by commas), and where.
 
-    `ca` is the text of the broker's CA. `hidden` are folders that look empty to it, `writable` those that root may still write to.
+    `ca` is the text of the broker's CA. `hidden` are folders that look empty to it, `writable` those that root may write to.
     """
 
     command: Sequence[str]
