@@ -22,6 +22,7 @@ from broker.admin.operators import Operators, by_token, local
 from broker.audit import AuditUnavailable, chain
 from broker.audit.log import AuditLog
 from broker.audit.record import config_record
+from broker.canary import Canary
 from broker.containment.alerts import Alert, Alerts
 from broker.containment.ends import ending
 from broker.containment.response import Containment, Surroundings
@@ -115,6 +116,7 @@ class Server:
             metrics=self._metrics,
         )
         self._self_test = SelfTest(self._services, str(state.processor_socket), self._tested)
+        self._canary = Canary(site, self._tried)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
         self._namespaces = Namespaces(
@@ -161,7 +163,15 @@ class Server:
         ]
         control = api.acting({**acts, **self._namespaces.acts}, local)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            work = (self._watch(), self._sync(), self._keep(), self._take_back(), self._alerts.run(), self._self_test.run())
+            work = (
+                self._watch(),
+                self._sync(),
+                self._keep(),
+                self._take_back(),
+                self._alerts.run(),
+                self._self_test.run(),
+                self._canary.run(),
+            )
             background = [asyncio.create_task(each) for each in work]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
@@ -281,6 +291,8 @@ class Server:
             reasons.append(f"the shared ledger: {self._shared.away}")
         if self._self_test.failure:
             reasons.append(f"the self-test of revocation: {self._self_test.failure}")
+        if self._canary.failure:
+            reasons.append(f"the must-deny canary: {self._canary.failure}")
         return reasons, self._snapshot.revision
 
     async def _exposition(self) -> bytes:
@@ -313,6 +325,11 @@ class Server:
         """The self-test's result has changed."""
         what = f"an agent that is revoked is not cut off: {failure}" if failure else "revocation works again"
         self._containment.alert(Alert("self_test", Severity.HIGH, what, "self-test", resolves=not failure))
+
+    def _tried(self, failure: str) -> None:
+        """The canary's result has changed."""
+        what = f"what must be denied is not: {failure}" if failure else "what must be denied is denied again"
+        self._containment.alert(Alert("canary", Severity.HIGH, what, "canary", resolves=not failure))
 
     async def _sync(self) -> None:
         while True:

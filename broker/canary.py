@@ -1,0 +1,74 @@
+"""The must-deny canary: what must not pass is tried through every door, for ever, and Envoy's own configuration is looked at.
+
+Laws: what it asks for is nobody's and leads nowhere, so that no answer but a refusal is right. Whatever else comes, or nothing,
+is a failure: readiness is red and people are told until it is refused again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orjson
+
+from broker.admin.client import fetch
+from broker.dataplane.assertion import unguarded
+from broker.dataplane.site import Site
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 60.0
+_TIMEOUT_S = 5.0
+_HOST = "must-deny.invalid"  # RFC 6761 section 6.4: resolves nowhere
+_RUN = "must-deny-canary"  # by which the record's readers know its calls
+_REFUSED = (401, 403, 407)
+
+
+class Canary:
+    """`failure` says what is wrong, empty when nothing is; `on_change` hears it when it changes."""
+
+    def __init__(self, site: Site, on_change: Callable[[str], None], every: float = EVERY_S) -> None:
+        self._site, self._on_change, self._every = site, on_change, every
+        self.failure = ""
+
+    async def run(self) -> None:
+        """Try for ever."""
+        while True:
+            await asyncio.sleep(self._every)
+            try:
+                failure = await self.test()
+            except Exception as error:  # a test that can't be made is failed
+                log.exception("the canary could not be sent")
+                failure = f"it could not be sent ({type(error).__name__})"
+            before, self.failure = self.failure, failure
+            if failure != before:
+                self._on_change(failure)
+
+    async def test(self) -> str:
+        """Try each door, and look at the configuration; what is wrong, empty for nothing."""
+        for door, address, request in self._requests():
+            status = await _status(address, request)
+            if status not in _REFUSED:
+                return f"the {door} door answers {status or 'nothing'} to what nobody may do"
+        status, dump = await asyncio.to_thread(fetch, Path(self._site.admin_socket), "GET", "/config_dump")
+        problems = unguarded(orjson.loads(dump)) if status == 200 else [f"Envoy does not show its configuration ({status})"]  # noqa: PLR2004
+        return "; ".join(problems[:3])
+
+    def _requests(self) -> Iterator[tuple[str, tuple[str, int], str]]:
+        rest = f"HTTP/1.1\r\nhost: {_HOST}:443\r\nx-run-id: {_RUN}\r\nconnection: close\r\n\r\n"
+        yield "proxy (CONNECT)", self._site.proxy, f"CONNECT {_HOST}:443 {rest}"
+        yield "proxy", self._site.proxy, f"GET http://{_HOST}/ {rest.replace(':443', '')}"
+        yield "base-url", self._site.base_url, f"GET /{_HOST}/ {rest}"
+
+
+async def _status(address: tuple[str, int], request: str) -> int:
+    """The status of the answer; 0 where none comes, which is an answer of a door that is shut."""
+    async with asyncio.timeout(_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(*address)
+        try:
+            writer.write(request.encode())
+            line = await reader.readline()
+        finally:
+            writer.close()
+    parts = line.split(b" ")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0

@@ -1,0 +1,191 @@
+"""The must-deny canary, and the assertion over the configuration that a real Envoy runs: each hole that is cut is found."""
+
+import asyncio
+import copy
+import json
+
+import pytest
+import stack
+
+from broker.admin.client import fetch
+from broker.canary import Canary
+from broker.dataplane.assertion import unguarded
+from broker.dataplane.filters import EXT_PROC
+from broker.dataplane.site import Site
+
+
+def address(text):
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
+@pytest.fixture
+def admin(world):
+    return world.broker.state / "run" / "envoy-admin.sock"
+
+
+@pytest.fixture
+def dump(admin):
+    status, body = fetch(admin, "GET", "/config_dump")
+    assert status == 200
+    return json.loads(body)
+
+
+@pytest.fixture
+def canary(world, admin):
+    ready = world.broker.ready
+    return Canary(Site(address(ready["proxy"]), address(ready["base_url"]), "", str(admin), ""), lambda _: None)
+
+
+def each(node, name):
+    """Every value under this key, wherever."""
+    if isinstance(node, dict):
+        for key, part in node.items():
+            if key == name:
+                yield part
+            yield from each(part, name)
+    elif isinstance(node, list):
+        for part in node:
+            yield from each(part, name)
+
+
+def typed(dump, kind):
+    return next(found for found in each(dump, "typed_config") if found.get("@type", "").endswith(kind))
+
+
+def filters(dump):
+    return typed(dump, "HttpConnectionManager")["http_filters"]
+
+
+def gate(dump):
+    return next(found for found in filters(dump) if found["name"].endswith(".rbac"))["typed_config"]
+
+
+def tool(dump):
+    return next(found for found in each(dump, "cluster") if isinstance(found, dict) and found["name"].startswith("tool/"))
+
+
+def route(dump, name):
+    return next(found for routes in each(dump, "routes") for found in routes if found.get("name") == name)
+
+
+def test_what_the_broker_made_of_envoy_has_no_hole(dump):
+    assert unguarded(dump) == []
+
+
+def allow_failure(dump):
+    typed(dump, "ExternalProcessor")["failure_mode_allow"] = True
+
+
+def without(name):
+    def cut(dump):
+        found = filters(dump)
+        found[:] = [each for each in found if each["name"] != name]
+
+    return cut
+
+
+def gate_that_denies_nothing(dump):
+    gate(dump)["rules"]["action"] = "LOG"
+
+
+def no_rules(dump):
+    del gate(dump)["rules"]
+
+
+def another_filter(dump):
+    filters(dump).insert(0, {"name": "envoy.filters.http.lua", "typed_config": {}})
+
+
+def disabled_filter(dump):
+    filters(dump)[-2]["disabled"] = True
+
+
+def override(name, config, where="inner/plain"):
+    return lambda dump: route(dump, where).setdefault("typed_per_filter_config", {}).update({name: config})
+
+
+def tunnel_elsewhere(dump):
+    found = next(found for routes in each(dump, "routes") for found in routes if "connect_matcher" in found["match"])
+    found["route"]["cluster"] = "tool/plain"
+
+
+def door_past_the_processor(dump):
+    chain(dump)["filters"] = [{"name": "tcp", "typed_config": {"@type": "x/envoy.TcpProxy", "cluster": "tool/plain"}}]
+
+
+def unknown_door(dump):
+    chain(dump)["filters"] = [{"name": "envoy.filters.network.echo"}]
+
+
+def chain(dump):
+    return next(found for chains in each(dump, "filter_chains") for found in chains)
+
+
+def unchecked_addresses(dump):
+    next(iter(tool(dump)["typed_extension_protocol_options"].values()))["http_filters"].pop(0)
+
+
+def first_address_only(dump):
+    tool(dump)["type"] = "LOGICAL_DNS"
+
+
+@pytest.mark.parametrize(
+    ("hole", "told"),
+    [
+        (allow_failure, "a filter lets requests pass when it fails"),
+        (without(EXT_PROC), "not with the processor, the gate and the router"),
+        (without("envoy.filters.http.rbac"), "not with the processor, the gate and the router"),
+        (gate_that_denies_nothing, "its gate allows what nothing proves"),
+        (no_rules, "its gate allows what nothing proves"),
+        (another_filter, "envoy.filters.http.lua, which is not known here"),
+        (disabled_filter, "disabled or optional"),
+        (override(EXT_PROC, {"disabled": True}), f"it changes the filter {EXT_PROC}"),
+        (override(EXT_PROC, {"overrides": {"processing_mode": {}}}), f"it changes the filter {EXT_PROC}"),
+        (override("envoy.filters.http.rbac", {}), "it changes the filter envoy.filters.http.rbac"),
+        (tunnel_elsewhere, "a tunnel leads to tool/plain past the processor"),
+        (door_past_the_processor, "leads to tool/plain past the processor"),
+        (unknown_door, "ends in envoy.filters.network.echo, which is not known here"),
+        (unchecked_addresses, "connects to addresses that nobody checked"),
+        (first_address_only, "of which only the first address is checked"),
+        (lambda dump: dump.update(configs=[]), "Envoy has no doors"),
+    ],
+)
+def test_each_hole_is_found(dump, hole, told):
+    holed = copy.deepcopy(dump)
+    hole(holed)
+    assert any(told in problem for problem in unguarded(holed)), unguarded(holed)
+
+
+def test_the_canary_is_refused_at_every_door_and_is_in_the_record(world, canary):
+    before = len(world.broker.decisions(code="agent_unknown"))
+    assert asyncio.run(canary.test()) == ""
+    assert [each["host"] for each in world.broker.decisions(code="agent_unknown")[before:]] == [
+        "must-deny.invalid:443",
+        "must-deny.invalid",
+        "must-deny.invalid:443",
+    ]
+    assert not any(upstream.seen for upstream in world.upstreams)
+
+
+def test_a_door_that_lets_it_pass_is_told(world, canary):
+    # An open door: a plain server that answers everybody.
+    canary._site = Site(("127.0.0.1", world.plain.port), canary._site.base_url, "", canary._site.admin_socket, "")
+    assert asyncio.run(canary.test()).startswith("the proxy")
+
+
+def test_a_door_that_is_shut_is_told_once_and_again_when_it_opens(world, canary):
+    told, door = [], canary._site
+    canary._on_change, canary._every = told.append, 0.01
+    canary._site = Site(("127.0.0.1", stack.free_port()), door.base_url, "", door.admin_socket, "")
+
+    async def play():
+        running = asyncio.create_task(canary.run())
+        while len(told) < 2:
+            if told:
+                canary._site = door
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(play(), 20))
+    assert told == ["it could not be sent (ConnectionRefusedError)", ""]
