@@ -34,6 +34,7 @@ class _Held:
     descriptor: int
     process: int
     doors: Written
+    joined: bool = False
 
 
 class Namespaces:
@@ -79,12 +80,18 @@ class Namespaces:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
         async with self._joining:
             held = self._hold(agent, pid if isinstance(pid, int) else 0)
+            if held.joined:
+                return self._told(held)
             asyncio.get_running_loop().add_reader(held.process, self._release, held)
             if error := await self._opened(held):
                 self._release(held)
                 raise BrokerError(f"Envoy does not listen in this namespace: {error}", _AS_ROOT)
+            held.joined = True
         log.info("namespace %s is %s's", held.namespace.key, agent)
         self._record(f"namespace {held.namespace.key} is {agent}'s")
+        return self._told(held)
+
+    def _told(self, held: _Held) -> dict[str, str]:
         return {"namespace": held.namespace.key, "revision": self._snapshot.revision}
 
     def _hold(self, agent: str, pid: int) -> _Held:
@@ -98,14 +105,16 @@ class Namespaces:
             inode = os.fstat(descriptor).st_ino
             if inode == Path("/proc/self/ns/net").stat().st_ino:
                 raise ValueError("this is the broker's own network namespace; an agent needs one of its own")
-            if inode in self._held:
-                raise ValueError(f"this namespace is {self._held[inode].namespace.agent}'s already")
+            if known := self._held.get(inode):
+                if known.namespace.agent == agent:
+                    return known
+                raise ValueError(f"this namespace is {known.namespace.agent}'s already")
             opened.pop_all()
         key = self._random_id()
         # A path that no other namespace had before it: Envoy takes over the sockets of a listener that ended by their address.
         path = self._folder / f"{_LINK}{key}"
         path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        namespace = Namespace(key, agent, str(path))
+        namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
         held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
         self._held[inode] = held
         return held

@@ -259,8 +259,9 @@ def write_manifest(folder: Path, document: dict[str, Any]) -> None:
 class Broker:
     """A running `broker up`."""
 
-    def __init__(self, manifests: Path, state: Path, env: dict[str, str] | None = None) -> None:
-        self.manifests, self.state = manifests, state
+    def __init__(self, manifests: Path, state: Path, env: dict[str, str] | None = None, within: tuple[str, ...] = ()) -> None:
+        """`within` is what starts the command, `nsenter` for one."""
+        self.manifests, self.state, self._within = manifests, state, within
         self._env = {**os.environ, **(env or {})}
         self.log_path = state.parent / f"{state.name}.log"
         self.start()
@@ -270,7 +271,7 @@ class Broker:
         options = [text for pair in ports.items() for text in pair]
         self._log = self.log_path.open("ab")
         self.process = subprocess.Popen(
-            [*BROKER, "up", "--json", "--manifests", str(self.manifests), "--state", str(self.state), *options],
+            [*self._within, *BROKER, "up", "--json", "--manifests", str(self.manifests), "--state", str(self.state), *options],
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=self._env,

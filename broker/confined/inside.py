@@ -8,11 +8,13 @@ no way to get one (no_new_privs), only after the word has come that the doors ar
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any, NoReturn
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC = 1, 2, 4, 8, 32, 4096, 16384
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
 
+_IPV6 = Path("/proc/net/if_inet6")
 _NETWORK = """link set lo up
 route add local default dev lo table local
 route add default dev lo
@@ -30,6 +33,16 @@ route add default dev lo
 # Unix sockets that lead out lie here (D-Bus, containers, terminals, agents for keys), as do the broker's own.
 _HIDDEN = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+# By architecture: its AUDIT_ARCH, and its numbers of socket(2) and ioctl(2) (Linux, include/uapi/linux/audit.h, asm/unistd.h).
+_NUMBERS = {"x86_64": (0xC000003E, 41, 16), "aarch64": (0xC00000B7, 198, 29)}
+_IO_URING_SETUP = 425  # makes sockets without socket(2)
+_X32 = 0x40000000  # numbers of another ABI of x86_64
+# The rest is not bound to a network namespace (vsock reaches the host of a virtual machine), or nobody's need.
+_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+_TIOCSTI = 0x5412  # types into the terminal, for the caller's shell to run
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 # By these root, also without capabilities, has the kernel do things.
 _KERNEL = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
 _BUNDLES = (
@@ -68,7 +81,7 @@ def main() -> int:
 
 def _network() -> None:
     subprocess.run(["ip", "-batch", "-"], input=_NETWORK, text=True, check=True)  # noqa: S607 - found in PATH before
-    if Path("/proc/net/if_inet6").exists():
+    if _IPV6.exists():
         subprocess.run(["ip", "-6", "-batch", "-"], input=_NETWORK, text=True, check=True)  # noqa: S607
 
 
@@ -174,15 +187,16 @@ def _raise(what: str) -> NoReturn:
 def _await_doors(ports: list[int]) -> None:
     """Envoy has taken the doors' configuration; a moment later it listens."""
     end = time.monotonic() + _OPEN_S
-    while not (all(map(_listens, ports)) and _answers()):
+    hosts = ("127.0.0.1", "::1") if _IPV6.exists() else ("127.0.0.1",)
+    while not (all(_listens(host, port) for port in ports for host in hosts) and _answers()):
         if time.monotonic() > end:
             raise TimeoutError(f"Envoy does not listen in the namespace within {_OPEN_S:.0f} s")
         time.sleep(0.001)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _listens(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def _answers() -> bool:
@@ -199,8 +213,7 @@ def _become(plan: dict[str, Any]) -> NoReturn:
     try:
         for name, most in plan["limits"].items():
             resource.setrlimit(getattr(resource, name), (most, most))
-        for each in _FORWARDED:
-            signal.signal(each, signal.SIG_DFL)
+        _filter_calls(os.uname().machine)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         uid, gid, groups = plan["user"]
         whose = ["--reuid", str(uid), "--regid", str(gid), *(["--groups", groups] if groups else ["--clear-groups"])]
@@ -209,6 +222,33 @@ def _become(plan: dict[str, Any]) -> NoReturn:
     except OSError as error:
         print(f"broker: {error}", file=sys.stderr)
     os._exit(_FAULT)
+
+
+def _filter_calls(machine: str) -> None:
+    """Refuse the system calls that no network namespace holds (seccomp(2))."""
+    if machine not in _NUMBERS:
+        raise OSError(errno.ENOTSUP, f"no system calls are known of {machine}, so that none could be refused")
+    program = _program(*_NUMBERS[machine])
+    code = b"".join(struct.pack("HBBI", *each) for each in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer)))
+    if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header):
+        _raise("seccomp")
+
+
+def _program(architecture: int, socket_call: int, ioctl: int) -> list[tuple[int, int, int, int]]:
+    """The filter: `(code, jump if so, jump if not, constant)`; it reads struct seccomp_data."""
+    number, arch, first, second = 0, 4, 16, 24
+    allow = (_RETURN, 0, 0, _ALLOW)
+    absent, forbidden, no_family = ((_RETURN, 0, 0, _ERRNO | why) for why in (errno.ENOSYS, errno.EPERM, errno.EAFNOSUPPORT))
+    families = [each for family in _FAMILIES for each in ((_EQUAL, 0, 1, family), allow)]
+    return [
+        (_LOAD, 0, 0, arch), (_EQUAL, 1, 0, architecture), absent,
+        (_LOAD, 0, 0, number), (_AT_LEAST, 0, 1, _X32), absent,
+        (_EQUAL, 0, 1, _IO_URING_SETUP), absent,
+        (_EQUAL, 0, 4, ioctl), (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow,
+        (_EQUAL, 1, 0, socket_call), allow, (_LOAD, 0, 0, first), *families, no_family,
+    ]  # fmt: skip
 
 
 def _attend(child: int) -> int:

@@ -18,13 +18,14 @@ from broker.dataplane.site import Namespace
 from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot
 
-_ANY = ("0.0.0.0", "::")  # noqa: S104 - inside the namespace every address is its own
 _ANSWER_S = 30  # how long a name may be remembered: as long as a tool that was taken away may still seem to be there
 
 
 def doors(namespace: Namespace) -> listener_v3.Listener:
     """All that speaks TCP: the explicit proxy, and what is captured at the ports of HTTP and HTTPS."""
-    first, *rest = [socket((host, port), namespace.path) for port in (site.DOOR_PORT, *site.TRANSPARENT_PORTS) for host in _ANY]
+    first, *rest = [
+        socket((host, port), namespace.path) for port in (site.DOOR_PORT, *site.TRANSPARENT_PORTS) for host in _any(namespace)
+    ]
     http = listeners.chain("plain", site.NAMESPACE_PROXY, agent=namespace.agent)
     chains = [listeners.on(listeners.PLAIN, http), listeners.on(listeners.TLS, _captured(namespace.agent))]
     return listeners.listener(f"namespace/{namespace.key}", chains, first, *rest)
@@ -32,8 +33,10 @@ def doors(namespace: Namespace) -> listener_v3.Listener:
 
 def dns(snapshot: PolicySnapshot, namespace: Namespace) -> listener_v3.Listener:
     """Answers, over UDP, for the hosts of the agent's tools, and has no other name to tell."""
-    first, *rest = [socket((host, site.DNS_PORT), namespace.path, udp=True) for host in _ANY]
-    address = dns_v3.DnsTableDnsEndpoint(address_list=dns_v3.DnsTableAddressList(address=list(site.CAPTURED)))
+    first, *rest = [socket((host, site.DNS_PORT), namespace.path, udp=True) for host in _any(namespace)]
+    address = dns_v3.DnsTableDnsEndpoint(
+        address_list=dns_v3.DnsTableAddressList(address=list(site.CAPTURED if namespace.ipv6 else site.CAPTURED[:1]))
+    )
     names = [
         dns_v3.DnsTableDnsVirtualDomain(name=host, endpoint=address, answer_ttl=seconds(_ANSWER_S))
         for host in hosts(snapshot, namespace.agent)
@@ -46,6 +49,11 @@ def dns(snapshot: PolicySnapshot, namespace: Namespace) -> listener_v3.Listener:
         additional_addresses=[listener_v3.AdditionalAddress(address=each) for each in rest],
         listener_filters=[extension(listener_v3.ListenerFilter, "envoy.filters.udp.dns_filter", config)],
     )
+
+
+def _any(namespace: Namespace) -> tuple[str, ...]:
+    """Inside the namespace every address is its own."""
+    return ("0.0.0.0", "::") if namespace.ipv6 else ("0.0.0.0",)  # noqa: S104
 
 
 def hosts(snapshot: PolicySnapshot, agent: str) -> list[str]:

@@ -75,6 +75,7 @@ class Namespace:
     key: str
     agent: str
     path: str
+    ipv6: bool = True
 
 
 @dataclass(frozen=True, slots=True)

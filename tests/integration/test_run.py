@@ -1,0 +1,568 @@
+"""`broker run`: unchanged programs are governed, whatever they heed; nothing else gets out; all ends together."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import stack
+from conftest import LOOPBACK, OPERATIONS
+from host import METADATA, WHY_NOT, WORLD4, WORLD6, Host, Run, verb
+
+from broker.admin.client import Refused, ask, fetch
+
+pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+
+API, WIKI, LATER = "api.tool.test", "wiki.tool.test", "later.tool.test"
+GRANTED = {"operations": {"items.list": {}, "items.create": {}}}
+PYTHON = sys.executable
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[SimpleNamespace]:
+    folder = stack.short_folder()
+    host = Host(folder, API, WIKI, LATER)
+    ca = stack.TestCA()
+    certificate = ca.issue(folder / "certs", API, LATER)
+    secure = host.inside(lambda: stack.Upstream(certificate, port=443))
+    plain = host.inside(lambda: stack.Upstream(port=80))
+    trusted = {"ca": "ca.pem", **LOOPBACK}
+    manifests = stack.write_manifests(
+        folder / "manifests",
+        stack.tool("api", f"https://{API}", OPERATIONS, upstream=trusted),
+        stack.tool("later", f"https://{LATER}", OPERATIONS, upstream=trusted),
+        stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
+        stack.agent("coder", {"api": GRANTED, "wiki": GRANTED}),
+        stack.agent("other", {"wiki": GRANTED}),
+        stack.agent("leaver", {"api": GRANTED}),
+        stack.agent("learner", {"api": GRANTED}),
+    )
+    (manifests / "ca.pem").write_text(ca.pem)
+    broker = stack.Broker(manifests, folder / "state", within=host.within)
+    yield SimpleNamespace(host=host, broker=broker, secure=secure, plain=plain, folder=folder, manifests=manifests)
+    broker.stop()
+    for upstream in (secure, plain):
+        upstream.close()
+    host.close()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(place):
+    place.secure.seen.clear()
+    place.plain.seen.clear()
+
+
+def run(
+    place: SimpleNamespace, *command: str, agent: str = "coder", env: dict[str, str] | None = None, options: tuple[str, ...] = ()
+):
+    return subprocess.run(
+        [*place.host.within, *verb(place.broker, agent), *options, "--", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+
+
+NODE = pytest.param(["node", "-e", f"fetch('https://{API}/items').then(r => r.text()).then(console.log)"], id="node",
+                    marks=pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed"))  # fmt: skip
+UNPROXIED = f"import httpx; print(httpx.get('https://{API}/items', trust_env=False, verify='/run/broker/ca.pem').text)"
+URLLIB = f"from urllib.request import urlopen; print(urlopen('https://{API}/items').read().decode())"
+BARE = ["env", "-i", f"PATH={os.environ['PATH']}"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["curl", "-sS", f"https://{API}/items"], id="curl"),
+        pytest.param([*BARE, "curl", "-sS", f"https://{API}/items"], id="curl without any variable"),
+        pytest.param([PYTHON, "-c", f"import httpx; print(httpx.get('https://{API}/items').text)"], id="httpx"),
+        pytest.param([PYTHON, "-c", UNPROXIED], id="httpx without proxy"),
+        pytest.param([PYTHON, "-c", f"import requests; print(requests.get('https://{API}/items').text)"], id="requests"),
+        pytest.param([PYTHON, "-c", URLLIB], id="urllib"),
+        NODE,
+        pytest.param(["curl", "-sS", "-4", "--noproxy", "*", f"https://{API}/items"], id="captured over IPv4"),
+        pytest.param(["curl", "-sS", "-6", "--noproxy", "*", f"https://{API}/items"], id="captured over IPv6"),
+        pytest.param(["curl", "-sS", f"http://{WIKI}/items"], id="HTTP by the proxy"),
+        pytest.param(["curl", "-sS", "--noproxy", "*", f"http://{WIKI}/items"], id="HTTP captured"),
+    ],
+)  # fmt: skip
+def test_an_unchanged_client_reaches_a_declared_upstream(place, command):
+    done = run(place, *command)
+    assert (done.returncode, done.stdout.strip()) == (0, '{"path": "/items"}'), done.stderr
+    [seen] = place.secure.seen + place.plain.seen
+    assert seen.path == "/items"
+    decision = place.broker.decisions(verdict="allow")[-1]
+    assert (decision["agent"]["name"], decision["door"]) == ("coder", "namespace")
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        (f"https://{API}/nothing", "operation_not_declared"),
+        (f"http://{WIKI}/nothing", "operation_not_declared"),
+        ("http://evil.test/", "host_not_declared"),
+        (f"http://{METADATA}/latest/meta-data", "host_not_declared"),
+        (f"https://{LATER}/items", "tool_not_declared"),
+    ],
+)
+@pytest.mark.parametrize("how", ["by the proxy", "captured"])
+def test_what_is_not_declared_is_refused_with_a_reason_that_the_client_sees(place, url, code, how):
+    if how == "by the proxy" and LATER in url:
+        done = run(place, "curl", "-sS", "-p", "-o", "/dev/null", "-w", "%{http_connect}", url)
+        assert done.stdout == "403"
+        assert place.broker.decisions(code=code)[-1]["agent"]["name"] == "coder"
+        return
+    # Whatever address it has: a name is looked up in vain, so it is told one.
+    captured = ["--noproxy", "*", "--resolve", f"evil.test:80:{WORLD4}", "--resolve", f"{LATER}:443:{WORLD4}"]
+    done = run(place, "curl", "-sS", *(captured if how == "captured" else []), url)
+    problem = json.loads(done.stdout)
+    assert (problem["code"], problem["agent"]) == (code, "coder")
+    assert place.broker.decision(problem["decision_id"])["door"] == "namespace"
+    assert place.secure.seen + place.plain.seen == []
+
+
+def test_tls_to_a_name_that_nobody_declared_is_not_certified_and_is_recorded_as_the_agents(place):
+    done = run(place, "curl", "-sS", "--noproxy", "*", "--resolve", f"sni.evil.test:443:{WORLD4}", "https://sni.evil.test/")
+    assert done.returncode == 35
+    found = stack.until(lambda: place.broker.decisions(host="sni.evil.test"))
+    assert (found[0]["code"], found[0]["agent"]["name"]) == ("host_not_declared", "coder")
+
+
+@pytest.mark.parametrize("header", ["--proxy-header", "--header"])
+def test_what_a_request_says_of_its_sender_counts_for_nothing_in_a_namespace(place, header):
+    token = place.broker.token("coder")
+    proof = f"Proxy-Authorization: {stack.basic('coder', token)}"
+    # The agent `other` may not use this tool; with coder's token it is still `other`.
+    done = run(
+        place,
+        "curl",
+        "-sS",
+        "-w",
+        "%{http_connect}",
+        header,
+        proof,
+        "-H",
+        f"x-broker-token: {token}",
+        f"https://{API}/items",
+        agent="other",
+    )
+    assert done.stdout[-3:] == "403"
+    assert place.broker.decisions(code="tool_not_declared")[-1]["agent"]["name"] == "other"
+    done = run(place, "curl", "-sS", "-H", proof, "-H", f"x-broker-token: {token}", f"http://{WIKI}/items", agent="other")
+    assert json.loads(done.stdout) == {"path": "/items"}
+    [seen] = place.plain.seen
+    assert seen.header("proxy-authorization") is None
+    assert seen.header("x-broker-token") is None
+    assert place.broker.decisions(verdict="allow")[-1]["agent"]["name"] == "other"
+
+
+def test_only_the_names_of_the_agents_own_tools_resolve_and_new_ones_without_a_restart(place):
+    look = "while read name; do getent ahosts $name | head -1 | cut -d' ' -f1; echo .; done"
+    running = Run(place.host, place.broker, "learner", "sh", "-c", look)
+    try:
+        assert running.ask(API) == "198.18.0.1"
+        assert running.line() == "."
+        for name in (WIKI, LATER, f"secret.{API}", "tool.test", "example.com"):
+            assert running.ask(name) == "."
+        stack.write_manifest(place.manifests, stack.agent("learner", {"api": GRANTED, "later": GRANTED}))
+
+        def found() -> bool:
+            answer = running.ask(LATER)
+            return answer != "." and running.line() == "."
+
+        stack.until(found)
+    finally:
+        running.close()
+
+
+# No way out.
+
+PROBE = r"""
+import socket, struct, sys
+WORLD4, WORLD6, METADATA, ICMP = sys.argv[1:5]
+def reach(family, kind, address, protocol=0, data=b"x"):
+    try:
+        with socket.socket(family, kind, protocol) as s:
+            s.settimeout(1)
+            if kind != socket.SOCK_STREAM: s.sendto(data, address)
+            else:
+                s.connect(address)
+                s.recv(1)
+    except OSError: pass
+reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 8080))
+reach(socket.AF_INET6, socket.SOCK_STREAM, (WORLD6, 8080))
+reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 22))
+reach(socket.AF_INET, socket.SOCK_DGRAM, (WORLD4, 443))
+reach(socket.AF_INET6, socket.SOCK_DGRAM, (WORLD6, 443))
+reach(socket.AF_INET, socket.SOCK_DGRAM, (WORLD4, 53))
+reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 53))
+reach(socket.AF_INET, socket.SOCK_STREAM, (METADATA, 8081))
+reach(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 7777))
+reach(socket.AF_INET, socket.SOCK_RAW, (WORLD4, 0), socket.IPPROTO_ICMP, bytes.fromhex(ICMP))
+reach(socket.AF_UNIX, socket.SOCK_STREAM, "\0broker-test")
+for path in sys.argv[5:]: reach(socket.AF_UNIX, socket.SOCK_STREAM, path)
+print("probed")
+"""
+ECHO = "0800f7ff00000000"
+
+
+@pytest.fixture(scope="module")
+def sinks(place) -> SimpleNamespace:
+    listen = place.host.listen
+    listen("IPv4", WORLD4, 8080)
+    listen("IPv6", WORLD6, 8080)
+    listen("another port", WORLD4, 22)
+    listen("UDP 443", WORLD4, 443, socket.SOCK_DGRAM)
+    listen("UDP 443 over IPv6", WORLD6, 443, socket.SOCK_DGRAM)
+    listen("DNS", WORLD4, 53, socket.SOCK_DGRAM)
+    listen("DNS over TCP", WORLD4, 53)
+    listen("metadata", METADATA, 8081)
+    listen("the host's loopback", "127.0.0.1", 7777)
+    place.host.listen_icmp("ICMP")
+    place.host.listen_unix("abstract socket", "\0broker-test")
+    folders = {"in /tmp": place.folder, "in /run": Path("/run"), "in /dev/shm": Path("/dev/shm")}
+    paths = {name: str(folder / f"broker-test-{os.getpid()}.sock") for name, folder in folders.items()}
+    for name, path in paths.items():
+        place.host.listen_unix(name, path)
+    arguments = [PYTHON, "-c", PROBE, WORLD4, WORLD6, METADATA, ECHO, *paths.values()]
+    every = {"IPv4", "IPv6", "another port", "UDP 443", "UDP 443 over IPv6", "DNS", "DNS over TCP", "metadata",
+             "the host's loopback", "ICMP", "abstract socket", *paths}  # fmt: skip
+    return SimpleNamespace(arguments=arguments, every=every)
+
+
+def test_each_probe_gets_out_of_the_host_and_none_out_of_a_namespace(place, sinks):
+    reached = place.host.reached
+    reached.clear()
+    assert place.host.run(*sinks.arguments).stdout == "probed\n"
+    stack.until(lambda: set(reached) == sinks.every, why=str(reached))
+    reached.clear()
+    before = place.host.packets()
+    done = run(place, *sinks.arguments)
+    assert done.stdout == "probed\n", done.stderr
+    assert reached == {}
+    # Not a packet passed the host's interfaces, for whomever it was.
+    assert place.host.packets() == before
+
+
+def test_from_inside_nothing_of_the_brokers_can_be_seen(place):
+    state = place.broker.state
+    script = f"ls -A {state} /run /tmp /dev 2>/dev/null; find / -xdev -name '*.sock' -path '*broker*' 2>/dev/null; echo seen"
+    seen = run(place, "sh", "-c", script).stdout.split()
+    for name in ("control.sock", "processor.sock", "envoy-admin.sock", "keys", "audit", "vda", "mem", "kmsg"):
+        assert name not in seen
+    assert "seen" in seen
+
+
+def test_the_command_has_no_capability_and_no_way_to_get_one(place):
+    status = run(place, "cat", "/proc/self/status").stdout
+    found = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert {found[f"Cap{each}"].strip("0") for each in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {""}
+    assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/cron.d/x", "/proc/sys/kernel/core_pattern", "/root/.profile-x", "/sys/kernel/uevent_helper"]
+)
+def test_root_can_have_nobody_else_do_anything(place, path):
+    done = run(place, "sh", "-c", f"echo x > {path}")
+    assert done.returncode != 0
+    assert not Path("/etc/cron.d/x").exists()
+
+
+CALLS = r"""
+import ctypes, errno, fcntl, socket, sys
+def tried(call):
+    try: call()
+    except OSError as error: return errno.errorcode[error.errno]
+    return "made"
+libc = ctypes.CDLL(None, use_errno=True)
+print(tried(lambda: socket.socket(socket.AF_VSOCK)), tried(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)),
+      tried(lambda: fcntl.ioctl(0, 0x5412, b"x")), libc.syscall(425, 1, 0), tried(lambda: socket.socket(socket.AF_INET6)))
+"""
+
+
+def test_what_no_network_namespace_holds_is_refused_by_the_kernel(place):
+    assert run(place, PYTHON, "-c", CALLS).stdout == "EAFNOSUPPORT EAFNOSUPPORT EPERM -1 made\n"
+
+
+def test_it_runs_as_who_is_named_or_as_who_called_sudo(place):
+    assert run(place, "id", "-u", options=("--user", "nobody")).stdout == "65534\n"
+    assert run(place, "sh", "-c", "id -u; echo $HOME", env={"SUDO_UID": "65534"}).stdout.split()[0] == "65534"
+    assert run(place, "id", "-u").stdout == "0\n"
+
+
+def test_a_credential_of_the_callers_is_left_out_and_told_unless_it_is_kept(place):
+    secrets = {"OPENAI_API_KEY": "sk-1", "DATABASE_URL": "postgres://u:p@h/d", "GH_TOKEN": "t", "EDITOR": "vi"}
+    done = run(place, "env", env=secrets, options=("--keep", "GH_TOKEN"))
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert (found.get("GH_TOKEN"), found.get("EDITOR")) == ("t", "vi")
+    assert not {"OPENAI_API_KEY", "DATABASE_URL"} & set(found)
+    [line] = [line for line in done.stderr.splitlines() if "credential" in line]
+    assert "DATABASE_URL" in line
+    assert "OPENAI_API_KEY" in line
+    assert "sk-1" not in done.stderr
+
+
+# Side by side.
+
+ASKING = f"while read path; do curl -s -m 5 http://{WIKI}$path || echo failed $?; echo; done"
+
+
+def test_two_agents_side_by_side_have_each_its_own_doors_and_see_nothing_of_the_other(place):
+    one, two = (Run(place.host, place.broker, name, "sh", "-c", ASKING) for name in ("coder", "other"))
+    try:
+        for each, name in ((one, "coder"), (two, "other"), (one, "coder")):
+            assert each.ask("/items") == '{"path": "/items"}'
+            assert place.broker.decisions(verdict="allow")[-1]["agent"]["name"] == name
+        first, second = (_first_process(each) for each in (one, two))
+        namespaces = {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in (first, second, "self")}
+        assert len(namespaces) == 3
+        # What one listens on, the other does not reach; nor does the host reach a door.
+        assert run(place, "sh", "-c", "ls /proc | grep -c '^[0-9]'").stdout.strip() < "9"
+        assert place.host.run("curl", "-s", "-m", "2", "http://127.0.0.1:15001/").returncode == 7
+        with pytest.raises(Refused, match="is coder's already"):
+            ask(place.broker.state / "run/control.sock", "POST", "/namespaces", {"agent": "other", "pid": first})
+    finally:
+        one.close()
+        two.close()
+
+
+def test_the_brokers_own_namespace_is_nobodys(place):
+    with pytest.raises(Refused, match="own network namespace"):
+        ask(
+            place.broker.state / "run/control.sock",
+            "POST",
+            "/namespaces",
+            {"agent": "coder", "pid": place.broker.child("processor")},
+        )
+
+
+def test_a_namespace_is_never_taken_over_tcp(place):
+    token = subprocess.run(
+        [*stack.BROKER, "token", "o", "--operator", "--state", str(place.broker.state)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    call = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", f"Authorization: Bearer {token.stdout.strip()}"]
+    assert place.host.run(*call, f"{place.broker.admin}/agents").stdout == "200"
+    assert place.host.run(*call, "-d", "{}", f"{place.broker.admin}/namespaces").stdout == "404"
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("child", ["envoy", "processor"])
+def test_while_a_part_of_the_broker_hangs_nothing_gets_out(place, sinks, child):
+    running = Run(place.host, place.broker, "coder", "sh", "-c", ASKING)
+    try:
+        assert running.ask("/items") == '{"path": "/items"}'
+        place.plain.seen.clear()
+        place.host.reached.clear()
+        pid = place.broker.child(child)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert '"path"' not in running.ask("/items")
+            assert place.plain.seen == []
+            assert place.host.reached == {}
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        running.line()
+        stack.until(lambda: running.ask("/items") == '{"path": "/items"}')
+    finally:
+        running.close()
+
+
+@pytest.mark.parametrize("child", ["envoy", "processor"])
+def test_a_part_of_the_broker_that_is_killed_lets_nothing_out_and_once_back_has_its_doors_again(place, child):
+    running = Run(place.host, place.broker, "coder", "sh", "-c", ASKING)
+    try:
+        assert running.ask("/items") == '{"path": "/items"}'
+        os.kill(place.broker.child(child), signal.SIGKILL)
+        place.plain.seen.clear()
+        answers: list[str] = []
+
+        def back() -> bool:
+            answers.append(running.ask("/items"))
+            if answers[-1].startswith("failed") or '"code"' in answers[-1]:
+                running.line()
+            return answers[-1] == '{"path": "/items"}'
+
+        stack.until(back, 30)
+        assert len(place.plain.seen) == answers.count('{"path": "/items"}') == 1
+    finally:
+        running.close()
+
+
+def test_when_the_whole_broker_is_killed_nothing_gets_out_any_more():
+    folder = stack.short_folder()
+    host = Host(folder, WIKI)
+    plain = host.inside(lambda: stack.Upstream(port=80))
+    manifests = stack.write_manifests(
+        folder / "manifests",
+        stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
+        stack.agent("coder", {"wiki": GRANTED}),
+    )
+    broker = stack.Broker(manifests, folder / "state", within=host.within)
+    running = Run(host, broker, "coder", "sh", "-c", ASKING)
+    try:
+        assert running.ask("/items") == '{"path": "/items"}'
+        plain.seen.clear()
+        before = host.packets()
+        envoy = broker.child("envoy")
+        broker.process.kill()
+        broker.process.wait()
+        stack.until(lambda: not Path(f"/proc/{envoy}").exists() or _state(envoy) == "Z")
+        assert "failed" in running.ask("/items")
+        assert plain.seen == []
+        assert host.packets() == before
+    finally:
+        assert running.close() == 143
+        host.close()
+        plain.close()
+
+
+# The end.
+
+LINGERING = "setsid sh -c 'setsid sleep 1000 & sleep 1000' & echo started; sleep 1000"
+
+
+def test_when_it_is_killed_all_that_it_started_and_its_namespace_are_gone(place):
+    running = Run(place.host, place.broker, "coder", "sh", "-c", LINGERING)
+    assert running.line() == "started"
+    inode = Path(f"/proc/{_first_process(running)}/ns/net").stat().st_ino
+    assert len(_in_namespace(inode)) >= 4
+    assert _doors(place)
+    running.process.kill()
+    running.process.wait()
+    stack.until(lambda: not _in_namespace(inode), why="processes outlive `broker run`")
+    stack.until(lambda: not _doors(place), why="Envoy still has doors in it")
+    running.close()
+
+
+def test_when_the_command_ends_so_does_what_it_left_in_the_background(place):
+    done = run(place, "sh", "-c", "setsid sleep 1000 & readlink /proc/self/ns/net; exit 5")
+    assert done.returncode == 5
+    inode = int(done.stdout.strip().removeprefix("net:[").removesuffix("]"))
+    assert _in_namespace(inode) == []
+    stack.until(lambda: not _doors(place))
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        pytest.param(["true"], 0, id="well"),
+        pytest.param(["sh", "-c", "exit 7"], 7, id="its own code"),
+        pytest.param(["sh", "-c", "kill -9 $$"], 137, id="128 and the signal"),
+        pytest.param(["/no/such/program"], 127, id="not found"),
+    ],
+)
+def test_it_ends_with_the_commands_code(place, command, code):
+    assert run(place, *command).returncode == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on_once(place, number):
+    name = signal.Signals(number).name.removeprefix("SIG")
+    script = f"trap 'echo got {name}' {name}; trap 'exit 9' USR1; echo ready; while :; do sleep 0.02; done"
+    running = Run(place.host, place.broker, "coder", "bash", "-c", script)
+    assert running.line() == "ready"
+    running.process.send_signal(number)
+    assert running.line() == f"got {name}"
+    running.process.send_signal(signal.SIGUSR1)
+    assert running.process.wait(10) == 9
+    assert running.line() == ""
+
+
+def test_a_revoked_agent_is_cut_off_in_its_namespace(place):
+    running = Run(
+        place.host,
+        place.broker,
+        "leaver",
+        "sh",
+        "-c",
+        f"while read path; do curl -s https://{API}$path -o - -w '%{{http_code}}\\n' | tail -c 4; done",
+    )
+    operate = [*stack.BROKER, "agents"]
+    about = ["leaver", "--reason", "test", "--state", str(place.broker.state)]
+    try:
+        assert running.ask("/items").endswith("200")
+        subprocess.run([*operate, "revoke", *about], check=True, capture_output=True)
+        place.secure.seen.clear()
+        running.ask("/items")
+        assert stack.until(lambda: place.broker.decisions(code="agent_revoked"))[-1]["door"] == "namespace"
+        assert place.secure.seen == []
+        subprocess.run([*operate, "release", *about], check=True, capture_output=True)
+        stack.until(lambda: running.ask("/items").endswith("200"))
+        # Nor has one whose manifest is gone anything left.
+        (place.manifests / "agent-leaver.yaml").unlink()
+        stack.until(lambda: not running.ask("/items").endswith("200"))
+        place.secure.seen.clear()
+        running.ask("/items")
+        assert place.secure.seen == []
+    finally:
+        running.close()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_git_is_told_no_by_the_broker(place):
+    done = run(place, "git", "ls-remote", f"https://{API}/acme/web")
+    assert "403" in done.stderr
+    assert place.broker.decisions(code="operation_not_declared")[-1]["path"] == "/acme/web/info/refs"
+
+
+def test_wrong_usage_says_what_to_do(place, tmp_path):
+    for agent, state, words in (
+        ("nobody-knows", place.broker.state, "no manifest names an agent 'nobody-knows'"),
+        ("coder", tmp_path, "is no state folder of a broker"),
+    ):
+        done = subprocess.run(
+            [*stack.BROKER, "run", "--agent", agent, "--state", str(state), "true"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    done = subprocess.run(
+        [*stack.BROKER, "run", "--agent", "coder", "true"], capture_output=True, text=True, check=False, env={"PATH": str(bare)}
+    )
+    assert (done.returncode, "install the package iproute2" in done.stderr) == (2, True)
+
+
+def _first_process(running: Run) -> int:
+    """Process 1 of its namespaces, by its number out here: `broker run` has `unshare` as its child, and that has it."""
+    pid = running.process.pid
+    for _ in range(2):
+        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    return pid
+
+
+def _in_namespace(inode: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/ns/net"):
+        try:
+            if path.stat().st_ino == inode and _state(int(path.parts[2])) != "Z":
+                found.append(int(path.parts[2]))
+        except OSError:
+            continue
+    return found
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def _doors(place: SimpleNamespace) -> bool:
+    _, listeners = fetch(place.broker.state / "run/envoy-admin.sock", "GET", "/listeners")
+    return b"namespace/" in listeners
