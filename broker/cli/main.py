@@ -14,8 +14,8 @@ from broker import __version__
 from broker.errors import BrokerError
 
 _VERBS = (
-    "agents", "approvals", "audit", "check", "demo", "denials", "diff", "explain", "propose", "render", "run", "serve", "test",
-    "token", "up",
+    "agents", "approvals", "audit", "check", "demo", "denials", "diff", "doctor", "explain", "propose", "render", "run", "serve",
+    "test", "token", "up",
 )  # fmt: skip
 
 

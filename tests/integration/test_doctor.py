@@ -1,0 +1,90 @@
+"""`broker doctor`: in an agent's namespace nothing gets out; where there is a way out, it is found, and by the witness too."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import stack
+from conftest import LOOPBACK, OPERATIONS
+from host import WHY_NOT, WORLD4, WORLD6, Host
+
+from broker.confined.probes import Around, probes
+from broker.confined.witness import Witness
+
+pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+API = "api.tool.test"
+
+
+@pytest.fixture(scope="module")
+def place():
+    folder = stack.short_folder()
+    host, ca = Host(folder, API), stack.TestCA()
+    upstream = host.inside(lambda: stack.Upstream(ca.issue(folder / "certs", API), port=443))
+    manifests = stack.write_manifests(
+        folder / "manifests",
+        stack.tool("api", f"https://{API}", OPERATIONS, upstream={"ca": "ca.pem", **LOOPBACK}),
+        stack.agent("coder", {"api": {"operations": {"items.list": {}}}}),
+    )
+    (manifests / "ca.pem").write_text(ca.pem)
+    broker = stack.Broker(manifests, folder / "state", within=host.within)
+
+    def doctor(*arguments, **around):
+        more = {"BROKER_DOCTOR": json.dumps(around)} if around else {}
+        command = [*host.within, *stack.BROKER, "doctor", *arguments, "--manifests", str(manifests), "--state", str(broker.state)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env={**os.environ, **more})
+
+    yield doctor, host
+    broker.stop()
+    upstream.close()
+    host.close()
+
+
+def test_in_a_namespace_nothing_gets_out_and_the_witness_hears_nothing(place):
+    doctor, _ = place
+    done = doctor("--agent", "coder", "--json")
+    rows = json.loads(done.stdout)
+    assert [row for row in rows if row["out"]] == [], done.stderr
+    assert done.returncode == 0
+    assert rows[-1] == {"probe": "the witness on this machine", "expected": "nothing", "seen": "0 came", "out": False}
+    assert {row["seen"] for row in rows if row["expected"] == "refused by the broker"} == {
+        "HTTP 403 of the broker",
+        "Name or service not known",
+    }
+    mismatch = next(row for row in rows if row["probe"].startswith("CONNECT to a declared host"))
+    assert mismatch["seen"] == "HTTP 403 of the broker", "the tunnel was opened, and what was sent in it refused"
+
+
+def test_from_where_there_are_ways_out_each_is_found(place):
+    doctor, host = place
+    upstream = host.inside(lambda: stack.Upstream(port=80))
+    host.listen("a service", WORLD4, 8443)
+    try:
+        around = {"world": [WORLD4, WORLD6], "sink": 0, "loopback": [80], "paths": [], "declared": "", "proxy": None, "ca": ""}
+        done = doctor("--from-here", "--json", **around)
+        out = {row["probe"] for row in json.loads(done.stdout) if row["out"]}
+        assert done.returncode == 1
+        assert {"TCP to other port 8443, IPv4", "the host's loopback, port 80", "raw socket (ICMP)", "packet socket"} <= out
+        table = doctor("--from-here", **around).stdout
+        assert "OUT  TCP to other port 8443, IPv4" in table
+    finally:
+        upstream.close()
+
+
+def test_the_witness_counts_who_came_however():
+    witness = Witness()
+    try:
+        witness.checked()
+        assert witness.heard == 0
+        found = {probe.name: probe.run() for probe in probes(Around(("127.0.0.1",), witness.port))}
+        assert found["TCP to the witness, IPv4"].out
+        assert found["UDP to the witness, IPv4"].out
+        stack.until(lambda: witness.heard == 2)
+    finally:
+        witness.close()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--agent", "coder", "--from-here")], ids=["nowhere", "both"])
+def test_it_is_said_from_where(place, arguments):
+    done = place[0](*arguments)
+    assert (done.returncode, done.stderr) == (2, "broker: say from where; write --agent NAME, or --from-here\n")
