@@ -28,7 +28,7 @@ def ruleset(users: Mapping[str, str], doors: tuple[tuple[str, int], ...]) -> str
     chains = "".join(_agent(name, doors) for name in names)
     return (
         # Made first if it is missing, so that it can be deleted in any case.
-        f"table inet {TABLE} {{ }}\ndelete table inet {TABLE}\n\n"
+        f"# broker render nftables; load with nft -f\ntable inet {TABLE} {{ }}\ndelete table inet {TABLE}\n\n"
         f"table inet {TABLE} {{\n{counters}\n{chains}"
         "    chain output {\n"
         "        type filter hook output priority filter; policy accept;\n"

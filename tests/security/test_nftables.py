@@ -5,25 +5,21 @@ on the wire (AF_PACKET), so that a packet of any protocol counts. Every probe ge
 nothing.
 """
 
-import ctypes
 import itertools
 import json
-import os
-import shutil
 import socket
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from broker.dataplane.nftables import ruleset
+from tests.namespaces import ip, namespace, within
 from tests.stack import until
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +30,6 @@ HOST, WORLD, HOST6, WORLD6, METADATA = "192.0.2.1", "192.0.2.2", "2001:db8::1", 
 TCP, UDP, PING, RAW = "SOCK_STREAM", "SOCK_DGRAM", "SOCK_DGRAM", "SOCK_RAW"
 SENTINEL = 9  # the discard port (RFC 863)
 MPTCP = 262  # IPPROTO_MPTCP: the kernel makes the socket that really connects
-_CLONE_NEWNET = 0x40000000
 _names = itertools.count()
 
 # Becomes a user, in a user namespace of its own if asked to, and keeps CAP_NET_RAW alone if asked to. It does not start another
@@ -135,67 +130,34 @@ def _received(tap: socket.socket) -> bytes:
         return b""
 
 
-def within(namespace: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives in a network namespace: a socket stays in the one that it was made in (network_namespaces(7))."""
-    found: list[Any] = []
-
-    def run() -> None:
-        with Path(f"/run/netns/{namespace}").open() as file:
-            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-        found.append(make())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0]
-
-
 def _tap(device: str) -> socket.socket:
     made = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003))  # ETH_P_ALL
     made.bind((device, 0x0003))
     return made
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
-    missing = [name for name in ("nft", "ip") if not shutil.which(name)]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed (apt-get install nftables iproute2)")
-    if os.geteuid():
-        pytest.skip("only root can make network namespaces")
-    made = Host(f"broker-host-{os.getpid()}", f"broker-world-{os.getpid()}")
-    try:
-        _ip("netns", "add", made.inside)
-        _ip("netns", "add", made.outside)
-        yield _joined(made)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespace can be made here: {error.stderr.decode().strip()}")
-    finally:
+    with namespace("nft", "sysctl") as inside, namespace() as outside:
+        made = _joined(Host(inside, outside))
+        yield made
         for opened in (*made.taps.values(), *made.listeners):
             opened.close()
-        for name in (made.inside, made.outside):
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
 def _joined(made: Host) -> Host:
     ends = ((made.inside, (HOST, HOST6)), (made.outside, (WORLD, WORLD6)))
-    _ip("-n", made.inside, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", made.outside)
+    ip("-n", made.inside, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", made.outside)
     for number, (name, own) in enumerate(ends):
-        _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "link", "set", "wire", "address", _mac(number), "up")
+        ip("-n", name, "link", "set", "wire", "address", _mac(number), "up")
         for address in own:
             # Without duplicate address detection, which takes a second.
-            _ip("-n", name, "address", "add", f"{address}/{64 if ':' in address else 24}", "dev", "wire", *_nodad(address))
+            ip("-n", name, "address", "add", f"{address}/{64 if ':' in address else 24}", "dev", "wire", *_nodad(address))
         for other in ends[1 - number][1]:
             # And nobody is asked for, so that a packet leaves at once or never.
-            _ip("-n", name, "neighbour", "add", other, "lladdr", _mac(1 - number), "dev", "wire")
-            _ip("-n", name, "route", "add", "default", "via", other)
-    _ip("-n", made.outside, "address", "add", f"{METADATA}/32", "dev", "lo")
+            ip("-n", name, "neighbour", "add", other, "lladdr", _mac(1 - number), "dev", "wire")
+            ip("-n", name, "route", "add", "default", "via", other)
+    ip("-n", made.outside, "address", "add", f"{METADATA}/32", "dev", "lo")
     # An agent that may send pings without a capability, as on most distributions.
     ping = ["sysctl", "-q", "-w", "net.ipv4.ping_group_range=0 65535"]
     subprocess.run(["ip", "netns", "exec", made.inside, *ping], check=True, capture_output=True)
@@ -366,7 +328,7 @@ def test_without_agents_the_rules_load_and_judge_nobody(host):
 
 
 def test_what_is_checked_in_loads_where_the_users_exist(host):
-    text = (ROOT / "netpol" / "sample-organisation.nft").read_text()
+    text = (ROOT / "netpol" / "nftables.nft").read_text()
     for number, name in enumerate(("campaign-writer", "code-reviewer", "invoice-reconciler", "refund-bot", "support-triage")):
         assert f'"{name}" : goto' in text
         text = text.replace(f'"{name}" :', f"{AGENT + number} :")
