@@ -187,14 +187,14 @@ def test_the_pod_serves_reloads_and_drains_as_it_is_rendered(pod):
     changed = {"agents/bot.yaml": _AGENT.replace("NAME", "clerk").encode(), "tools/shop.yaml": _TOOL.encode()}
     pod.lay("manifests", changed, 0o644, "..2")
     stack.until(lambda: pod.ask("/readyz")[1].get("revision", before) != before, 20, "the new manifests are in force")
-    # Started again, each on its own, as the kubelet does.
-    for name, one in (("processor", processing), ("envoy", carrying)):
-        container = next(each for each in (processor, envoy) if each["name"] == name)
+    # Started again, each on its own, as the kubelet does; and on a volume that was opened to the pod's group meanwhile.
+    for container, one in ((processor, processing), (envoy, carrying)):
         one.kill()
         one.wait()
-        shutil.rmtree(pod.folder / "roots" / name)
+        (state / "keys" / "audit.key").chmod(0o660)
+        assert pod.run(prepare).wait() == 0
         pod.run(container)
-        stack.until(lambda: pod.ask("/readyz")[0] == 200, 60, f"{name} is ready again")
+        stack.until(lambda: pod.ask("/readyz")[0] == 200, 60, f"{container['name']} is ready again")
     hook = envoy["lifecycle"]["preStop"]["exec"]["command"]
     drained = pod.inside(envoy, hook)
     assert (drained.returncode, drained.stderr) == (0, b"")
