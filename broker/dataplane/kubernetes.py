@@ -50,8 +50,8 @@ _SHARED_KEYS = ("ca.key", "ca.pem", "jwt.key", "tokens.key")
 _PREPARE = f"""set -eu
 umask 077
 mkdir -p {_STATE}/keys /mnt/run/run
-cp {_KEYS}/*.key {_STATE}/keys/
-cp {_KEYS}/ca.pem {_STATE}/ca.pem
+cp -f {_KEYS}/*.key {_STATE}/keys/
+cp -f {_KEYS}/ca.pem {_STATE}/ca.pem
 chmod -R go= {_STATE}/keys
 """
 # No core dumps: credentials are in memory. Two workers, as the limit has it, however many processors the node has.
