@@ -118,9 +118,7 @@ def nftables(*, manifests: Path, proxy: options.Address, base_url: options.Addre
     Load them with `nft -f`. That user then reaches Envoy's doors on this host and nothing else. netpol/README.md tells more.
     """
     snapshot = options.snapshot(manifests)
-    click.echo(
-        f"# broker render nftables: load with nft -f\n{ruleset(_users(snapshot, users), _local(proxy, base_url))}", nl=False
-    )
+    click.echo(ruleset(_users(snapshot, users), _local(proxy, base_url)), nl=False)
 
 
 _USER = re.compile(r"(?!0+\Z)[0-9]{1,9}|[a-z_][a-z0-9_-]{0,31}")  # useradd(8): what is a name everywhere
