@@ -121,7 +121,7 @@ def nftables(*, manifests: Path, proxy: options.Address, base_url: options.Addre
     click.echo(ruleset(_users(snapshot, users), _local(proxy, base_url)), nl=False)
 
 
-_USER = re.compile(r"(?!0+\Z)[0-9]{1,9}|[a-z_][a-z0-9_-]{0,31}")  # useradd(8): what is a name everywhere
+_USER = re.compile(r"[1-9][0-9]{0,9}|[a-z_][a-z0-9_-]{0,31}")  # useradd(8): what is a name everywhere
 
 
 def _users(snapshot: PolicySnapshot, written: Iterable[str]) -> Mapping[str, str]:
@@ -201,10 +201,10 @@ def _documents(resources: Iterable[Mapping[str, Any]]) -> str:
 
 def _write(output: Path, files: Mapping[str, str]) -> None:
     """Put a folder with these files in the place of the one that was rendered before, if any."""
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if there and (_KUSTOMIZATION not in there or there - set(files)):
-        raise UsageError(f"{output} holds files that were not rendered", "name a folder that is new or was rendered before")
     try:
+        there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+        if there and (_KUSTOMIZATION not in there or there - set(files)):
+            raise UsageError(f"{output} holds files that were not rendered", "name a folder that is new or was rendered before")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
             fresh = Path(draft) / "fresh"

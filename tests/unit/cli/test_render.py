@@ -7,6 +7,7 @@ import yaml
 
 from broker.cli import render
 from broker.cli.main import _run
+from tests.stack import TestCA
 
 ROOT = Path(__file__).parents[3]
 MANIFESTS = str(ROOT / "manifests")
@@ -22,6 +23,7 @@ WRONG = [
     pytest.param(["--user", "stranger=1000"], "names no agent", id="a user for an agent that is not there"),
     pytest.param(["--user", "refund-bot"], "can't be the user", id="no user"),
     pytest.param(["--user", "refund-bot=0"], "can't be the user", id="root"),
+    pytest.param(["--user", "refund-bot=03001"], "can't be the user", id="a number that nft would read as octal"),
     pytest.param(["--user", "refund-bot=root"], "can't be the user", id="root by name"),
     pytest.param(["--user", 'refund-bot="; drop'], "can't be the user", id="a user that would be a rule"),
     pytest.param(["--user", "refund-bot=77", "--user", "code-reviewer=77"], "share the user 77", id="two agents with one user"),
@@ -81,8 +83,6 @@ def test_a_name_that_can_be_no_label_is_refused(capsys, tmp_path):
 def test_a_certificate_outside_the_folder_is_refused(capsys, tmp_path):
     bundle = 'spec: {identity: {trust_bundles: {acme.example: {file: "../spiffe.pem"}}}}'
     platform = f"---\n{{apiVersion: broker/v1, kind: Platform, metadata: {{name: acme, owner: platform}},\n{bundle}}}"
-    from tests.stack import TestCA  # noqa: PLC0415 - only here
-
     (tmp_path / "spiffe.pem").write_text(TestCA().pem)
     code, out, err = _rendered(capsys, "kubernetes", str(_manifests(tmp_path / "manifests", more=platform)))
     assert (code, out) == (2, "")
