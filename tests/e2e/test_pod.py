@@ -187,6 +187,15 @@ def test_the_pod_serves_reloads_and_drains_as_it_is_rendered(pod):
     changed = {"agents/bot.yaml": _AGENT.replace("NAME", "clerk").encode(), "tools/shop.yaml": _TOOL.encode()}
     pod.lay("manifests", changed, 0o644, "..2")
     stack.until(lambda: pod.ask("/readyz")[1].get("revision", before) != before, 20, "the new manifests are in force")
+    # An agent's token, taken as the README has it, opens the door; the call is decided and recorded here, and goes nowhere.
+    token = pod.inside(processor, ["broker", "token", "clerk", "--state", "/var/lib/broker"]).stdout.decode().strip()
+    with closing(HTTPConnection("127.0.0.1")) as call:
+        call.sock = pod.connect(15002)
+        call.request("GET", "/shop/", headers={"x-broker-token": token})
+        assert call.getresponse().status == 503
+    recorded = [json.loads(line) for path in sorted((state / "audit").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    decisions = [(each["agent"].get("name"), each["verdict"]) for each in recorded if each["event"] == "decision"]
+    assert decisions[-1] == ("clerk", "allow")
     # Started again, each on its own, as the kubelet does; and on a volume that was opened to the pod's group meanwhile.
     for container, one in ((processor, processing), (envoy, carrying)):
         one.kill()
