@@ -265,6 +265,13 @@ def test_a_door_is_reached_and_answers(host, address, port):
     assert counted["agent-refund-bot-dropped"] == 0
 
 
+def test_a_door_is_on_this_host_whatever_address_it_is_given(host):
+    assert host.nft(ruleset(USERS, ((WORLD, 15001),))).returncode == 0
+    packets = host.probe((TCP, 0, WORLD, 15001))
+    assert not any(_is(packet, socket.IPPROTO_TCP, WORLD, 15001) for packet in packets)
+    assert host.counters()["agent-refund-bot-dropped"] >= 1
+
+
 def test_two_agents_do_not_reach_each_other(host):
     """Nor does anyone from outside reach an agent: its answer is dropped, so no connection comes about."""
     script = (
