@@ -191,6 +191,8 @@ def test_nobody_reaches_an_agent(sender):
 def test_a_pod_with_no_agents_label_or_a_strangers_reaches_nothing():
     for pod in (UNLABELLED, agent("stranger")):
         assert not any(reaches(pod, where, port) for where in (BROKER, SHOP, PUBLIC) for port in (443, 15001, 15002))
+    # Even where someone opened the way out: the doors take labelled pods only.
+    assert not _allows(BROKER, "Ingress", UNLABELLED, {"protocol": "TCP", "port": 15001}, POLICIES)
     # An agent's label is worth nothing outside the agents' namespace.
     assert not reaches(agent(AGENTS[0], "shop"), BROKER, 15001)
 
