@@ -1,4 +1,4 @@
-"""Writes what can be read off the code: docs/reference/*.md and the golden configurations in envoy/.
+"""Writes what can be read off the code: docs/reference/*.md and the golden configurations in envoy/ and netpol/.
 
 `python -m docs.generate [--check]`, from the repository's root. With `--check` nothing is written: each file that differs is
 named on stderr, and the exit code is 1.
@@ -26,19 +26,22 @@ from broker.audit.chain import CHECKPOINT
 from broker.audit.record import Attempt, Ending, alert_record, config_record, decision_record, notice_record, outcome_record
 from broker.cli import options
 from broker.cli.main import cli
-from broker.cli.render import placeholders, rendered
+from broker.cli.render import IMAGE, base, placeholders, rendered
 from broker.containment.detectors import span
 from broker.credentials import ISSUERS
+from broker.dataplane.kubernetes import Cluster
+from broker.dataplane.nftables import ruleset
 from broker.dataplane.site import Site
 from broker.ledger.base import Balance
 from broker.manifest.findings import Finding
-from broker.manifest.load import load, load_texts
+from broker.manifest.load import Loaded, load, load_texts
 from broker.manifest.models import KINDS
 from broker.manifest.strict_yaml import MAX_BYTES
 from broker.metrics import Metrics, Standing
 from broker.policy import containment
 from broker.policy.containment import COUNTED, DEFAULTS, Detector, Rule
 from broker.policy.limits import Limit
+from broker.policy.snapshot import PolicySnapshot
 from broker.policy.types import ALLOW, Code, Usage, deny
 from broker.protocols.problem import STATUS, TYPE_PREFIX, WORDS
 from tests import corpora
@@ -59,14 +62,32 @@ def files() -> Mapping[str, str]:
         "envoy/sample-organisation.yaml": lambda: _golden("manifests"),
         "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
         "envoy/spire.yaml": lambda: _golden("tests/golden/spire"),
+        "netpol/nftables.nft": _nftables,
     }
-    return {path: make() for path, make in made.items()}
+    return {path: make() for path, make in made.items()} | _kubernetes()
+
+
+def _sample(directory: str = "manifests") -> tuple[Loaded, PolicySnapshot]:
+    loaded = load(Path(directory))
+    if loaded.snapshot is None:
+        raise SystemExit(f"{directory} has errors; run `broker check {directory}`")
+    return loaded, loaded.snapshot
+
+
+def _nftables() -> str:
+    _, snapshot = _sample()
+    # The defaults of `broker render nftables`: each agent's user is called as the agent.
+    return ruleset({name: name for name in snapshot.agents}, (("127.0.0.1", 15001), ("127.0.0.1", 15002)))
+
+
+def _kubernetes() -> dict[str, str]:
+    output, (loaded, snapshot) = Path("netpol/kubernetes"), _sample()
+    made = base(snapshot, loaded, Path("manifests"), Cluster(IMAGE), output)
+    return {f"{output}/{name}": text for name, text in made.items()}
 
 
 def _golden(directory: str) -> str:
-    snapshot = load(Path(directory)).snapshot
-    if snapshot is None:
-        raise SystemExit(f"{directory} has errors; run `broker check {directory}`")
+    _, snapshot = _sample(directory)
     # The defaults of `broker render envoy`.
     site = Site(
         ("127.0.0.1", 15001), ("127.0.0.1", 15002), "/run/broker/processor.sock", "/run/broker/envoy-admin.sock", options.ROOTS[0]

@@ -33,6 +33,12 @@ GENERATED = (
     "envoy/minimal.yaml",
     "envoy/sample-organisation.yaml",
     "envoy/spire.yaml",
+    "netpol/kubernetes/agents.yaml",
+    "netpol/kubernetes/broker.yaml",
+    "netpol/kubernetes/kustomization.yaml",
+    "netpol/kubernetes/namespaces.yaml",
+    "netpol/kubernetes/network-policies.yaml",
+    "netpol/nftables.nft",
 )
 
 
@@ -47,7 +53,7 @@ def test_every_generated_file_is_current():
 
 
 def test_each_file_that_was_changed_by_hand_or_deleted_is_named(tmp_path):
-    for name in ("broker", "docs", "envoy", "manifests", "tests/bad_manifests", "tests/golden"):
+    for name in ("broker", "docs", "envoy", "manifests", "netpol", "tests/bad_manifests", "tests/golden"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tests/corpora.py", tmp_path / "tests")
     deleted, *changed = GENERATED
