@@ -6,6 +6,7 @@ Law: a table names every field of its part. A field that a table lacks is told a
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from broker.manifest.steps import (
@@ -31,6 +32,7 @@ from broker.policy.approval import Approval
 from broker.policy.compare import Comparison, compare
 from broker.policy.containment import Action, Detector, Rule
 from broker.policy.limits import Kind, Limit, Price
+from broker.policy.match import PathTemplate
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import CredentialSpec, Endpoint
 
@@ -160,6 +162,24 @@ def _endpoint(before: Endpoint, after: Endpoint) -> Iterator[Step]:
     yield Step("endpoint", CHANGED, host(before) + before.base_path, host(after) + after.base_path)
 
 
+def _template(before: PathTemplate | None, after: PathTemplate | None) -> Iterator[Step]:
+    yield Step("match", CHANGED, before.text if before else "", after.text if after else "")
+
+
+def _hashed(pem: str) -> str:
+    return f"certificates {sha256(pem.encode()).hexdigest()[:16]}" if pem else ""
+
+
+def _authorities(before: str, after: str) -> Iterator[Step]:
+    """None are the system's."""
+    yield Step("upstream", CHANGED, _hashed(before), _hashed(after))
+
+
+def _bundles(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Step]:
+    hashes = [{domain: _hashed(pem) for domain, pem in each.items()} for each in (before, after)]
+    return entries("identity", WIDER)(*hashes)
+
+
 def credential(before: CredentialSpec | None, after: CredentialSpec | None) -> Iterator[Step]:
     """What calls get with them."""
     if before is None or after is None:
@@ -189,7 +209,7 @@ CREDENTIAL: Table = {
     "basic": differs("credential"),
     "sigv4": differs("credential"),
 }
-UPSTREAM: Table = {"ca_pem": differs("upstream"), "addresses": members("upstream", WIDER)}
+UPSTREAM: Table = {"ca_pem": _authorities, "addresses": members("upstream", WIDER)}
 TOOL: Table = {
     "name": ignored,
     "owner": differs("owner", EQUAL),
@@ -207,7 +227,7 @@ OPERATION: Table = {
     "rule": ignored,
     "data": members("data", NARROWER),
     "method": differs("match"),
-    "template": differs("match"),
+    "template": _template,
     "alias": differs("match"),
     "schemas": ignored,  # with the manifest's
     "max_body": more("max_body", WIDER),
@@ -310,7 +330,7 @@ PLATFORM: Table = {
     "tools": ignored,  # for each agent that has them
     "hosts": ignored,  # made of the tools
     "by_spiffe": ignored,  # made of the agents
-    "trust_bundles": entries("identity", WIDER),
+    "trust_bundles": _bundles,
     "spire": differs("identity"),
     "max_ttl": more("credential", WIDER),
     "environment": differs("environment"),

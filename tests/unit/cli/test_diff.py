@@ -202,11 +202,11 @@ def test_a_link_in_a_ref_is_not_followed(repository, run, git):
 def test_progress_is_written_to_a_terminal_only_and_after_a_while(monkeypatch, capsys):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr("broker.clock.steady", lambda: now.time)
-    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r"), (False, "")):
+    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r\x1b[K"), (False, "")):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
-        now.time = 0.0
+        now.time = 100.0
         tell = told("the base")
-        for time, done in ((0.1, 1), (1.4, 3), (2.0, 5), (2.1, 6)):
+        for time, done in ((100.1, 1), (101.4, 3), (102.0, 5), (102.1, 6), (102.2, 10)):
             now.time = time
             tell("reading", done, 10)
         assert capsys.readouterr().err == expected

@@ -230,6 +230,32 @@ def test_actions_are_weighed(before, after):
     assert told(base, head) == ([("", "containment", "probing", expected)] if before != after else [])
 
 
+def test_certificates_are_told_by_their_hashes():
+    ours, theirs = "-----BEGIN A", "-----BEGIN B"
+    base = replace(BASE, trust_bundles={"a.example": ours, "b.example": ours})
+    head = replace(BASE, trust_bundles={"a.example": theirs, "c.example": ours})
+    found = {each.about: (each.direction, each.before[:12], each.after[:12]) for each in diff(base, head).changes}
+    assert found == {
+        "a.example": (CHANGED, "certificates", "certificates"),
+        "b.example": (NARROWER, "certificates", ""),
+        "c.example": (WIDER, "", "certificates"),
+    }
+    [step] = steps.compared(meanings.UPSTREAM, Upstream(), Upstream(ca_pem=ours))
+    assert (step.kind, step.direction, step.before, step.after[:12]) == ("upstream", CHANGED, "", "certificates")
+    assert ours not in step.after
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""), (True, "true"), (7, "7"), ("a", "a"), ({("a", "b"): 1}, """{"('a', 'b')": 1}"""), (frozenset({"b", "a"}), '["a", "b"]'),
+        (Upstream(addresses=("10.0.0.0/8",)), '{"addresses": ["10.0.0.0/8"], "ca_pem": ""}'), ([Direction], """["<enum 'Direction'>"]"""),
+    ],
+)  # fmt: skip
+def test_any_value_can_be_said(value, text):
+    assert steps.said(value) == text
+
+
 def test_a_flow_rule_that_nothing_lifts_is_narrower():
     after = compiled(changed(("platform/spec/flow/0/unless", GONE)))
     assert ("bot", "flow", "after pii", NARROWER) in told(BASE, after)
