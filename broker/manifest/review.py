@@ -34,13 +34,12 @@ def as_markdown(diff: Diff) -> str:
     lines = [f"{_summary(groups)}\n"]
     rows = [row for group in groups for row in _rows(*group)]
     left = MOST - len(lines[0].encode())
-    for index, (row, number) in enumerate(rows):
+    for index, (row, _) in enumerate(rows):
         left -= len(row.encode())
         if left < _LONGEST:
             rest = counted(sum(each for _, each in rows[index:]), "more change")
             return "".join((*lines, f"\n{rest} left out here; `broker diff --json` lists every one.\n"))
         lines.append(row)
-        del number
     return "".join(lines)
 
 

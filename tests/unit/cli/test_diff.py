@@ -199,6 +199,16 @@ def test_a_link_in_a_ref_is_not_followed(repository, run, git):
     assert "HEAD:manifests/agents/other.yaml is no plain file; have the file itself there, or compare folders" in result.stderr
 
 
+def test_the_folder_may_be_the_repository_itself_and_hold_other_links(tmp_path, run, git):
+    write(tmp_path)
+    (tmp_path / "README").symlink_to("/etc/passwd")
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    write(tmp_path, "put: {}")
+    assert run("main", ".", "--manifests", ".").stdout.startswith("**1 wider, 1 narrower** for 1 agent\n")
+
+
 def test_progress_is_written_to_a_terminal_only_and_after_a_while(monkeypatch, capsys):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr("broker.clock.steady", lambda: now.time)
