@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
+from itertools import zip_longest
 from typing import Any
 
 from broker.manifest.steps import (
@@ -34,7 +35,7 @@ from broker.policy.containment import Action, Detector, Rule
 from broker.policy.limits import Kind, Limit, Price
 from broker.policy.match import PathTemplate
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import CredentialSpec, Endpoint
+from broker.policy.snapshot import CredentialSpec, Endpoint, Tool
 
 # ---------------------------------------------------------------------------------------------------------------- parameters
 
@@ -178,6 +179,28 @@ def _authorities(before: str, after: str) -> Iterator[Step]:
 def _bundles(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Step]:
     hashes = [{domain: _hashed(pem) for domain, pem in each.items()} for each in (before, after)]
     return entries("identity", WIDER)(*hashes)
+
+
+def rerouted(before: Tool, after: Tool) -> Iterator[tuple[str, Step]]:
+    """Operations whose calls may be others' now: one that is gone, or matches otherwise, no longer keeps its calls from them."""
+    for gone in before.operations.values():
+        same = after.operations.get(gone.name)
+        if same is None or (same.method, same.template) != (gone.method, gone.template):
+            for other in after.operations.values():
+                if other.name != gone.name and other.method == gone.method and _overlap(gone.template, other.template):
+                    yield other.name, Step("match", WIDER, f"not the calls of {gone.name}", "perhaps those too", (other.rule,))
+
+
+def _overlap(one: PathTemplate | None, other: PathTemplate | None) -> bool:
+    """Whether a path may fit both."""
+    for left, right in zip_longest(one.parts if one else (), other.parts if other else ()):
+        if left is None or right is None:
+            return False
+        if "+" in (left[0] and left[1], right[0] and right[1]):
+            return True
+        if left[0] is None and right[0] is None and left[1] != right[1]:
+            return False
+    return one is not None
 
 
 def credential(before: CredentialSpec | None, after: CredentialSpec | None) -> Iterator[Step]:

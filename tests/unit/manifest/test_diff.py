@@ -310,6 +310,27 @@ def test_what_bears_on_nobody_is_told_without_effect():
     assert told(BASE, compiled(renamed)) == [("bot", "owner", "shop", EQUAL)]
 
 
+@pytest.mark.parametrize(
+    ("path", "other", "falls"),
+    [
+        ("/items/admin", None, True),
+        ("/items/admin", "/admin", True),
+        ("/{+rest}", None, True),
+        ("/items", None, False),
+        ("/other/admin", None, False),
+        ("/items/admin/x", None, False),
+        ("/items/admin", "/items/admin", False),
+    ],
+)
+def test_calls_that_fall_to_another_operation_widen_it(path, other, falls):
+    """What nobody was granted was refused; without it in the catalog, its calls are recognised as what is granted."""
+    special = {"match": {"method": "GET", "path": path}, "effect": "read"}
+    base = compiled(changed((f"{CATALOG}/special", special)))
+    head = compiled(changed((f"{CATALOG}/special", {**special, "match": {"method": "GET", "path": other}}))) if other else BASE
+    assert (("bot", "match", "shop/get", WIDER) in told(base, head)) is falls
+    assert (("bot", "match", "shop/get", NARROWER) in told(head, base)) is falls
+
+
 def test_a_limit_that_bears_on_nothing_is_without_effect():
     assert told(BASE, compiled(changed(("bot/spec/limits/destructive", "1/day")))) == [("bot", "limit", "agent/bot", EQUAL)]
 
