@@ -7,6 +7,7 @@ widened, and it fits into a comment; what is left out is counted.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 
 from broker.errors import counted
 from broker.manifest.diff import Change, Diff
@@ -16,6 +17,7 @@ from broker.manifest.steps import Direction
 MOST = 65_000
 """UTF-8 bytes: GitHub takes comments of 65,536 characters."""
 _LONGEST = 240  # characters of one value
+_CONTEXT = 60  # characters before a difference
 _NAMED = 3  # agents
 _ORDER = (Direction.WIDER, Direction.CHANGED, Direction.NARROWER, Direction.EQUAL_EFFECT)
 _SAID = {
@@ -74,12 +76,18 @@ def _rows(agents: tuple[str, ...], changes: Sequence[Change]) -> Iterator[tuple[
     others = f" and {len(agents) - _NAMED:,} more" if len(agents) > _NAMED else ""
     yield f"\n### {named}{others}\n\n", 0
     for change in changes:
-        values = " → ".join(_code(value) if value else "nothing" for value in (change.before, change.after))
+        values = " → ".join(_code(value) if value else "nothing" for value in _around(change.before, change.after))
         where = ", ".join(_code(rule) for rule in change.rules[:2])
         yield (
             f"- **{_SAID[change.direction]}** {change.kind} {_code(change.about)}: {values}{f' ({where})' if where else ''}\n",
             1,
         )
+
+
+def _around(before: str, after: str) -> tuple[str, str]:
+    """Of long values, what follows from a little before the first difference."""
+    begin = len(commonprefix((before, after))) - _CONTEXT if max(len(before), len(after)) > _LONGEST else 0
+    return (before, after) if begin <= 0 else (f"…{before[begin:]}", f"…{after[begin:]}")
 
 
 def _code(text: str) -> str:

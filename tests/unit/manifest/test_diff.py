@@ -466,6 +466,13 @@ def test_what_comes_from_files_is_shown_as_code(value, shown):
     assert f"operation `x/y`: nothing → {shown} (`a.yaml#/x`)\n" in as_markdown(Diff((change(after=value),)))
 
 
+def test_of_long_values_the_difference_is_shown():
+    text = as_markdown(Diff((change(before=f"{'a' * 900}1{'b' * 900}", after=f"{'a' * 900}2{'b' * 900}"),)))
+    assert f"`…{'a' * 60}1bbb" in text
+    assert f"`…{'a' * 60}2bbb" in text
+    assert "`short 1` → `short 2`" in as_markdown(Diff((change(before="short 1", after="short 2"),)))
+
+
 def test_agents_with_the_same_change_stand_together():
     text = as_markdown(Diff(tuple(change(f"bot{number:04}") for number in range(2000))))
     assert text.startswith("**1 wider** for 2,000 agents\n")
