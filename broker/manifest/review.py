@@ -7,7 +7,7 @@ widened, and it fits into a comment; what is left out is counted.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 from broker.errors import counted
 from broker.manifest.diff import Change, Diff
@@ -86,7 +86,10 @@ def _rows(agents: tuple[str, ...], changes: Sequence[Change]) -> Iterator[tuple[
 
 def _around(before: str, after: str) -> tuple[str, str]:
     """Of long values, what follows from a little before the first difference."""
-    begin = len(commonprefix((before, after))) - _CONTEXT if max(len(before), len(after)) > _LONGEST else 0
+    if max(len(before), len(after)) <= _LONGEST:
+        return before, after
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+    begin = same - _CONTEXT
     return (before, after) if begin <= 0 else (f"…{before[begin:]}", f"…{after[begin:]}")
 
 
