@@ -106,23 +106,28 @@ def _place(name: str, manifests: Path) -> tuple[Path, PurePosixPath]:
 
 
 class _Entry(NamedTuple):
-    """A file as git lists it: its mode, its object, and its path below the manifests folder."""
+    """A file as git lists it: whether it is one (no link or submodule), its object, and its path below the manifests folder."""
 
-    mode: str
+    plain: bool
     blob: str
     path: PurePosixPath
 
 
 def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Path) -> None:
-    """Write the folder as it was. Raises `UsageError` where there was none, or something that is no plain file."""
-    listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, "--", f"{inside}/")
+    """Write the folder as it was. Raises `UsageError` where there was none, or a manifest that is no plain file.
+
+    Other links and submodules are left out: reading a folder does not follow them to manifests either.
+    """
+    below = ["--", f"{inside}/"] if inside.parts else []
+    listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, *below)
     entries = [_entry(os.fsdecode(line), inside) for line in listed.split(b"\0") if line]
     if not entries:
         raise UsageError(f"{name} has no folder {str(inside)!r}", "name the folder that it has with --manifests, or another ref")
     for entry in entries:
-        if not entry.mode.startswith("100") or ".." in entry.path.parts:
+        if (not entry.plain and entry.path.suffix in (".yaml", ".yml")) or ".." in entry.path.parts:
             advice = "have the file itself there, or compare folders"
             raise UsageError(f"{name}:{inside / entry.path} is no plain file", advice)
+    entries = [entry for entry in entries if entry.plain]
     asked = "".join(f"{entry.blob}\n" for entry in entries).encode()
     contents = _git(top, "git can't read the files", "cat-file", "--batch", given=asked)
     at = 0
@@ -139,7 +144,7 @@ def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Pa
 def _entry(line: str, inside: PurePosixPath) -> _Entry:
     about, _, path = line.partition("\t")
     mode, _, blob = about.split()
-    return _Entry(mode, blob, PurePosixPath(path).relative_to(inside))
+    return _Entry(mode.startswith("100"), blob, PurePosixPath(path).relative_to(inside))
 
 
 def _git(top: Path, problem: str, *arguments: str, given: bytes = b"") -> bytes:

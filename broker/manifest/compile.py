@@ -333,11 +333,10 @@ _NO_PINS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[str, tuple[str, ...]]:
     """The parameters that may have only certain texts; the manifest's schemas come after the catalog's."""
-    if not any(schema.pinned for schema in (*declared.schemas.values(), *own.values())):
-        return _NO_PINS
     pins: dict[str, tuple[str, ...]] = {}
-    # What the path names is pinned by the path alone, not by a field of the body that has the same name.
-    variables = {name for name, _ in declared.template.parts} if declared.template else set()
     for location, schema in (*declared.schemas.items(), *own.items()):
-        pins |= {name: texts for name, texts in schema.pinned.items() if location == "path" or name not in variables}
-    return MappingProxyType(pins)
+        if schema.pinned:
+            # What the path names is pinned by the path alone, not by a field of the body that has the same name.
+            variables = {name for name, _ in declared.template.parts} if declared.template and location != "path" else set()
+            pins |= {name: texts for name, texts in schema.pinned.items() if name not in variables}
+    return MappingProxyType(pins) if pins else _NO_PINS

@@ -62,6 +62,7 @@ class _Comparing:
     def __init__(self, base: PolicySnapshot, head: PolicySnapshot) -> None:
         self.base, self.head = base, head
         self._catalog: dict[str | _Place, tuple[Step, ...]] = {}
+        self._routes: dict[str, tuple[tuple[str, Step], ...]] = {}
         self._parameters: dict[object, Direction] = {}
 
     def changes(self) -> Iterator[Change]:
@@ -99,6 +100,7 @@ class _Comparing:
             yield from (_at(step, name, tool.rule) for step in (meanings.credential(*specs) if tool.credential else ()))
         else:
             yield from self._tool(name)
+            yield from (step for operation, step in self._rerouted(name) if operation in before and operation in after)
         old, new = before or {}, after or {}
         declared = [each.tools[name].operations if name in each.tools else {} for each in (self.base, self.head)]
         yield from _come_or_gone(
@@ -115,6 +117,16 @@ class _Comparing:
             found = compared(meanings.TOOL, before, after) if before is not after else ()
             self._catalog[name] = tuple(_at(step, name, after.rule) for step in found)
         return self._catalog[name]
+
+    def _rerouted(self, name: str) -> tuple[tuple[str, Step], ...]:
+        if name not in self._routes:
+            before, after = self.base.tools[name], self.head.tools[name]
+            found = [*meanings.rerouted(before, after)] if before is not after else []
+            for operation, step in meanings.rerouted(after, before) if before is not after else ():
+                back = step._replace(direction=Direction.NARROWER, before=step.after, after=step.before)
+                found.append((operation, back))
+            self._routes[name] = tuple((operation, step._replace(about=f"{name}/{operation}")) for operation, step in found)
+        return self._routes[name]
 
     def _operation(self, place: _Place) -> tuple[Step, ...]:
         if place not in self._catalog:

@@ -78,6 +78,9 @@ class ParameterSchema:
 
 def json_pointer(*parts: str | int) -> str:
     """The JSON pointer (RFC 6901) of these keys and indices."""
+    plain = "/".join(map(str, parts))
+    if parts and "~" not in plain and plain.count("/") == len(parts) - 1:
+        return f"/{plain}"
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
 
 

@@ -199,14 +199,24 @@ def test_a_link_in_a_ref_is_not_followed(repository, run, git):
     assert "HEAD:manifests/agents/other.yaml is no plain file; have the file itself there, or compare folders" in result.stderr
 
 
+def test_the_folder_may_be_the_repository_itself_and_hold_other_links(tmp_path, run, git):
+    write(tmp_path)
+    (tmp_path / "README").symlink_to("/etc/passwd")
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    write(tmp_path, "put: {}")
+    assert run("main", ".", "--manifests", ".").stdout.startswith("**1 wider, 1 narrower** for 1 agent\n")
+
+
 def test_progress_is_written_to_a_terminal_only_and_after_a_while(monkeypatch, capsys):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr("broker.clock.steady", lambda: now.time)
-    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r"), (False, "")):
+    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r\x1b[K"), (False, "")):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
-        now.time = 0.0
+        now.time = 100.0
         tell = told("the base")
-        for time, done in ((0.1, 1), (1.4, 3), (2.0, 5), (2.1, 6)):
+        for time, done in ((100.1, 1), (101.4, 3), (102.0, 5), (102.1, 6), (102.2, 10)):
             now.time = time
             tell("reading", done, 10)
         assert capsys.readouterr().err == expected

@@ -65,7 +65,10 @@ def test_a_decision_becomes_a_pull_request_with_evidence_patch_and_effect(run):
     code, out, err = run("propose", "d-1")
     assert (code, err) == (0, "")
     assert out.startswith("# Let refund-bot call github/issues.list\n")
-    assert "| `2027-01-15T08:00:00Z` | `d-1` | `github/issues.list: GET api.github.com/repos/acme/mobile/issues` |" in out
+    assert (
+        "- `2027-01-15T08:00:00Z`, `d-1`, `github/issues.list: GET api.github.com/repos/acme/mobile/issues`, `params_invalid: /path/repo"
+        in out
+    )
     assert "+          params: {path: {properties: {owner: {const: acme}, repo: {enum: [web, payments, mobile]}}}}\n" in out
     assert "**2 wider** for 1 agent" in out, "the parameters, and what the credential is narrowed to"
     assert "mobile" not in Path("manifests/agents/refund-bot.yaml").read_text(), "nothing is written unasked"
@@ -106,7 +109,7 @@ def test_shadow_traffic_becomes_a_draft_and_what_can_not_be_is_named(run):
     code, out, err = run("propose", "--shadow", "--agent", "refund-bot")
     assert code == 0
     assert "issues.get:" in out
-    assert "(in shadow)" in out
+    assert "in shadow mode" in out
     assert err.startswith("1 warning in the manifests")
     assert "d-3: GET /repos/acme/web/forks is no operation of 'github'; ask team-devex to add it to the catalog\n" in err
 

@@ -230,6 +230,32 @@ def test_actions_are_weighed(before, after):
     assert told(base, head) == ([("", "containment", "probing", expected)] if before != after else [])
 
 
+def test_certificates_are_told_by_their_hashes():
+    ours, theirs = "-----BEGIN A", "-----BEGIN B"
+    base = replace(BASE, trust_bundles={"a.example": ours, "b.example": ours})
+    head = replace(BASE, trust_bundles={"a.example": theirs, "c.example": ours})
+    found = {each.about: (each.direction, each.before[:12], each.after[:12]) for each in diff(base, head).changes}
+    assert found == {
+        "a.example": (CHANGED, "certificates", "certificates"),
+        "b.example": (NARROWER, "certificates", ""),
+        "c.example": (WIDER, "", "certificates"),
+    }
+    [step] = steps.compared(meanings.UPSTREAM, Upstream(), Upstream(ca_pem=ours))
+    assert (step.kind, step.direction, step.before, step.after[:12]) == ("upstream", CHANGED, "", "certificates")
+    assert ours not in step.after
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""), (True, "true"), (7, "7"), ("a", "a"), ({("a", "b"): 1}, """{"('a', 'b')": 1}"""), (frozenset({"b", "a"}), '["a", "b"]'),
+        (Upstream(addresses=("10.0.0.0/8",)), '{"addresses": ["10.0.0.0/8"], "ca_pem": ""}'), ([Direction], """["<enum 'Direction'>"]"""),
+    ],
+)  # fmt: skip
+def test_any_value_can_be_said(value, text):
+    assert steps.said(value) == text
+
+
 def test_a_flow_rule_that_nothing_lifts_is_narrower():
     after = compiled(changed(("platform/spec/flow/0/unless", GONE)))
     assert ("bot", "flow", "after pii", NARROWER) in told(BASE, after)
@@ -282,6 +308,27 @@ def test_what_bears_on_nobody_is_told_without_effect():
     assert told(BASE, compiled(world)) == [("", "catalog", "new", EQUAL)]
     renamed = changed(("shop/metadata", {"owner": "others"}))
     assert told(BASE, compiled(renamed)) == [("bot", "owner", "shop", EQUAL)]
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "falls"),
+    [
+        ("/items/admin", None, True),
+        ("/items/admin", "/admin", True),
+        ("/{+rest}", None, True),
+        ("/items", None, False),
+        ("/other/admin", None, False),
+        ("/items/admin/x", None, False),
+        ("/items/admin", "/items/admin", False),
+    ],
+)
+def test_calls_that_fall_to_another_operation_widen_it(path, other, falls):
+    """What nobody was granted was refused; without it in the catalog, its calls are recognised as what is granted."""
+    special = {"match": {"method": "GET", "path": path}, "effect": "read"}
+    base = compiled(changed((f"{CATALOG}/special", special)))
+    head = compiled(changed((f"{CATALOG}/special", {**special, "match": {"method": "GET", "path": other}}))) if other else BASE
+    assert (("bot", "match", "shop/get", WIDER) in told(base, head)) is falls
+    assert (("bot", "match", "shop/get", NARROWER) in told(head, base)) is falls
 
 
 def test_a_limit_that_bears_on_nothing_is_without_effect():
@@ -417,6 +464,13 @@ def change(agent="bot", before="", after="", direction=WIDER):
 )
 def test_what_comes_from_files_is_shown_as_code(value, shown):
     assert f"operation `x/y`: nothing → {shown} (`a.yaml#/x`)\n" in as_markdown(Diff((change(after=value),)))
+
+
+def test_of_long_values_the_difference_is_shown():
+    text = as_markdown(Diff((change(before=f"{'a' * 900}1{'b' * 900}", after=f"{'a' * 900}2{'b' * 900}"),)))
+    assert f"`…{'a' * 60}1bbb" in text
+    assert f"`…{'a' * 60}2bbb" in text
+    assert "`short 1` → `short 2`" in as_markdown(Diff((change(before="short 1", after="short 2"),)))
 
 
 def test_agents_with_the_same_change_stand_together():

@@ -28,6 +28,14 @@ def test_a_violation_points_at_the_value_and_at_the_rule(schema, value, pointer,
     assert (violation.pointer, violation.rule) == (pointer, RULE + rule)
 
 
+def test_a_schema_at_another_place_judges_the_same_and_says_where():
+    schema = ParameterSchema({"properties": {"a": {"type": "integer"}, "b": {"enum": ["x"]}}}, RULE)
+    twin = schema.at("b.yaml#/x")
+    assert [each.rule for each in twin.violations({"a": "1"}, "body")] == ["b.yaml#/x/properties/a/type"]
+    assert [each.rule for each in schema.violations({"a": "1"}, "body")] == [f"{RULE}/properties/a/type"]
+    assert (twin.text, twin.types, twin.pinned) == (schema.text, {"a": "integer"}, {"b": ("x",)})
+
+
 def test_every_violation_is_told():
     schema = ParameterSchema({"properties": {"a": {"type": "string"}, "b": {"maximum": 3}}}, RULE)
     assert {violation.pointer for violation in schema.violations({"a": 1, "b": 9}, "body")} == {"/body/a", "/body/b"}
