@@ -65,10 +65,10 @@ def test_a_decision_becomes_a_pull_request_with_evidence_patch_and_effect(run):
     code, out, err = run("propose", "d-1")
     assert (code, err) == (0, "")
     assert out.startswith("# Let refund-bot call github/issues.list\n")
-    assert (
-        "- `2027-01-15T08:00:00Z`, `d-1`, `github/issues.list: GET api.github.com/repos/acme/mobile/issues`, `params_invalid: /path/repo"
-        in out
+    evidence = (
+        "- `2027-01-15T08:00:00Z`, `d-1`, `github/issues.list: GET api.github.com/repos/acme/mobile/issues`, `params_invalid: "
     )
+    assert evidence in out
     assert "+          params: {path: {properties: {owner: {const: acme}, repo: {enum: [web, payments, mobile]}}}}\n" in out
     assert "**2 wider** for 1 agent" in out, "the parameters, and what the credential is narrowed to"
     assert "mobile" not in Path("manifests/agents/refund-bot.yaml").read_text(), "nothing is written unasked"
