@@ -231,10 +231,11 @@ def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
     tools: dict[str, Mapping[str, Grant]] = {}
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
     answers = {tool: _own_traffic(flows, each, Effect.WRITE, common) for tool, each in exposed.items()}
-    every = dict.fromkeys(common)
+    every, bounds_of = dict.fromkeys(common), dict.fromkeys(exposed, common)
     for tool, part in spec.tools.items():
         here = ("spec", "tools", tool)
         shared = (*limits(source, part.limits, f"agent/{name}/{tool}", *here, "limits"), *common)
+        bounds_of[tool] = shared
         housekeeping[tool] = _own_traffic(flows, catalog[tool], None, shared)
         answers[tool] = _own_traffic(flows, catalog[tool], Effect.WRITE, shared)
         grants, usual, rule = {}, _usual(flows, catalog[tool], shared), source.rule(*here, "operations")
@@ -260,13 +261,13 @@ def _agent(  # noqa: PLR0913, PLR0917 - all that a manifest is read with
         housekeeping=MappingProxyType(housekeeping),
         answers=MappingProxyType(answers),
         limits=tuple(every),
-        shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, common) for name, tool in exposed.items()}),
+        shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, bounds_of[name]) for name, tool in exposed.items()}),
         shadow_until=spec.shadow_until or 0.0,
     )
 
 
 def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Limit, ...]) -> Mapping[str, Grant]:
-    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the agent as a whole."""
+    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the tool and the agent as a whole."""
     # What a provider's unknown API would spend nobody could count; elsewhere, the unknown counts as the worst.
     unknown = {} if tool.protocol in PROVIDERS else {"": Operation("", Effect.DESTRUCTIVE, tool.rule)}
     nothing, usual = models.GrantSpec.model_construct(), _usual(flows, tool, limits)
