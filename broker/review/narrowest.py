@@ -28,13 +28,15 @@ MOST = 20
 # What `broker/audit/record.py` writes in place of a value.
 _MARK = re.compile(
     r"\[(?:redacted|(?:pii|secret) (?:\d+ chars|number)|\d+ chars sha256:[0-9a-f]{64}|\d+ bytes left out|\d+ more, too deep"
-    r"|number of \d+ bits)\]"
+    r"|number of \d+ bits)\]|-?\d+(?:\.\d+)?e[+-]\d+"  # a number with an exponent
 )
 
 
 def opened(value: Any) -> Any:
-    """The value with `OPEN` for each mark of the record."""
+    """The value with `OPEN` for each mark of the record, and for an object of whose names one is a mark."""
     if isinstance(value, dict):
+        if any(map(_MARK.fullmatch, value)):
+            return OPEN
         return {name: opened(part) for name, part in value.items()}
     if isinstance(value, list):
         return [opened(part) for part in value]
