@@ -4,6 +4,7 @@ Laws: the log and the manifests are read; only --write changes something, and th
 not at all. What is proposed passes `broker check` and permits those calls, or nothing is proposed.
 """
 
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -154,12 +155,15 @@ def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: 
 
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all; it keeps its mode."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    fresh = Path(file.name)
     try:
-        fresh.chmod(path.stat().st_mode)
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fresh = Path(name)
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(text.encode())
+            fresh.chmod(path.stat().st_mode)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}", "make the folder writable, or apply the patch") from error

@@ -52,6 +52,11 @@ def unpinned(value: Any, *here: str | int) -> Iterator[str]:
             yield from unpinned(part, *here, name)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether the record holds all of it."""
+    return not any(True for _ in unpinned(value))
+
+
 def thinned(values: Sequence[Any]) -> list[Any]:
     """The values, with `OPEN` for each name of which more different ones were seen than a person would list."""
     objects = [value for value in values if isinstance(value, dict)]
@@ -70,7 +75,7 @@ def exact(value: Any) -> Schema:
             return {"type": "object", "maxProperties": 0}
         parts = {name: exact(part) for name, part in value.items()}
         return {"type": "object", "required": sorted(value), "properties": parts, "additionalProperties": False}
-    if isinstance(value, list) and any(unpinned(value)):
+    if isinstance(value, list) and not is_whole(value):
         return {"type": "array", "prefixItems": [exact(part) for part in value], "minItems": len(value), "maxItems": len(value)}
     return {"const": value}
 
@@ -86,7 +91,7 @@ def admitting(location: str, values: Sequence[Any]) -> Schema:
 def _path(values: Sequence[Mapping[str, Any]]) -> Schema:
     # A path has all the names of its template, always; and issuers narrow credentials by what is said of each.
     found = {name: _different([value[name] for value in values]) for name in values[0]}
-    rules = {name: _one_of(parts) for name, parts in found.items() if OPEN not in parts}
+    rules = {name: _one_of(parts) for name, parts in found.items() if is_whole(parts)}
     if sum(len(parts) > 1 for parts in found.values()) <= 1:
         return {"properties": rules}
     return {"properties": rules, "anyOf": [_alone("path", value) for value in values]}
@@ -107,7 +112,7 @@ def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
     pinned = {
         name: _one_of([*_listed(rule), *(value[name] for value in values)])
         for name, rule in old.get("properties", {}).items()
-        if _listed(rule) and all(isinstance(value, dict) and value.get(name, OPEN) is not OPEN for value in values)
+        if _listed(rule) and all(isinstance(value, dict) and name in value and is_whole(value[name]) for value in values)
     }
     return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *(_alone(location, value) for value in values)]}
 
@@ -122,7 +127,7 @@ def _longer(location: str, old: Schema, values: Sequence[Any]) -> Schema | None:
         return None
     lists = {name: _different([*_listed(rule), *(value[name] for value in values)]) for name, rule in rules.items()}
     grown = [name for name, rule in rules.items() if len(lists[name]) > 1 or not _listed(rule)]
-    if len(grown) != 1 or not _listed(rules[grown[0]]) or OPEN in lists[grown[0]]:
+    if len(grown) != 1 or not _listed(rules[grown[0]]) or not is_whole(lists[grown[0]]):
         return None
     return {**old, "properties": {**rules, grown[0]: _one_of(lists[grown[0]])}}
 

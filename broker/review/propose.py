@@ -15,7 +15,7 @@ from broker.policy.evaluate import evaluate
 from broker.policy.providers import PROVIDERS
 from broker.policy.snapshot import Agent, PolicySnapshot, Tool
 from broker.policy.types import Code, ToolCall
-from broker.review.narrowest import MOST, admitting, opened, thinned, unpinned, widened
+from broker.review.narrowest import MOST, admitting, is_whole, opened, thinned, unpinned, widened
 
 Record = Mapping[str, Any]
 Place = tuple[str, ...]
@@ -185,7 +185,9 @@ def _notes(
     if loose - known:
         many = ", ".join(sorted(loose - known))
         yield f"over {MOST} different values were seen of {many}, so only the catalog's schema bounds that; narrow it by hand"
-    if granted and sum(any(found) for found in values.values()) > 1:
+    # A request always has a path and a query, of which nothing need be named.
+    said = [where for where, found in values.items() if where not in ("path", "query") or any(found)]
+    if granted and len(said) > 1:
         yield "a manifest can't tie one location's values to another's, so these may be mixed, also with what is granted already"
     elif sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
         yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"
@@ -202,7 +204,7 @@ def replayed(snapshot: PolicySnapshot, record: Record, now: float) -> bool | Non
     if record["method"] == "CONNECT":
         return _tool_at(snapshot, record["host"]) in agent.tools
     seen = _seen(record)
-    if record.get("model") or any(True for value in seen.values() for _ in unpinned(value)):
+    if record.get("model") or not is_whole(seen):
         return None
     decision = evaluate(snapshot, agent, ToolCall(record["tool"], record["operation"], seen), now)
     return decision.code is None

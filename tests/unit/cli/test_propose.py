@@ -194,3 +194,28 @@ def test_wrong_usage_is_one_clear_line(run, arguments, told):
     assert (code, out) == (2, "")
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_a_file_that_can_not_be_written_is_left_as_it_is(run, monkeypatch):
+    happened(get("/acme/mobile/issues"))
+    before = Path("manifests/agents/refund-bot.yaml").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    code, _, err = run("propose", "d-1", "--write")
+    assert code == 2
+    assert err.startswith("broker: manifests/agents/refund-bot.yaml can't be written: No space left on device")
+    assert Path("manifests/agents/refund-bot.yaml").read_bytes() == before
+    assert [path.name for path in Path("manifests/agents").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_written_is_utf_8_whatever_the_locale(run, monkeypatch):
+    path = Path("manifests/agents/refund-bot.yaml")
+    path.write_text(f"# Zuständig: 支払い\n{path.read_text()}", encoding="utf-8")
+    happened(get("/acme/mobile/issues"))
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    code, _, _ = run("propose", "d-1", "--write")
+    assert code == 0
+    assert path.read_text(encoding="utf-8").startswith("# Zuständig: 支払い\n")

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from broker.manifest.load import load, load_texts
 from broker.rehearsal import Call, Rehearsal, call_of
 from broker.review.edit import edited
-from broker.review.propose import proposed, replayed
+from broker.review.propose import Edit, proposed, replayed
 
 NOW = 1_800_000_000.0
 SAMPLE = Path(__file__).parents[3] / "manifests"
@@ -157,6 +158,20 @@ def test_an_edit_leaves_every_other_line_as_it_is(name):
     gone = [line for line in before if line not in after]
     assert len(gone) <= len(edits)
     assert [line for line in before if "#" in line] == [line for line in after if "#" in line and line in before]
+
+
+@pytest.mark.parametrize("indent", [1, 2, 3, 4, 8])
+def test_a_file_may_be_indented_as_its_authors_like(indent):
+    levels = ["spec:", "tools:", "box:", "operations:", "do:", "params:", "body: {const: 1}  # why"]
+    text = "kind: Agent\nmetadata: {name: bot}\n" + "".join(
+        f"{' ' * indent * level}{line}\n" for level, line in enumerate(levels)
+    )
+    more = Edit("bot", "f", ("spec", "tools", "box", "operations", "new"), {"params": {"body": {"const": 2}}}, ())
+    other = Edit("bot", "f", ("spec", "tools", "other"), {"operations": {}}, ())
+    made = edited(text, [more, other])
+    box = {"operations": {"do": {"params": {"body": {"const": 1}}}, "new": {"params": {"body": {"const": 2}}}}}
+    assert YAML().load(made)["spec"]["tools"] == {"box": box, "other": {"operations": {}}}
+    assert "# why" in made
 
 
 def test_what_the_record_does_not_hold_is_told_and_left_to_the_catalog():
