@@ -51,6 +51,26 @@ class Refused:
     why: str
 
 
+_TEXTS = ("decision_id", "event", "time", "host", "method", "path", "verdict", "args_hash")
+_MAYBE = ("code", "rule", "tool", "operation", "effect", "detail")
+_VIOLATION = ("pointer", "rule", "message")
+
+
+def is_sound(record: Record) -> bool:
+    """Whether a decision's record has what is asked of it here; in a log that somebody changed it may not, or in a newer one."""
+    agent, args, violations = record.get("agent"), record.get("args"), record.get("violations")
+    return (
+        isinstance(agent, Mapping)
+        and all(isinstance(record.get(name), str) for name in _TEXTS)
+        and all(name in record and isinstance(record[name], str | None) for name in _MAYBE)
+        and all(isinstance(each, str | None) for each in (agent.get("name"), record.get("model")))
+        and record["code"] in {None, *KIND_OF}
+        and isinstance(args, Mapping)
+        and isinstance(violations, list)
+        and all(isinstance(each, Mapping) and all(isinstance(each.get(name), str) for name in _VIOLATION) for each in violations)
+    )
+
+
 def proposed(
     snapshot: PolicySnapshot, records: Iterable[Record], contained: Collection[str], attacks: Collection[str] = ()
 ) -> tuple[list[Edit], list[Refused]]:
