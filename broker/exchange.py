@@ -192,7 +192,8 @@ class Exchange:
         tool = _as_granted(tool, decision)
 
         # reserve
-        no_room = yield from self._reserve(agent, tool, call, clean.request, sent)
+        asking = Asking(case, agent, tool, call, clean.request, sent, valid=decision.code is None)
+        no_room = yield from self._reserve(agent, tool, call, asking, len(clean.request.query) + len(sent))
         if no_room:
             return _Denied(no_room, adapter, call)
 
@@ -272,14 +273,14 @@ class Exchange:
         return True
 
     def _reserve(
-        self, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes
+        self, agent: Agent, tool: Tool, call: ToolCall, asking: Asking, size: int
     ) -> Generator[Command, Event, Decision | None]:
+        """Take what the call may spend, or say why not; it sends `size` bytes beside its path."""
         case = self._case
-        asking = Asking(case, agent, tool, call, request, sent)
         limits = asking.limits(agent.bounds(call))
         if asking.lacks and not limits:
             return asking.wait(asking.lacks)
-        amounts = called(len(case.attempt.path) + len(request.query) + len(sent))
+        amounts = called(len(case.attempt.path) + size)
         if call.model:
             _, price = case.snapshot.price(tool, call.model.name)
             if price is None and (unknown := unpriced(limits, call.model.name)):

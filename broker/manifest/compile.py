@@ -247,6 +247,11 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
     mode, flows, exposed = source.rule("spec", "mode"), under.flows, under.exposed
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
     answers = {tool: _own_traffic(flows, each, Effect.WRITE, common) for tool, each in exposed.items()}
+    shared = {
+        tool: (*limits(source, spec.tools[tool].limits, f"agent/{name}/{tool}", "spec", "tools", tool, "limits"), *common)
+        for tool in exposed
+        if tool in spec.tools
+    }
     return Agent(
         name=name,
         owner=model.metadata.owner,
@@ -259,13 +264,15 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
         housekeeping=MappingProxyType(housekeeping | {tool: each.housekeeping for tool, each in held.items()}),
         answers=MappingProxyType(answers | {tool: each.answers for tool, each in held.items()}),
         limits=tuple(dict.fromkeys((*common, *(limit for each in held.values() for limit in each.limits)))),
-        shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, common) for name, tool in exposed.items()}),
+        shadow=MappingProxyType(
+            {name: _in_shadow(mode, flows, tool, shared.get(name, common)) for name, tool in exposed.items()}
+        ),
         shadow_until=spec.shadow_until or 0.0,
     )
 
 
 def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Limit, ...]) -> Mapping[str, Grant]:
-    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the agent as a whole."""
+    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the tool and the agent as a whole."""
     # What a provider's unknown API would spend nobody could count; elsewhere, the unknown counts as the worst.
     unknown = {} if tool.protocol in PROVIDERS else {"": Operation("", Effect.DESTRUCTIVE, tool.rule)}
     nothing, usual = models.GrantSpec.model_construct(), _usual(flows, tool, limits)

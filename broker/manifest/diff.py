@@ -166,17 +166,17 @@ class _Comparing:
         yield Step("parameters", self._parameters[texts], old, new, places, f"{about} {location}")
 
     def _unused(self) -> Iterator[Change]:
-        """What changed in the catalog and bears on no agent."""
+        """What changed in the catalog and bears on no agent, or on those in shadow mode alone."""
+        exposed = {name for agent in self.head.agents.values() for name in agent.shadow}
         for name in {*self.base.tools, *self.head.tools}:
             before, after = self.base.tools.get(name), self.head.tools.get(name)
             if before is None or after is None:
                 step = Step("catalog", Direction.EQUAL_EFFECT, _lies(before), _lies(after), _rules(before, after))
                 yield _change("", name, step)
             elif before is not after:
-                yield from (
-                    _change("", after.name, step._replace(direction=Direction.EQUAL_EFFECT))
-                    for step in self._untold(before, after)
-                )
+                for step in self._untold(before, after):
+                    direction = step.direction if name in exposed else Direction.EQUAL_EFFECT
+                    yield _change("", name, step._replace(direction=direction))
 
     def _untold(self, before: Tool, after: Tool) -> Iterator[Step]:
         if after.name not in self._catalog:
@@ -259,11 +259,12 @@ def _idle_limits(before: Agent, after: Agent, bearing: set[_Bound]) -> Iterator[
 
 
 def _bearing(agent: Agent, other: Agent) -> Mapping[str, tuple[Limit, ...]]:
-    """By operation (and protocol's own traffic) that both have."""
+    """By operation (and protocol's own traffic) that both have, be it in shadow mode only."""
     found: dict[str, tuple[Limit, ...]] = {}
-    for tool in agent.tools.keys() & other.tools.keys():
-        for operation in agent.tools[tool].keys() & other.tools[tool].keys():
-            found[f"{tool}/{operation}"] = agent.tools[tool][operation].limits
+    for tool in agent.housekeeping.keys() & other.housekeeping.keys():
+        grants = agent.grants(tool)
+        for operation in grants.keys() & other.grants(tool).keys():
+            found[f"{tool}/{operation or '*'}"] = grants[operation].limits
         found[f"{tool} housekeeping"], found[f"{tool} answers"] = agent.housekeeping[tool], agent.answers[tool]
     return found
 

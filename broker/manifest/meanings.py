@@ -65,13 +65,17 @@ def _rereads(before: ParameterSchema | None, after: ParameterSchema | None) -> b
 _AS_BEFORE: Mapping[str, tuple[str, ...]] = {"number": ("integer",), "array of number": ("array of integer",)}
 
 
+_TYPED = ("integer", "number", "boolean")
+
+
 def _readings(schema: ParameterSchema) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name, kind in schema.types.items():
         items = schema.source["properties"][name].get("items") if kind == "array" else None
         one = items.get("type", "") if isinstance(items, dict) else ""
-        found[name] = f"array of {one}" if kind == "array" else kind
-    return {name: kind for name, kind in found.items() if kind.split()[-1] in ("integer", "number", "boolean")}
+        typed = one if one in _TYPED else "text"
+        found |= {name: f"array of {typed}"} if kind == "array" else {name: kind} if kind in _TYPED else {}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ approval
@@ -340,6 +344,14 @@ def _covers(rule: Rule, other: Rule) -> bool:
     return stricter and longer and other.action in _WEAKER[rule.action]
 
 
+def _prices(before: Mapping[tuple[str, str], Price], after: Mapping[tuple[str, str], Price]) -> Iterator[Step]:
+    """Without a price a call is denied, unless the model has another one: a tool's own comes before its protocol's."""
+    others = {model for _, model in after}
+    for step in entries("price", WIDER, _price)(before, after):
+        replaced = not step.after and step.about.partition("/")[2] in others
+        yield step._replace(direction=CHANGED) if replaced else step
+
+
 def _price(before: Price, after: Price) -> Iterator[Step]:
     """The dearer a model, the sooner a budget ends."""
     old, new = (asdict(each) for each in (before, after))
@@ -368,7 +380,7 @@ PLATFORM: Table = {
     "spire": differs("identity"),
     "max_ttl": more("credential", WIDER),
     "environment": differs("environment"),
-    "prices": entries("price", WIDER, _price),
+    "prices": _prices,
     "unsafe_reads": more("ledger", WIDER),
     "refuse_own": more("credential", NARROWER),
     "rules": _rules,

@@ -50,10 +50,11 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: float,
     8. the agent was made read-only, and this is no read → `agent_read_only`
     9. allow; the ledger then asks the flow rules (`Kind.FLOW`), and `approval_for` says whether people must approve
 
-    In shadow mode, 3 and 5 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9.
+    In shadow mode, 3 and 5 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9. Whether it has ended is
+    asked anew: since the agent was admitted, the body may have been on its way for long.
     """
     decision = _permitted(snapshot, agent, call, now)
-    if not decision.allowed and _in_shadow(agent, call, now):
+    if not decision.allowed and _in_shadow(agent.at(now), call, now):
         decision = replace(decision, verdict=Verdict.WOULD_DENY)
     if decision.allowed and view.read_only and effect_of(snapshot, call) not in (None, Effect.READ):
         return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read ({view.read_only})")
@@ -99,15 +100,19 @@ def _permitted(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: floa
     return ALLOW
 
 
-def approval_for(agent: Agent, call: ToolCall, effect: Effect | None, view: View = _FREE) -> Approval | None:
+def approval_for(
+    agent: Agent, call: ToolCall, effect: Effect | None, view: View = _FREE, *, valid: bool = True
+) -> Approval | None:
     """Who must say yes to this allowed call, whatever its run has done.
 
-    First that applies: the manifest asks for approval of such calls; the agent is held, and this is no read.
+    First that applies: the manifest asks for approval of such calls; the agent is held, and this is no read. `when` is written
+    for parameters that are valid: of others, which pass in shadow mode, nobody knows what they mean to the tool, so they count
+    as fitting.
     """
     if effect is None:
         return None
     grant = agent.used(call)
-    if grant.approval and grant.approval.bears_on(call):
+    if grant.approval and (not valid or grant.approval.bears_on(call)):
         return grant.approval
     return Approval(f"held: {view.hold}") if view.hold and effect is not Effect.READ else None
 

@@ -34,8 +34,11 @@ def as_markdown(diff: Diff) -> str:
     """GitHub's Markdown: one sentence, then the changes, the widest first, together where agents have them in common."""
     groups = _groups(diff.changes)
     lines = [f"{_summary(groups)}\n"]
-    rows = [row for group in groups for row in _rows(*group)]
     left = MOST - len(lines[0].encode())
+    rows = [row for group in groups for row in _rows(*group)]
+    if sum(len(row.encode()) for row, _ in rows) > left:  # not all will stand there, so agents' changes are torn apart
+        parts = ([change for change in diff.changes if change.direction is direction] for direction in _ORDER)
+        rows = [row for part in parts for group in _groups(part) for row in _rows(*group)]
     for index, (row, _) in enumerate(rows):
         left -= len(row.encode())
         if left < _LONGEST:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -96,7 +97,7 @@ def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str 
             ),
             "a1.yaml": _document(
                 "Agent", "caller", identity={"token": True},
-                tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent,
+                **{"tools": {"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent},
             ),
             **({"p.yaml": _document("Platform", "acme", flow=flow)} if flow else {}),
             "a2.yaml": _document("Agent", "nobody", identity={"token": True}, mode="enforce", tools={}),
@@ -1416,6 +1417,35 @@ def test_shadow_mode_ends_by_itself():
     agent = outside.snapshot().agents["caller"]
     assert agent.shadow
     assert not agent.at(outside.now()).shadow
+
+
+def test_shadow_mode_that_ends_while_the_body_comes_has_ended_for_the_call():
+    snapshot, clock = _snapshot(create=False, mode="shadow", shadow_until=datetime.fromtimestamp(NOW + 1, UTC).isoformat()), [NOW]
+    outside = services(snapshot=lambda: snapshot, now=lambda: clock[0])
+    exchange = Exchange(outside)
+    assert exchange.handle(POST) == WantBody()
+    clock[0] = NOW + 1
+    assert problem_of(exchange.handle(BODY))["code"] == "operation_not_declared"
+    assert outside.audit[0]["verdict"] == "deny"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["of the agent", "of an operation"])
+def test_in_shadow_mode_a_call_that_breaks_a_rule_can_not_choose_not_to_be_asked_about(whole):
+    until = {"shadow_until": "2099-01-31"}
+    asked = {"approval": {"when": {"body": {"properties": {"title": {"type": "string", "pattern": "^x"}}}}}}
+    tools = {"plain": {"operations": {"items.create": {**asked, **({} if whole else until)}}}}
+    snapshot = _snapshot(tools=tools, **({"mode": "shadow", **until} if whole else {}))
+    outside = services(snapshot=lambda: snapshot)
+    assert isinstance(play(outside, POST, RequestBody(b'{"title":"a"}'))[-1], Send), "it fits the schemas, and not `when`"
+    denied = play(outside, POST, RequestBody(b'{"title":["x"]}'))[-1]
+    assert problem_of(denied)["code"] == "approval_required", "it was written for texts, and this is none"
+
+
+def test_in_shadow_mode_what_limits_a_tool_limits_what_nobody_granted_of_it():
+    tools = {"plain": {"limits": {"calls": "1/day"}, "operations": {"items.list": {}}}}
+    outside = shadow(tools=tools)
+    assert isinstance(play(outside, POST, BODY, OK)[1], Send)
+    assert problem_of(play(outside, POST, BODY)[-1])["code"] == "rate_limited"
 
 
 def test_in_shadow_mode_a_decoy_is_not_let_through():

@@ -174,6 +174,16 @@ def test_what_can_not_be_read_is_one_line(repository, run, arguments, line):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_folder_with_the_name_of_a_ref_is_not_taken_for_it(repository, run):
+    """Or a pull request that brings a folder named as its base would be compared with that."""
+    write(repository / "main", "get: {}, put: {}")
+    result = run("main", "./manifests", "--fail-on", "wider")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("broker: 'main' is a folder and a git ref; write ./main for the folder")
+    assert run("./main", "wider").stdout.startswith("**Nothing changes**")
+    assert run("refs/heads/main", "./manifests", "--fail-on", "wider").exit_code == 1
+
+
 def test_without_a_repository_only_folders_are_compared(tmp_path, run):
     write(tmp_path / "a")
     write(tmp_path / "b", "put: {}")

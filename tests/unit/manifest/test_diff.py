@@ -218,6 +218,39 @@ def test_a_number_that_was_a_text_is_not_called_narrower():
     assert ("bot", "parameters", "shop/get path", CHANGED) in told(compiled(loose), compiled(strict))
 
 
+def test_a_text_that_becomes_a_list_is_not_called_narrower():
+    """`?n=b` was the text "b", which the pattern refused; as the list ["b"] it passes, since patterns bind texts alone."""
+    loose = changed((f"{CATALOG}/get/params/query", {"properties": {"n": {"pattern": "^a$"}}}))
+    strict = copy.deepcopy(loose)
+    strict["shop"]["spec"]["operations"]["get"]["params"]["query"]["properties"]["n"]["type"] = "array"
+    assert ("bot", "parameters", "shop/get query", CHANGED) in told(compiled(loose), compiled(strict))
+
+
+def test_a_price_of_its_own_that_is_taken_out_leaves_the_providers():
+    """What the tool's models cost is then what its protocol's do, and that may be less."""
+    dear = {"input": 100, "output": 200}
+    own = compiled(changed(("platform/spec/prices/gpt", {"m": dear})))
+    assert ("", "price", "gpt/m", CHANGED) in told(own, BASE)
+
+
+SHADOW = [("bot/spec/mode", "shadow"), ("bot/spec/shadow_until", "2099-01-01"), ("bot/spec/tools", {})]
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "direction"),
+    [
+        (("bot/spec/limits/calls", GONE), "limit", WIDER),
+        (("platform/spec/teams/team/ceilings/writes", "501/day"), "limit", WIDER),
+        (("shop/spec/endpoint", "https://other.example/v1"), "endpoint", CHANGED),
+        ((f"{CATALOG}/unused/max_body", "2MiB"), "max_body", WIDER),
+    ],
+    ids=["its own limit", "its team's", "where a tool is", "what an operation takes"],
+)
+def test_what_bears_on_an_agent_in_shadow_mode_only_is_told(edit, kind, direction):
+    before, after = compiled(changed(*SHADOW)), compiled(changed(*SHADOW, edit))
+    assert (kind, direction) in [(each[1], each[3]) for each in told(before, after)]
+
+
 ACTIONS = ["alert", "hold", "read_only", "revoke_run", "revoke_agent"]
 STRONGER = {("alert", each) for each in ACTIONS[1:]} | {(each, "revoke_agent") for each in ACTIONS[:-1]} | {("hold", "read_only")}
 
@@ -444,8 +477,8 @@ def test_the_comment_begins_with_what_was_widened():
     assert as_markdown(Diff(())) == "**Nothing changes** in what agents may do.\n"
 
 
-def change(agent="bot", before="", after="", direction=WIDER):
-    return Change(agent, "x/y", "operation", direction, before, after, ("a.yaml#/x",))
+def change(agent="bot", before="", after="", direction=WIDER, about="x/y"):
+    return Change(agent, about, "operation", direction, before, after, ("a.yaml#/x",))
 
 
 @pytest.mark.parametrize(
@@ -478,6 +511,12 @@ def test_agents_with_the_same_change_stand_together():
     assert text.startswith("**1 wider** for 2,000 agents\n")
     assert "### `bot0000`, `bot0001`, `bot0002` and 1,997 more\n" in text
     assert text.count("- **wider**") == 1
+
+
+def test_a_comment_that_is_too_long_leaves_out_what_is_not_wider():
+    padding = (change("aaa", about=f"limit {number}", direction=NARROWER, after="x" * 100) for number in range(2000))
+    text = as_markdown(Diff((change("aaa"), *padding, change("zzz", about="more"))))
+    assert text.count("- **wider**") == 2
 
 
 def test_a_comment_fits_and_counts_what_is_left_out():

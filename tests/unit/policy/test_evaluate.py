@@ -309,6 +309,18 @@ def test_a_grant_ends_by_itself(grant, amount, verdict, code):
     assert (decision.verdict, decision.code) == (verdict, code)
 
 
+def test_shadow_mode_that_has_ended_since_the_agent_was_admitted_has_ended():
+    assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW + 1).verdict is Verdict.DENY
+
+
+def test_parameters_that_are_not_valid_count_as_those_that_need_approval():
+    asked = Approval("a#", when={"body": NARROW})
+    agent = Agent("bot", "t", "p", "a#", {"pay": {"refund": Grant("g#", approval=asked)}})
+    attempt = call("refund", body={"amount": 51})
+    assert approval_for(agent, attempt, Effect.WRITE) is None
+    assert approval_for(agent, attempt, Effect.WRITE, valid=False) is asked
+
+
 def test_containment_is_enforced_in_shadow_mode():
     view = View(read_only="r-1", hold="h-1")
     assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW, view).verdict is Verdict.WOULD_DENY, "a read"
