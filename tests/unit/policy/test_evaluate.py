@@ -309,6 +309,21 @@ def test_a_grant_ends_by_itself(grant, amount, verdict, code):
     assert (decision.verdict, decision.code) == (verdict, code)
 
 
+PING = ToolCall("wiki", None, housekeeping=True)
+
+
+@pytest.mark.parametrize(
+    ("grants", "code"),
+    [
+        pytest.param({"a": Grant("g#", expires=NOW), "b": Grant("g#", expires=NOW + 1)}, None, id="one has not lapsed"),
+        pytest.param({"a": Grant("g#", expires=NOW)}, Code.TOOL_NOT_DECLARED, id="all have"),
+        pytest.param({}, None, id="nothing is granted but the tool"),
+    ],
+)
+def test_a_protocol_s_own_traffic_ends_with_the_last_grant(grants, code):
+    assert evaluate(SNAPSHOT, Agent("bot", "t", "p", "a#", {"wiki": grants}), PING, NOW).code is code
+
+
 def test_shadow_mode_that_has_ended_since_the_agent_was_admitted_has_ended():
     assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW + 1).verdict is Verdict.DENY
 

@@ -135,3 +135,15 @@ def test_the_types_of_properties_are_those_written_as_one_word():
 def test_a_reference_to_nothing_is_refused_in_the_fast_engines_words():
     with pytest.raises(SchemaError, match="'/nope' does not exist"):
         ParameterSchema({"$ref": "#/nope"}, "tools/t.yaml#")
+
+
+@pytest.mark.parametrize("name", ["$id", "$schema", "$ref", "const", "properties"])
+def test_a_name_that_is_also_a_keyword_is_a_name(name):
+    schema = ParameterSchema({"properties": {name: {"type": "integer"}}, "required": [name]}, "")
+    assert schema.violations({name: 1}, "body") == ()
+    assert schema.violations({name: "1"}, "body")
+
+
+def test_a_reference_below_a_name_that_is_also_a_keyword_is_refused():
+    with pytest.raises(SchemaError, match="leaves this file"):
+        ParameterSchema({"properties": {"default": {"$ref": "https://evil.example/schema"}}}, "")
