@@ -1,7 +1,7 @@
 """How long `broker check` and `broker diff` take over a large organisation: whole processes, from start to exit.
 
-`python -m benchmarks.manifests [--agents N] [--keep DIR]`. Each agent has a file of its own with 50 grants over 5 tools: 20 as the
-catalog has them, 20 narrowed by a schema, 10 narrowed and limited. What is compared: one agent that changed, and a catalog
+`python -m benchmarks.manifests [--agents N] [--keep DIR]`. Each agent has a file of its own with 50 grants over 5 tools: 20 as
+the catalog has them, 20 narrowed by a schema, 10 narrowed and limited. What is compared: one agent that changed, and a catalog
 entry that bears on everybody.
 """
 
@@ -29,7 +29,8 @@ def tool(number: int, most: int = 100) -> str:
         f"      effect: {'write' if index % 2 else 'read'}\n"
         "      params:\n"
         "        path: {properties: {owner: {type: string}, repo: {type: string}}}\n"
-        f"        body: {{type: object, properties: {{title: {{type: string, maxLength: {most}}}}}, additionalProperties: false}}\n"
+        "        body: {type: object, additionalProperties: false, "
+        f"properties: {{title: {{type: string, maxLength: {most}}}}}}}\n"
         for index in range(OPERATIONS)
     )
     head = _HEAD.format(kind="Tool", name=f"tool{number}", owner="platform", more="")
@@ -96,9 +97,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="Write the folders here and leave them there.")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        print(
-            f"{chosen.agents} agents x {TOOLS * OPERATIONS} operations\n\n| verb | seconds | target | exit |\n| --- | --- | --- | --- |"
-        )
+        print(f"{chosen.agents} agents x {TOOLS * OPERATIONS} operations\n")
+        print("| verb | seconds | target | exit |\n| --- | --- | --- | --- |")
         for name, arguments in runs(chosen.keep or Path(temporary), chosen.agents):
             seconds, code = timed(*arguments)
             print(f"| {name} | {seconds:.1f} | {TARGET_S} | {code} |", flush=True)

@@ -127,6 +127,14 @@ def test_text_becomes_a_typed_value_only_where_it_is_written_canonically(text, k
     assert type(typed(text, kind)) is type(value)
 
 
+def test_a_schema_stands_at_another_place_without_being_compiled_again():
+    schema = ParameterSchema({"properties": {"a": {"const": "x"}}}, RULE)
+    twin = schema.at("b.yaml#/x")
+    assert (twin.text, twin.pinned) == (schema.text, {"a": ("x",)})
+    (violation,) = twin.violations({"a": "y"}, "path")
+    assert violation.rule == "b.yaml#/x/properties/a/const"
+
+
 def test_the_types_of_properties_are_those_written_as_one_word():
     schema = ParameterSchema({"properties": {"a": {"type": "integer"}, "b": {"type": ["string", "null"]}, "c": True}}, RULE)
     assert schema.types == {"a": "integer"}
