@@ -50,8 +50,9 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: float,
     8. the agent was made read-only, and this is no read → `agent_read_only`
     9. allow; the ledger then asks the flow rules (`Kind.FLOW`), and `approval_for` says whether people must approve
 
-    In shadow mode, 3 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9. Whether it has ended is
-    asked anew: since the agent was admitted, the body may have been on its way for long.
+    In shadow mode, 3 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9, unless a provider would do by
+    itself what the grant does not name. Whether it has ended is asked anew: since the agent was admitted, the body may have been
+    on its way for long.
     """
     decision = _permitted(snapshot, agent, call, now)
     if not decision.allowed and _in_shadow(agent.at(now), call, now):
@@ -72,6 +73,10 @@ def effect_of(snapshot: PolicySnapshot, call: ToolCall) -> Effect | None:
 def _in_shadow(agent: Agent, call: ToolCall, now: float) -> bool:
     if call.housekeeping:
         return call.tool in agent.shadow
+    used = agent.grants(call.tool).get(call.operation or "")
+    # It would reach what the catalog does not have, with our credential, and at a price that nobody counts.
+    if call.model and used and any(word not in used.server_tools for _, word in call.model.server_tools):
+        return False
     listed = agent.tools.get(call.tool, {}).get(call.operation or "")
     # A grant that has lapsed takes its own shadow along.
     alone = listed is not None and now < min(listed.shadow_until, listed.expires)
