@@ -49,7 +49,7 @@ from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
 from broker.policy.containment import Detector
-from broker.policy.evaluate import evaluate
+from broker.policy.evaluate import effect_of, evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import DEFAULT_MAX_BODY, Agent, PolicySnapshot, Tool
 from broker.policy.strip import Stripped, strip
@@ -190,6 +190,7 @@ class Exchange:
             return _Denied(decision, adapter, call)
         call, sent = _bounded(agent, call, body)
         tool = _as_granted(tool, decision)
+        case.note(effect=effect_of(snapshot, call) or "")  # of what nobody knows, and shadow mode lets pass, the worst
 
         # reserve
         asking = Asking(case, agent, tool, call, clean.request, sent, valid=decision.code is None)

@@ -138,7 +138,8 @@ def _sorted(
 
 def _is_permitted(snapshot: PolicySnapshot, record: Record, now: float) -> bool:
     named = (record.get("agent") or {}).get("name") in snapshot.agents
-    return bool(named and record.get("tool") in snapshot.tools and record.get("args") and replayed(snapshot, record, now))
+    known = record["method"] == "CONNECT" or record["tool"] in snapshot.tools
+    return bool(named and known and replayed(snapshot, record, now))
 
 
 def _contained(state: Path) -> frozenset[str]:

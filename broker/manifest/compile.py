@@ -90,7 +90,8 @@ def compile_policy(
     above = _ceilings(*policy) if policy else {}
     flows = _flows(*policy) if policy else ()
     spared = decoys(written.containment, partial(_anchored, base=base))
-    shown = {name: tool for name, tool in tools.items() if name not in spared.tools}
+    approved = written.admission.tools if written.admission else None
+    shown = {name: tool for name, tool in tools.items() if name not in spared.tools and (approved is None or name in approved)}
     agents = {}
     for number, (source, agent) in enumerate(_of(sources, models.Agent)):
         progress(number, len(sources))

@@ -24,8 +24,10 @@ SOON_S = 14 * 86_400
 """How long before its end a grant is warned about: time for a pull request, and for whoever reviews it to be on holiday."""
 
 
-def rules(model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[ToolSpec, Document]]) -> Iterator[Problem]:
-    """What the platform policy says of this manifest."""
+def rules(
+    model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[ToolSpec, Document]], now: float
+) -> Iterator[Problem]:
+    """What the platform policy says of this manifest. `now` in seconds since the epoch: shadow mode enforces no pins."""
     if policy is None:
         return
     spec, metadata = policy.spec, model.metadata
@@ -47,20 +49,21 @@ def rules(model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[Too
             )
         for operation, grant in part.operations.items():
             declared = catalog[name][0].operations.get(operation) if name in catalog else None
-            if declared and declared.effect is Effect.DESTRUCTIVE and not _is_bounded(grant, declared):
+            pinned = now >= max(model.spec.shadow_until or 0.0, grant.shadow_until or 0.0)
+            if declared and declared.effect is Effect.DESTRUCTIVE and not _is_bounded(grant, declared, pinned=pinned):
                 yield (*here, "operations", operation), "destructive_unbounded", _UNBOUNDED
     yield from _over(model, spec)
 
 
 _UNBOUNDED = (
     "what can't be undone is granted without bounds; pin what it may touch (const, enum or pattern for the parameter that names "
-    "it), or ask a human each time (approval, without when)"
+    "it) and let no shadow mode pass it, or ask a human each time (approval, without when)"
 )
 
 
-def _is_bounded(grant: GrantSpec, declared: OperationSpec) -> bool:
-    if grant.approval and not grant.approval.when:
-        return True
+def _is_bounded(grant: GrantSpec, declared: OperationSpec, *, pinned: bool) -> bool:
+    if (grant.approval and not grant.approval.when) or not pinned:
+        return bool(grant.approval and not grant.approval.when)
     # Where the path names what is touched, a field of the body pins nothing.
     variables = [name for name, _ in declared.match.path.parts if name] if declared.match.path else []
     for location, schema in grant.params.items():

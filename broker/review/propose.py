@@ -201,10 +201,10 @@ def _notes(
     known = {pointer for each in seen for where, value in each.items() for pointer in unpinned(value, where)}
     loose = {pointer for where, found in values.items() for value in found for pointer in unpinned(value, where)}
     if known:
-        yield f"the record does not hold {', '.join(sorted(known))}, so only the catalog's schema bounds that; narrow it by hand"
+        yield f"narrow by hand, for only the catalog's schema bounds it: the record does not hold {', '.join(sorted(known))}"
     if loose - known:
         many = ", ".join(sorted(loose - known))
-        yield f"over {MOST} different values were seen of {many}, so only the catalog's schema bounds that; narrow it by hand"
+        yield f"narrow by hand, for only the catalog's schema bounds it: over {MOST} different values were seen of {many}"
     # A request always has a path and a query, of which nothing need be named.
     said = [where for where, found in values.items() if where not in ("path", "query") or any(found)]
     if granted and len(said) > 1:

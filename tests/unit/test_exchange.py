@@ -1391,6 +1391,7 @@ def test_in_shadow_mode_what_the_catalog_does_not_know_is_held_until_it_is_whole
     unknown = head("POST", "/plain/other", body=True)
     wanted, sent, _ = play(outside, unknown, RequestBody(b"raw"), OK)
     assert (wanted, type(sent)) == (WantBody(), Send)
+    assert outside.audit[0]["effect"] == "destructive", "so that detectors count it"
     denied = play(outside, unknown, RequestBody(b"raw"))[-1]
     assert problem_of(denied)["code"] == "rate_limited", "limits hold in shadow mode"
 
@@ -1463,3 +1464,17 @@ def test_in_shadow_mode_a_decoy_is_not_let_through():
         Path(),
     )  # fmt: skip
     assert made.snapshot.agents["caller"].shadow == {}
+
+
+@pytest.mark.parametrize(("approved", "exposed"), [(["wiki"], {"wiki"}), ([], set()), (None, {"wiki"})])
+def test_in_shadow_mode_only_approved_tools_are_let_through(approved, exposed):
+    rules = {"admission": {} if approved is None else {"tools": approved}, "teams": {"team": {}}}
+    texts = {
+        "p.yaml": _document("Platform", "acme", **rules),
+        "t.yaml": _document(
+            "Tool", "wiki", protocol="mcp", endpoint="http://127.0.0.1:2/mcp", upstream={"addresses": ["127.0.0.0/8"]},
+            operations={"search": {"effect": "read"}},
+        ),
+        "a.yaml": _document("Agent", "caller", identity={"token": True}, mode="shadow", shadow_until="2099-01-31", tools={}),
+    }  # fmt: skip
+    assert set(load_texts(texts, Path()).snapshot.agents["caller"].shadow) == exposed

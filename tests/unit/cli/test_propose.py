@@ -102,6 +102,11 @@ def test_a_cluster_becomes_one_proposal(run):
     code, out, err = run("propose", "--cluster", cluster["id"])
     assert (code, out) == (1, "")
     assert "a reviewer labelled it an attack" in err
+    path = Path("manifests/agents/refund-bot.yaml")
+    path.write_text(path.read_text().replace("enum: [web, payments]", "const: web"))
+    happened(get("/acme/mobile/issues"))
+    code, _, err = run("propose", "d-1")
+    assert (code, "a reviewer labelled it an attack" in err) == (1, True), "also when another rule stops it"
 
 
 def test_shadow_traffic_becomes_a_draft_and_what_can_not_be_is_named(run):

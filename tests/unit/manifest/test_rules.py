@@ -78,6 +78,12 @@ DROP = {"drop": {}}
             ["destructive_unbounded"],
             id="asks only sometimes",
         ),
+        pytest.param(
+            STRICT,
+            {"grants": {"drop": {"params": {"path": {"properties": {"repo": {"const": "web"}}}}, "shadow_until": "2027-02-01"}}},
+            ["destructive_unbounded", "shadow (warning)"],
+            id="pinned, but shadow mode enforces no pins",
+        ),
     ],
 )
 def test_what_the_platform_asks(platform, manifest, expected):
