@@ -32,11 +32,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Asking:
-    """One call that may be let go. `approved` are the approvals by which it goes; `lacks` is the one that is missing."""
+    """One call that may be let go. `approved` are the approvals by which it goes; `lacks` is the one that is missing.
 
-    def __init__(self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes) -> None:  # noqa: PLR0913, PLR0917 - all that people judge
+    `valid` says whether its parameters keep all rules; in shadow mode they need not.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - all that people judge
+        self, case: Case, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes, *, valid: bool
+    ) -> None:
         self._case, self._tool, self._call, self._request, self._sent = case, tool, call, request, sent
-        self._need = approval_for(agent, call, effect_of(case.snapshot, call), case.view(agent.name))
+        self._need = approval_for(agent, call, effect_of(case.snapshot, call), case.view(agent.name), valid=valid)
         self._agent = agent
         self.approved: tuple[Asked, ...] = ()
         self.lacks: Approval | None = None

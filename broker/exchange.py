@@ -49,7 +49,7 @@ from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
 from broker.policy.containment import Detector
-from broker.policy.evaluate import evaluate
+from broker.policy.evaluate import effect_of, evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import DEFAULT_MAX_BODY, Agent, PolicySnapshot, Tool
 from broker.policy.strip import Stripped, strip
@@ -190,9 +190,11 @@ class Exchange:
             return _Denied(decision, adapter, call)
         call, sent = _bounded(agent, call, body)
         tool = _as_granted(tool, decision)
+        case.note(effect=effect_of(snapshot, call) or "")  # of what nobody knows, and shadow mode lets pass, the worst
 
         # reserve
-        no_room = yield from self._reserve(agent, tool, call, clean.request, sent)
+        asking = Asking(case, agent, tool, call, clean.request, sent, valid=decision.code is None)
+        no_room = yield from self._reserve(agent, tool, call, asking, len(clean.request.query) + len(sent))
         if no_room:
             return _Denied(no_room, adapter, call)
 
@@ -272,14 +274,14 @@ class Exchange:
         return True
 
     def _reserve(
-        self, agent: Agent, tool: Tool, call: ToolCall, request: Request, sent: bytes
+        self, agent: Agent, tool: Tool, call: ToolCall, asking: Asking, size: int
     ) -> Generator[Command, Event, Decision | None]:
+        """Take what the call may spend, or say why not; it sends `size` bytes beside its path."""
         case = self._case
-        asking = Asking(case, agent, tool, call, request, sent)
         limits = asking.limits(agent.bounds(call))
         if asking.lacks and not limits:
             return asking.wait(asking.lacks)
-        amounts = called(len(case.attempt.path) + len(request.query) + len(sent))
+        amounts = called(len(case.attempt.path) + size)
         if call.model:
             _, price = case.snapshot.price(tool, call.model.name)
             if price is None and (unknown := unpriced(limits, call.model.name)):

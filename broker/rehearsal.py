@@ -149,7 +149,10 @@ def _scopes(issuer: object) -> Callable[[Occasion], tuple[str, ...]]:
 
 
 def _head(agent: str, call: Call) -> RequestHead:
-    parts = urlsplit(call.url)
+    try:
+        parts = urlsplit(call.url)
+    except ValueError:  # brackets that hold no address
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(f"{call.url!r} is no http(s) URL", "write the whole URL that the agent calls")
     wire = Wire(Door.PROXY, parts.scheme, parts.netloc, parts.path or "/", "", "", route_tool=None)

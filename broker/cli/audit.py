@@ -158,7 +158,7 @@ def query(*, state: Path, limit: int, as_json: bool, **wanted: Any) -> None:
 def _line(line: bytes, record: dict[str, Any]) -> str:
     """A record's own line, unless that would show a credential or what a terminal might act on."""
     shown = hidden(record)
-    return line.decode() if shown == record and line.isascii() else options.ascii_json(shown)
+    return line.decode() if shown == record and line.isascii() and b"\x7f" not in line else options.ascii_json(shown)
 
 
 @audit.command()

@@ -72,7 +72,8 @@ def denials(context: click.Context, *, state: Path, since: float | None, agent: 
 @click.option("--note", default="", metavar="TEXT", help="Why; shown with the cluster.")
 @options.moment("--expires", "Until when the label holds; 30d is in 30 days.", ahead=True)
 @options.state
-def label(*, cluster: str, label: str, note: str, expires: float | None, state: Path) -> None:
+@options.as_json
+def label(*, cluster: str, label: str, note: str, expires: float | None, state: Path, as_json: bool) -> None:
     """Say of CLUSTER, for other reviewers, that it is LABEL; none takes the label off.
 
     Labels are kept beside the record, in STATE/review.db. They change nothing that the broker decides.
@@ -85,7 +86,10 @@ def label(*, cluster: str, label: str, note: str, expires: float | None, state: 
             advice = "`broker denials` shows the IDs of clusters; each has twelve hex digits"
             raise UsageError(printable(redacted(f"the log holds no denials of a cluster {cluster!r}")), advice)
         index.label(cluster, None if label == "none" else Label(label, redacted(note), options.me(), now, expires))
-    click.echo(f"{cluster} has no label" if label == "none" else f"{cluster} is labelled {label}")
+    if as_json:
+        click.echo(options.ascii_json({"cluster": cluster, "label": None if label == "none" else label}))
+    else:
+        click.echo(f"{cluster} has no label" if label == "none" else f"{cluster} is labelled {label}")
 
 
 def _news(index: Index, found: list[Cluster], since: float | None, agent: str) -> Iterator[Cluster]:

@@ -39,8 +39,9 @@ def diff(*, base: str, head: str, manifests: Path, form: str, fail_on: str | Non
     """Say what becomes reachable and what stops, from BASE to HEAD.
 
     Each is a folder of manifests or, where there is no such folder, a git ref (branch, tag, commit) of the repository that holds
-    the manifests folder, which is read as it was there. Markdown is made for a comment on a pull request, JSON lists every
-    change. Ends with 0; with 1 where --fail-on says so or HEAD has errors; with 2 where BASE has, or one of them can't be read.
+    the manifests folder, which is read as it was there; ./NAME is always a folder. Markdown is made for a comment on a pull
+    request, JSON lists every change. Ends with 0; with 1 where --fail-on says so or HEAD has errors; with 2 where BASE has, or
+    one of them can't be read.
     """
     reading = Reading(manifests, processes=options.processors())
     before = _snapshot(base, manifests, reading, "base", 2)
@@ -80,17 +81,31 @@ def _snapshot(name: str, manifests: Path, reading: Reading, which: str, exit_cod
 def _folder(name: str, manifests: Path) -> Iterator[tuple[Path, str]]:
     """The folder to read, and how people know it."""
     if Path(name).is_dir():
+        # No ref begins so (git-check-ref-format(1)).
+        if not name.startswith(("/", ".", "-")) and _is_ref(name, manifests):
+            advice = f"write ./{name} for the folder, or a commit's hash or refs/heads/{name} for the ref"
+            raise UsageError(f"{name!r} is a folder and a git ref", advice)
         yield Path(name), Path(name).as_posix()
         return
     if name.startswith("-"):
         raise UsageError(f"{name!r} is no folder and no git ref", "name a folder of manifests, a branch, a tag or a commit")
     top, inside = _place(name, manifests)
-    commit = _git(
-        top, f"{name!r} is no folder, and git knows no such ref", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"
-    )
+    commit = _commit(top, name)
     with tempfile.TemporaryDirectory(prefix="broker-diff-") as temporary:
-        _checkout(top, name, commit.decode().strip(), inside, Path(temporary))
+        _checkout(top, name, commit, inside, Path(temporary))
         yield Path(temporary), f"{name}:{inside.as_posix()}"
+
+
+def _is_ref(name: str, manifests: Path) -> bool:
+    try:
+        return bool(_commit(_place(name, manifests)[0], name))
+    except UsageError:
+        return False
+
+
+def _commit(top: Path, name: str) -> str:
+    problem = f"{name!r} is no folder, and git knows no such ref"
+    return _git(top, problem, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
 
 
 def _place(name: str, manifests: Path) -> tuple[Path, PurePosixPath]:
@@ -106,23 +121,28 @@ def _place(name: str, manifests: Path) -> tuple[Path, PurePosixPath]:
 
 
 class _Entry(NamedTuple):
-    """A file as git lists it: its mode, its object, and its path below the manifests folder."""
+    """A file as git lists it: whether it is one (no link or submodule), its object, and its path below the manifests folder."""
 
-    mode: str
+    plain: bool
     blob: str
     path: PurePosixPath
 
 
 def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Path) -> None:
-    """Write the folder as it was. Raises `UsageError` where there was none, or something that is no plain file."""
-    listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, "--", f"{inside}/")
+    """Write the folder as it was. Raises `UsageError` where there was none, or a manifest that is no plain file.
+
+    Other links and submodules are left out: reading a folder does not follow them to manifests either.
+    """
+    below = ["--", f"{inside}/"] if inside.parts else []
+    listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, *below)
     entries = [_entry(os.fsdecode(line), inside) for line in listed.split(b"\0") if line]
     if not entries:
         raise UsageError(f"{name} has no folder {str(inside)!r}", "name the folder that it has with --manifests, or another ref")
     for entry in entries:
-        if not entry.mode.startswith("100") or ".." in entry.path.parts:
+        if (not entry.plain and entry.path.suffix in (".yaml", ".yml")) or ".." in entry.path.parts:
             advice = "have the file itself there, or compare folders"
             raise UsageError(f"{name}:{inside / entry.path} is no plain file", advice)
+    entries = [entry for entry in entries if entry.plain]
     asked = "".join(f"{entry.blob}\n" for entry in entries).encode()
     contents = _git(top, "git can't read the files", "cat-file", "--batch", given=asked)
     at = 0
@@ -139,7 +159,7 @@ def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Pa
 def _entry(line: str, inside: PurePosixPath) -> _Entry:
     about, _, path = line.partition("\t")
     mode, _, blob = about.split()
-    return _Entry(mode, blob, PurePosixPath(path).relative_to(inside))
+    return _Entry(mode.startswith("100"), blob, PurePosixPath(path).relative_to(inside))
 
 
 def _git(top: Path, problem: str, *arguments: str, given: bytes = b"") -> bytes:

@@ -1,5 +1,6 @@
 """`broker explain`: the decision on a call and how it came about. Nothing is sent, nothing is spent."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from broker.rehearsal import Call, Rehearsal, Rehearsed
 def explain(*, agent: str, method: str, url: str, data: str, headers: tuple[str, ...], manifests: Path, as_json: bool) -> int:
     """Say what would happen to the call METHOD URL, and why. Ends with 0 for an allow, 1 for a denial."""
     snapshot, now = options.snapshot(manifests), clock.now()
-    found = Rehearsal(snapshot, now).call(agent, Call(method, url, _headers(headers, data), data.encode()))
+    found = Rehearsal(snapshot, now).call(agent, Call(method, url, _headers(headers, data), os.fsencode(data)))
     document = _document(snapshot, agent, found, now)
     if as_json:
         click.echo(orjson.dumps(document))

@@ -4,6 +4,7 @@ Laws: the log and the manifests are read; only --write changes something, and th
 not at all. What is proposed passes `broker check` and permits those calls, or nothing is proposed.
 """
 
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,11 +23,14 @@ from broker.manifest.load import Loaded, load_texts
 from broker.policy.snapshot import PolicySnapshot
 from broker.review.clusters import attacks, decisions, records, shadowed
 from broker.review.edit import edited
-from broker.review.propose import Edit, Record, Refused, proposed, replayed
+from broker.review.propose import Edit, Record, Refused, is_sound, proposed, replayed
 from broker.review.pullrequest import Proposal, printable_lines
 
 _YAML = (".yaml", ".yml")
 _MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
+
+
+_BROKEN = "this is no record as this broker writes it; `broker audit verify` says whether somebody changed it"
 
 
 class _Refused(BrokerError):
@@ -66,12 +70,15 @@ def propose(
     snapshot, loaded = options.compiled(manifests)
     with options.index(state) as index:
         if shadow:
-            found: list[Record] = _different(shadowed(index, agent))
+            named: Iterable[Record] = shadowed(index, agent)
         else:
-            found = [*(records(index, cluster, _MOST) if cluster else decisions(index, decision_ids))]
+            named = records(index, cluster, _MOST) if cluster else decisions(index, decision_ids)
+        found, broken = _read(named)
+        found = _different(found) if shadow else found
         hostile = attacks(index, clock.now(), found)
-    _known(decision_ids, cluster, found)
+    _known(decision_ids, cluster, [*found, *(each.record for each in broken)])
     edits, refused = _sorted(snapshot, found, _contained(state), hostile)
+    refused += broken
     for each in refused:
         click.echo(printable(f"{each.record.get('decision_id')}: {each.why}"), err=True)
     if not edits or (refused and not shadow):
@@ -92,6 +99,17 @@ def propose(
     return 0
 
 
+def _read(named: Iterable[Record]) -> tuple[list[Record], list[Refused]]:
+    """The records, and those that are none."""
+    found, broken = list[Record](), list[Refused]()
+    for record in named:
+        if is_sound(record):
+            found.append(record)
+        else:
+            broken.append(Refused(record, _BROKEN))
+    return found, broken
+
+
 def _different(found: Iterable[Record]) -> list[Record]:
     """Of calls that are alike the latest."""
     return list(
@@ -101,7 +119,7 @@ def _different(found: Iterable[Record]) -> list[Record]:
 
 def _known(decision_ids: tuple[str, ...], cluster: str, found: list[Record]) -> None:
     """Raise `UsageError` where the log does not hold what was named."""
-    missing = set(decision_ids) - {record["decision_id"] for record in found}
+    missing = set(decision_ids) - {str(record.get("decision_id")) for record in found}
     if missing or (cluster and not found):
         what = f"a cluster {cluster!r}" if cluster else f"the decision {min(missing)!r}"
         raise UsageError(printable(f"the log does not hold {what}"), "`broker denials` shows what it holds")
@@ -120,7 +138,8 @@ def _sorted(
 
 def _is_permitted(snapshot: PolicySnapshot, record: Record, now: float) -> bool:
     named = (record.get("agent") or {}).get("name") in snapshot.agents
-    return bool(named and record.get("tool") in snapshot.tools and record.get("args") and replayed(snapshot, record, now))
+    known = record["method"] == "CONNECT" or record["tool"] in snapshot.tools
+    return bool(named and known and replayed(snapshot, record, now))
 
 
 def _contained(state: Path) -> frozenset[str]:
@@ -154,12 +173,15 @@ def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: 
 
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all; it keeps its mode."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    fresh = Path(file.name)
     try:
-        fresh.chmod(path.stat().st_mode)
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fresh = Path(name)
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(text.encode())
+            fresh.chmod(path.stat().st_mode)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}", "make the folder writable, or apply the patch") from error

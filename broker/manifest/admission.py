@@ -90,7 +90,7 @@ def admit(sources: Sequence[Source], words: Vocabulary, read: Callable[[str], by
             problems += [*_tool(source.model.spec, words), *_neighbours(source.model, near), *lint_tool(source.model.spec)]
         if isinstance(source.model, Agent):
             problems += [*_grants(source.model, catalog, words), *lint_grants(source.model, catalog)]
-            problems += [*rules(source.model, policy, catalog), *lapses(source.model, words.now)]
+            problems += [*rules(source.model, policy, catalog, words.now), *lapses(source.model, words.now)]
         if isinstance(source.model, Platform):
             problems += [*_sinks(source.model.spec.alerts), *_decoys(source.model.spec.containment, sources)]
         findings += [_finding(source, *problem, warned) for problem in problems if not _follows(source, *problem)]

@@ -90,7 +90,8 @@ def compile_policy(
     above = _ceilings(*policy) if policy else {}
     flows = _flows(*policy) if policy else ()
     spared = decoys(written.containment, partial(_anchored, base=base))
-    shown = {name: tool for name, tool in tools.items() if name not in spared.tools}
+    approved = written.admission.tools if written.admission else None
+    shown = {name: tool for name, tool in tools.items() if name not in spared.tools and (approved is None or name in approved)}
     agents = {}
     for number, (source, agent) in enumerate(_of(sources, models.Agent)):
         progress(number, len(sources))
@@ -247,6 +248,11 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
     mode, flows, exposed = source.rule("spec", "mode"), under.flows, under.exposed
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
     answers = {tool: _own_traffic(flows, each, Effect.WRITE, common) for tool, each in exposed.items()}
+    shared = {
+        tool: (*limits(source, spec.tools[tool].limits, f"agent/{name}/{tool}", "spec", "tools", tool, "limits"), *common)
+        for tool in exposed
+        if tool in spec.tools
+    }
     return Agent(
         name=name,
         owner=model.metadata.owner,
@@ -259,13 +265,15 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
         housekeeping=MappingProxyType(housekeeping | {tool: each.housekeeping for tool, each in held.items()}),
         answers=MappingProxyType(answers | {tool: each.answers for tool, each in held.items()}),
         limits=tuple(dict.fromkeys((*common, *(limit for each in held.values() for limit in each.limits)))),
-        shadow=MappingProxyType({name: _in_shadow(mode, flows, tool, common) for name, tool in exposed.items()}),
+        shadow=MappingProxyType(
+            {name: _in_shadow(mode, flows, tool, shared.get(name, common)) for name, tool in exposed.items()}
+        ),
         shadow_until=spec.shadow_until or 0.0,
     )
 
 
 def _in_shadow(rule: str, flows: tuple[_Flow, ...], tool: Tool, limits: tuple[Limit, ...]) -> Mapping[str, Grant]:
-    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the agent as a whole."""
+    """What shadow mode lets pass of a tool: what is listed nowhere is held to what bounds the tool and the agent as a whole."""
     # What a provider's unknown API would spend nobody could count; elsewhere, the unknown counts as the worst.
     unknown = {} if tool.protocol in PROVIDERS else {"": Operation("", Effect.DESTRUCTIVE, tool.rule)}
     nothing, usual = models.GrantSpec.model_construct(), _usual(flows, tool, limits)
@@ -333,11 +341,10 @@ _NO_PINS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 def _pins(declared: Operation, own: Mapping[str, ParameterSchema]) -> Mapping[str, tuple[str, ...]]:
     """The parameters that may have only certain texts; the manifest's schemas come after the catalog's."""
-    if not any(schema.pinned for schema in (*declared.schemas.values(), *own.values())):
-        return _NO_PINS
     pins: dict[str, tuple[str, ...]] = {}
-    # What the path names is pinned by the path alone, not by a field of the body that has the same name.
-    variables = {name for name, _ in declared.template.parts} if declared.template else set()
     for location, schema in (*declared.schemas.items(), *own.items()):
-        pins |= {name: texts for name, texts in schema.pinned.items() if location == "path" or name not in variables}
-    return MappingProxyType(pins)
+        if schema.pinned:
+            # What the path names is pinned by the path alone, not by a field of the body that has the same name.
+            variables = {name for name, _ in declared.template.parts} if declared.template and location != "path" else set()
+            pins |= {name: texts for name, texts in schema.pinned.items() if name not in variables}
+    return MappingProxyType(pins) if pins else _NO_PINS

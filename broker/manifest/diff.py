@@ -62,6 +62,7 @@ class _Comparing:
     def __init__(self, base: PolicySnapshot, head: PolicySnapshot) -> None:
         self.base, self.head = base, head
         self._catalog: dict[str | _Place, tuple[Step, ...]] = {}
+        self._routes: dict[str, tuple[tuple[str, Step], ...]] = {}
         self._parameters: dict[object, Direction] = {}
 
     def changes(self) -> Iterator[Change]:
@@ -99,6 +100,7 @@ class _Comparing:
             yield from (_at(step, name, tool.rule) for step in (meanings.credential(*specs) if tool.credential else ()))
         else:
             yield from self._tool(name)
+            yield from (step for operation, step in self._rerouted(name) if operation in before and operation in after)
         old, new = before or {}, after or {}
         declared = [each.tools[name].operations if name in each.tools else {} for each in (self.base, self.head)]
         yield from _come_or_gone(
@@ -115,6 +117,16 @@ class _Comparing:
             found = compared(meanings.TOOL, before, after) if before is not after else ()
             self._catalog[name] = tuple(_at(step, name, after.rule) for step in found)
         return self._catalog[name]
+
+    def _rerouted(self, name: str) -> tuple[tuple[str, Step], ...]:
+        if name not in self._routes:
+            before, after = self.base.tools[name], self.head.tools[name]
+            found = [*meanings.rerouted(before, after)] if before is not after else []
+            for operation, step in meanings.rerouted(after, before) if before is not after else ():
+                back = step._replace(direction=Direction.NARROWER, before=step.after, after=step.before)
+                found.append((operation, back))
+            self._routes[name] = tuple((operation, step._replace(about=f"{name}/{operation}")) for operation, step in found)
+        return self._routes[name]
 
     def _operation(self, place: _Place) -> tuple[Step, ...]:
         if place not in self._catalog:
@@ -154,17 +166,17 @@ class _Comparing:
         yield Step("parameters", self._parameters[texts], old, new, places, f"{about} {location}")
 
     def _unused(self) -> Iterator[Change]:
-        """What changed in the catalog and bears on no agent."""
+        """What changed in the catalog and bears on no agent, or on those in shadow mode alone."""
+        exposed = {name for agent in self.head.agents.values() for name in agent.shadow}
         for name in {*self.base.tools, *self.head.tools}:
             before, after = self.base.tools.get(name), self.head.tools.get(name)
             if before is None or after is None:
                 step = Step("catalog", Direction.EQUAL_EFFECT, _lies(before), _lies(after), _rules(before, after))
                 yield _change("", name, step)
             elif before is not after:
-                yield from (
-                    _change("", after.name, step._replace(direction=Direction.EQUAL_EFFECT))
-                    for step in self._untold(before, after)
-                )
+                for step in self._untold(before, after):
+                    direction = step.direction if name in exposed else Direction.EQUAL_EFFECT
+                    yield _change("", name, step._replace(direction=direction))
 
     def _untold(self, before: Tool, after: Tool) -> Iterator[Step]:
         if after.name not in self._catalog:
@@ -247,11 +259,12 @@ def _idle_limits(before: Agent, after: Agent, bearing: set[_Bound]) -> Iterator[
 
 
 def _bearing(agent: Agent, other: Agent) -> Mapping[str, tuple[Limit, ...]]:
-    """By operation (and protocol's own traffic) that both have."""
+    """By operation (and protocol's own traffic) that both have, be it in shadow mode only."""
     found: dict[str, tuple[Limit, ...]] = {}
-    for tool in agent.tools.keys() & other.tools.keys():
-        for operation in agent.tools[tool].keys() & other.tools[tool].keys():
-            found[f"{tool}/{operation}"] = agent.tools[tool][operation].limits
+    for tool in agent.housekeeping.keys() & other.housekeeping.keys():
+        grants = agent.grants(tool)
+        for operation in grants.keys() & other.grants(tool).keys():
+            found[f"{tool}/{operation or '*'}"] = grants[operation].limits
         found[f"{tool} housekeeping"], found[f"{tool} answers"] = agent.housekeeping[tool], agent.answers[tool]
     return found
 

@@ -48,7 +48,10 @@ def _place(here: Pointer, params: Params, content: str) -> Pointer:
 def _is_closed(params: Params, content: str) -> bool:
     schema = params[content].source if content in params else {}
     alternatives = [part for word in ("oneOf", "anyOf", "allOf") for part in schema.get(word, ()) if isinstance(part, dict)]
-    closes = [schema, *alternatives]
+    # The one reference that people write at the top: to a part that has a name.
+    named = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    referred = schema.get("$defs", {}).get(named, {})
+    closes = [schema, *alternatives, *([referred] if isinstance(referred, dict) else [])]
     return any(
         each.get("additionalProperties") is False or each.get("unevaluatedProperties") is False or each.get("maxProperties") == 0
         or "enum" in each or "const" in each
@@ -87,10 +90,12 @@ def _odd(schema: Any, above: Any, here: Pointer) -> Iterator[Problem]:
     yield from _listed(schema, above, here)
     yield from _crossed(schema, above, here)
     yield from _refused(schema, above, here)
+    # What a name or a place must be that a pattern or a prefix may have a schema for, takes more to tell.
+    others = {} if "patternProperties" in above else above.get("additionalProperties", {})
     for name, part in schema.get("properties", {}).items():
-        known = above.get("properties", {}).get(name, above.get("additionalProperties", {}))
-        yield from _odd(part, known, (*here, "properties", name))
-    yield from _odd(schema.get("items"), above.get("items"), (*here, "items"))
+        yield from _odd(part, above.get("properties", {}).get(name, others), (*here, "properties", name))
+    alike = "prefixItems" not in schema and "prefixItems" not in above
+    yield from _odd(schema.get("items"), above.get("items") if alike else {}, (*here, "items"))
 
 
 def _listed(schema: Mapping[str, Any], above: Mapping[str, Any], here: Pointer) -> Iterator[Problem]:

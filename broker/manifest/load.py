@@ -56,7 +56,7 @@ def vocabulary() -> Vocabulary:
 
 
 Progress = Callable[[str, int, int], object]
-"""Is told what is done, how much of it, and how much there is."""
+"""Is told what is done, how much of it, and how much there is; at last that all is."""
 
 
 def _quiet(_what: str, _done: int, _all: int) -> None:
@@ -173,6 +173,7 @@ def load_texts(
     files = tuple(base / name for name in (*sorted(texts), *pems))
     told = partial(reading.progress, "compiling")
     snapshot = None if failed else compile_policy(sources, pems, reading.anchor, reading.made, told)
+    told(1, 1)
     return Loaded(snapshot, tuple(findings), files, tuple(sources))
 
 

@@ -6,6 +6,8 @@ Law: a table names every field of its part. A field that a table lacks is told a
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
+from itertools import zip_longest
 from typing import Any
 
 from broker.manifest.steps import (
@@ -32,8 +34,9 @@ from broker.policy.approval import Approval
 from broker.policy.compare import Comparison, compare
 from broker.policy.containment import Action, Detector, Rule
 from broker.policy.limits import Kind, Limit, Price
+from broker.policy.match import PathTemplate
 from broker.policy.schema import ParameterSchema
-from broker.policy.snapshot import CredentialSpec, Endpoint
+from broker.policy.snapshot import CredentialSpec, Endpoint, Tool
 
 # ---------------------------------------------------------------------------------------------------------------- parameters
 
@@ -62,13 +65,17 @@ def _rereads(before: ParameterSchema | None, after: ParameterSchema | None) -> b
 _AS_BEFORE: Mapping[str, tuple[str, ...]] = {"number": ("integer",), "array of number": ("array of integer",)}
 
 
+_TYPED = ("integer", "number", "boolean")
+
+
 def _readings(schema: ParameterSchema) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name, kind in schema.types.items():
         items = schema.source["properties"][name].get("items") if kind == "array" else None
         one = items.get("type", "") if isinstance(items, dict) else ""
-        found[name] = f"array of {one}" if kind == "array" else kind
-    return {name: kind for name, kind in found.items() if kind.split()[-1] in ("integer", "number", "boolean")}
+        typed = one if one in _TYPED else "text"
+        found |= {name: f"array of {typed}"} if kind == "array" else {name: kind} if kind in _TYPED else {}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ approval
@@ -161,6 +168,46 @@ def _endpoint(before: Endpoint, after: Endpoint) -> Iterator[Step]:
     yield Step("endpoint", CHANGED, host(before) + before.base_path, host(after) + after.base_path)
 
 
+def _template(before: PathTemplate | None, after: PathTemplate | None) -> Iterator[Step]:
+    yield Step("match", CHANGED, before.text if before else "", after.text if after else "")
+
+
+def _hashed(pem: str) -> str:
+    return f"certificates {sha256(pem.encode()).hexdigest()[:16]}" if pem else ""
+
+
+def _authorities(before: str, after: str) -> Iterator[Step]:
+    """None are the system's."""
+    yield Step("upstream", CHANGED, _hashed(before), _hashed(after))
+
+
+def _bundles(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Step]:
+    hashes = [{domain: _hashed(pem) for domain, pem in each.items()} for each in (before, after)]
+    return entries("identity", WIDER)(*hashes)
+
+
+def rerouted(before: Tool, after: Tool) -> Iterator[tuple[str, Step]]:
+    """Operations whose calls may be others' now: one that is gone, or matches otherwise, no longer keeps its calls from them."""
+    for gone in before.operations.values():
+        same = after.operations.get(gone.name)
+        if same is None or (same.method, same.template) != (gone.method, gone.template):
+            for other in after.operations.values():
+                if other.name != gone.name and other.method == gone.method and _overlap(gone.template, other.template):
+                    yield other.name, Step("match", WIDER, f"not the calls of {gone.name}", "perhaps those too", (other.rule,))
+
+
+def _overlap(one: PathTemplate | None, other: PathTemplate | None) -> bool:
+    """Whether a path may fit both."""
+    for left, right in zip_longest(one.parts if one else (), other.parts if other else ()):
+        if left is None or right is None:
+            return False
+        if "+" in (left[0] and left[1], right[0] and right[1]):
+            return True
+        if left[0] is None and right[0] is None and left[1] != right[1]:
+            return False
+    return one is not None
+
+
 def credential(before: CredentialSpec | None, after: CredentialSpec | None) -> Iterator[Step]:
     """What calls get with them."""
     if before is None or after is None:
@@ -190,7 +237,7 @@ CREDENTIAL: Table = {
     "basic": differs("credential"),
     "sigv4": differs("credential"),
 }
-UPSTREAM: Table = {"ca_pem": differs("upstream"), "addresses": members("upstream", WIDER)}
+UPSTREAM: Table = {"ca_pem": _authorities, "addresses": members("upstream", WIDER)}
 TOOL: Table = {
     "name": ignored,
     "owner": differs("owner", EQUAL),
@@ -208,7 +255,7 @@ OPERATION: Table = {
     "rule": ignored,
     "data": members("data", NARROWER),
     "method": differs("match"),
-    "template": differs("match"),
+    "template": _template,
     "alias": differs("match"),
     "schemas": ignored,  # with the manifest's
     "max_body": more("max_body", WIDER),
@@ -297,6 +344,14 @@ def _covers(rule: Rule, other: Rule) -> bool:
     return stricter and longer and other.action in _WEAKER[rule.action]
 
 
+def _prices(before: Mapping[tuple[str, str], Price], after: Mapping[tuple[str, str], Price]) -> Iterator[Step]:
+    """Without a price a call is denied, unless the model has another one: a tool's own comes before its protocol's."""
+    others = {model for _, model in after}
+    for step in entries("price", WIDER, _price)(before, after):
+        replaced = not step.after and step.about.partition("/")[2] in others
+        yield step._replace(direction=CHANGED) if replaced else step
+
+
 def _price(before: Price, after: Price) -> Iterator[Step]:
     """The dearer a model, the sooner a budget ends."""
     old, new = (asdict(each) for each in (before, after))
@@ -321,11 +376,11 @@ PLATFORM: Table = {
     "tools": ignored,  # for each agent that has them
     "hosts": ignored,  # made of the tools
     "by_spiffe": ignored,  # made of the agents
-    "trust_bundles": entries("identity", WIDER),
+    "trust_bundles": _bundles,
     "spire": differs("identity"),
     "max_ttl": more("credential", WIDER),
     "environment": differs("environment"),
-    "prices": entries("price", WIDER, _price),
+    "prices": _prices,
     "unsafe_reads": more("ledger", WIDER),
     "refuse_own": more("credential", NARROWER),
     "rules": _rules,

@@ -4,13 +4,15 @@ Laws: each problem names its fix. A ceiling is kept by every manifest; the other
 an `admission`, which makes them errors.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from broker.manifest.models import Agent, GrantSpec, OperationSpec, ToolSpec
 from broker.manifest.platform import Platform, PlatformSpec
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.manifest.words import Ceilings, Rate
+from broker.policy.schema import valid
 from broker.policy.types import Effect
 
 Problem = tuple[Pointer, str, str]
@@ -22,8 +24,10 @@ SOON_S = 14 * 86_400
 """How long before its end a grant is warned about: time for a pull request, and for whoever reviews it to be on holiday."""
 
 
-def rules(model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[ToolSpec, Document]]) -> Iterator[Problem]:
-    """What the platform policy says of this manifest."""
+def rules(
+    model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[ToolSpec, Document]], now: float
+) -> Iterator[Problem]:
+    """What the platform policy says of this manifest. `now` in seconds since the epoch: shadow mode enforces no pins."""
     if policy is None:
         return
     spec, metadata = policy.spec, model.metadata
@@ -45,29 +49,63 @@ def rules(model: Agent, policy: Platform | None, catalog: Mapping[str, tuple[Too
             )
         for operation, grant in part.operations.items():
             declared = catalog[name][0].operations.get(operation) if name in catalog else None
-            if declared and declared.effect is Effect.DESTRUCTIVE and not _is_bounded(grant, declared):
+            pinned = now >= max(model.spec.shadow_until or 0.0, grant.shadow_until or 0.0)
+            if declared and declared.effect is Effect.DESTRUCTIVE and not _is_bounded(grant, declared, pinned=pinned):
                 yield (*here, "operations", operation), "destructive_unbounded", _UNBOUNDED
     yield from _over(model, spec)
 
 
 _UNBOUNDED = (
     "what can't be undone is granted without bounds; pin what it may touch (const, enum or pattern for the parameter that names "
-    "it), or ask a human each time (approval, without when)"
+    "it) and let no shadow mode pass it, or ask a human each time (approval, without when)"
 )
 
 
-def _is_bounded(grant: GrantSpec, declared: OperationSpec) -> bool:
-    if grant.approval and not grant.approval.when:
-        return True
+def _is_bounded(grant: GrantSpec, declared: OperationSpec, *, pinned: bool) -> bool:
+    if (grant.approval and not grant.approval.when) or not pinned:
+        return bool(grant.approval and not grant.approval.when)
     # Where the path names what is touched, a field of the body pins nothing.
-    named = declared.match.path and any(name for name, _ in declared.match.path.parts)
-    schemas = [schema.source for location, schema in grant.params.items() if location == "path" or not named]
-    return any(_pins(schema) for schema in schemas)
+    variables = [name for name, _ in declared.match.path.parts if name] if declared.match.path else []
+    for location, schema in grant.params.items():
+        above = [declared.params[location].source] if location in declared.params else []
+        if location == "path" and _pins(schema.source, [*above, {"required": variables}], texts=True):
+            return True
+        if not variables and _pins(schema.source, above, texts=False):
+            return True
+    return False
 
 
-def _pins(schema: Any) -> bool:
-    parts = schema.get("properties", {}).values() if isinstance(schema, dict) else ()
-    return any(isinstance(part, dict) and (part.keys() & {"const", "enum", "pattern"} or _pins(part)) for part in parts)
+def _pins(schema: Any, above: Sequence[Any], *, texts: bool) -> bool:
+    """Whether it pins a parameter that every call has; `above` is what else is asked of the same values.
+
+    `texts` says that a value without a type is a text.
+    """
+    if not isinstance(schema, dict):
+        return False
+    others, parts = [each for each in above if isinstance(each, dict)], schema.get("properties", {})
+    always = {name for each in (schema, *others) for name in each.get("required", ())}
+    for name in always & parts.keys():
+        beside = [each["properties"][name] for each in others if name in each.get("properties", {})]
+        if _names(parts[name], beside, texts=texts) or _pins(parts[name], beside, texts=False):
+            return True
+    return False
+
+
+def _names(schema: Any, above: Sequence[Any], *, texts: bool) -> bool:
+    """Whether it lists what may be touched, or says what its name looks like: more than that it is a word or a number."""
+    asked = [each for each in (schema, *above) if isinstance(each, dict)]
+    if not isinstance(schema, dict):
+        return False
+    listed = [schema["const"]] if "const" in schema else schema.get("enum", ())
+    kinds = {each["type"] for each in asked if isinstance(each.get("type"), str)}
+    # A pattern binds texts alone.
+    if "pattern" in schema and (kinds == {"string"} or (texts and not kinds)):
+        pattern = json.dumps({"pattern": schema["pattern"]})
+        return not all(valid(pattern, word) for word in _WORDS)
+    return any(value is not None and not isinstance(value, bool) for value in listed)
+
+
+_WORDS = ("qzx", "WVK", "0042")
 
 
 def _over(model: Agent, spec: PlatformSpec) -> Iterator[Problem]:

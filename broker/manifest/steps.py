@@ -59,7 +59,7 @@ def said(value: Any) -> str:
         return ""
     if isinstance(value, str | int):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    return json.dumps(value, sort_keys=True, default=_plain)
+    return json.dumps(_plain(value) if isinstance(value, Mapping) else value, sort_keys=True, default=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -43,17 +43,19 @@ def evaluate(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: float,
     First that applies, after the steps of `admit`:
 
     3. the tool is not in the agent's manifest → `tool_not_declared`
-    4. a protocol's own housekeeping → allow
+    4. a protocol's own housekeeping → allow, unless all that was granted of the tool has lapsed: `tool_not_declared`
     5. the operation is not in the catalog or not in the manifest, or its grant has lapsed → `operation_not_declared`
     6. the parameters break the catalog's schema, then the manifest's → `params_invalid`
     7. the manifest does not name the model, or what the provider would do by itself → `params_invalid`
     8. the agent was made read-only, and this is no read → `agent_read_only`
     9. allow; the ledger then asks the flow rules (`Kind.FLOW`), and `approval_for` says whether people must approve
 
-    In shadow mode, 3 and 5 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9.
+    In shadow mode, 3 to 7 give `would_deny` with the same code, and the call goes on to 8 and 9, unless a provider would do by
+    itself what the grant does not name. Whether it has ended is asked anew: since the agent was admitted, the body may have been
+    on its way for long.
     """
     decision = _permitted(snapshot, agent, call, now)
-    if not decision.allowed and _in_shadow(agent, call, now):
+    if not decision.allowed and _in_shadow(agent.at(now), call, now):
         decision = replace(decision, verdict=Verdict.WOULD_DENY)
     if decision.allowed and view.read_only and effect_of(snapshot, call) not in (None, Effect.READ):
         return deny(Code.AGENT_READ_ONLY, f"agent {agent.name!r} may only read ({view.read_only})")
@@ -71,6 +73,10 @@ def effect_of(snapshot: PolicySnapshot, call: ToolCall) -> Effect | None:
 def _in_shadow(agent: Agent, call: ToolCall, now: float) -> bool:
     if call.housekeeping:
         return call.tool in agent.shadow
+    used = agent.grants(call.tool).get(call.operation or "")
+    # It would reach what the catalog does not have, with our credential, and at a price that nobody counts.
+    if call.model and used and any(word not in used.server_tools for _, word in call.model.server_tools):
+        return False
     listed = agent.tools.get(call.tool, {}).get(call.operation or "")
     # A grant that has lapsed takes its own shadow along.
     alone = listed is not None and now < min(listed.shadow_until, listed.expires)
@@ -83,7 +89,9 @@ def _permitted(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: floa
     if grants is None:
         return deny(Code.TOOL_NOT_DECLARED, f"agent {agent.name!r} does not list the tool {call.tool!r}", rule=listed)
     if call.housekeeping:
-        return ALLOW
+        lapsed = grants and all(now >= grant.expires for grant in grants.values())
+        what = f"all that agent {agent.name!r} was granted of {tool.name!r} has lapsed"
+        return deny(Code.TOOL_NOT_DECLARED, what, rule=f"{listed}/{tool.name}/operations") if lapsed else ALLOW
     operation = tool.operations.get(call.operation or "")
     if operation is None:
         what = f"{call.label} is no operation of {tool.name!r}"
@@ -99,15 +107,19 @@ def _permitted(snapshot: PolicySnapshot, agent: Agent, call: ToolCall, now: floa
     return ALLOW
 
 
-def approval_for(agent: Agent, call: ToolCall, effect: Effect | None, view: View = _FREE) -> Approval | None:
+def approval_for(
+    agent: Agent, call: ToolCall, effect: Effect | None, view: View = _FREE, *, valid: bool = True
+) -> Approval | None:
     """Who must say yes to this allowed call, whatever its run has done.
 
-    First that applies: the manifest asks for approval of such calls; the agent is held, and this is no read.
+    First that applies: the manifest asks for approval of such calls; the agent is held, and this is no read. `when` is written
+    for parameters that are valid: of others, which pass in shadow mode, nobody knows what they mean to the tool, so they count
+    as fitting.
     """
     if effect is None:
         return None
     grant = agent.used(call)
-    if grant.approval and grant.approval.bears_on(call):
+    if grant.approval and (not valid or grant.approval.bears_on(call)):
         return grant.approval
     return Approval(f"held: {view.hold}") if view.hold and effect is not Effect.READ else None
 

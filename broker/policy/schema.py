@@ -78,6 +78,9 @@ class ParameterSchema:
 
 def json_pointer(*parts: str | int) -> str:
     """The JSON pointer (RFC 6901) of these keys and indices."""
+    plain = "/".join(map(str, parts))
+    if parts and "~" not in plain and plain.count("/") == len(parts) - 1:
+        return f"/{plain}"
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in parts)
 
 
@@ -111,21 +114,29 @@ def _shared(text: str) -> _Shared:
     return _Shared(text, source, validator, types, pinned)
 
 
-def _refuse_references(node: object, path: tuple[str | int, ...]) -> None:
+_NAMING = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs"})
+"""Keywords whose value maps names to schemas: whatever a name is, it means nothing."""
+
+
+def _refuse_references(node: object, path: tuple[str | int, ...], *, names: bool = False) -> None:
+    """`names`: the keys are names of properties or definitions, and no keywords."""
     if isinstance(node, dict):
         for key, value in node.items():
-            here, why = (*path, key), ""
-            if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
-                why = f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…"
-            if key in ("$id", "$schema"):
-                why = f"{key} is not used here: every schema is JSON Schema 2020-12; take it out"
-            if why:
+            here = (*path, key)
+            if not names and (why := _leaves(key, value)):
                 raise SchemaError(json_pointer(*here), why)
-            if key not in ("const", "enum", "default", "examples"):
-                _refuse_references(value, here)
+            if names or key not in ("const", "enum", "default", "examples"):
+                _refuse_references(value, here, names=not names and key in _NAMING)
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _refuse_references(value, (*path, index))
+
+
+def _leaves(key: str, value: object) -> str:
+    """Why a keyword makes a schema mean what stands elsewhere."""
+    if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
+        return f"{key} {value!r} leaves this file; write the schema out, or use #/$defs/…"
+    return f"{key} is not used here: every schema is JSON Schema 2020-12; take it out" if key in ("$id", "$schema") else ""
 
 
 def _compile(source: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:

@@ -105,9 +105,10 @@ def shadowed(index: Index, agent: str) -> Iterator[dict[str, Any]]:
 
 
 def attacks(index: Index, now: float, found: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Of these decisions those whose cluster a reviewer called an attack."""
+    """Of these decisions those by which an agent tried what a reviewer called an attack of it, whatever rule it broke then."""
     hostile = {cluster for cluster, label in index.labels(now).items() if label.label == "attack"}
-    return frozenset(record["decision_id"] for record in found if _id(shape_of(record)) in hostile)
+    tried_ = {_tried(shapes[0]) for cluster, shapes in _grouped(index, Wanted()).items() if cluster in hostile} if hostile else ()
+    return frozenset(record["decision_id"] for record in found if _tried(shape_of(record)) in tried_)
 
 
 def hidden(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from broker.manifest.strict_yaml import RESERVED
@@ -33,7 +34,16 @@ def edited(text: str, edits: Iterable[Edit]) -> str:
     for edit in edits:
         _put(next(each for each in documents if each["kind"] == "Agent" and each["metadata"]["name"] == edit.agent), edit)
     after = _written(yaml, documents)
-    return _moved(text, before, after)
+    made = _moved(text, before, after)
+    return made if _says(yaml, made, documents) else after
+
+
+def _says(yaml: YAML, text: str, documents: list[Any]) -> bool:
+    """Whether the text says this: a file that is indented otherwise than we write takes no line of ours."""
+    try:
+        return list(yaml.load_all(text)) == documents
+    except YAMLError:
+        return False
 
 
 def _written(yaml: YAML, documents: list[Any]) -> str:

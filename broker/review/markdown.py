@@ -7,6 +7,7 @@ widened, and it fits into a comment; what is left out is counted.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from broker.errors import counted
 from broker.manifest.diff import Change, Diff
@@ -16,6 +17,7 @@ from broker.manifest.steps import Direction
 MOST = 65_000
 """UTF-8 bytes: GitHub takes comments of 65,536 characters."""
 _LONGEST = 240  # characters of one value
+_CONTEXT = 60  # characters before a difference
 _NAMED = 3  # agents
 _ORDER = (Direction.WIDER, Direction.CHANGED, Direction.NARROWER, Direction.EQUAL_EFFECT)
 _SAID = {
@@ -32,15 +34,17 @@ def as_markdown(diff: Diff) -> str:
     """GitHub's Markdown: one sentence, then the changes, the widest first, together where agents have them in common."""
     groups = _groups(diff.changes)
     lines = [f"{_summary(groups)}\n"]
-    rows = [row for group in groups for row in _rows(*group)]
     left = MOST - len(lines[0].encode())
-    for index, (row, number) in enumerate(rows):
+    rows = [row for group in groups for row in _rows(*group)]
+    if sum(len(row.encode()) for row, _ in rows) > left:  # not all will stand there, so agents' changes are torn apart
+        parts = ([change for change in diff.changes if change.direction is direction] for direction in _ORDER)
+        rows = [row for part in parts for group in _groups(part) for row in _rows(*group)]
+    for index, (row, _) in enumerate(rows):
         left -= len(row.encode())
         if left < _LONGEST:
             rest = counted(sum(each for _, each in rows[index:]), "more change")
             return "".join((*lines, f"\n{rest} left out here; `broker diff --json` lists every one.\n"))
         lines.append(row)
-        del number
     return "".join(lines)
 
 
@@ -75,12 +79,21 @@ def _rows(agents: tuple[str, ...], changes: Sequence[Change]) -> Iterator[tuple[
     others = f" and {len(agents) - _NAMED:,} more" if len(agents) > _NAMED else ""
     yield f"\n### {named}{others}\n\n", 0
     for change in changes:
-        values = " → ".join(code(value) if value else "nothing" for value in (change.before, change.after))
+        values = " → ".join(code(value) if value else "nothing" for value in _around(change.before, change.after))
         where = ", ".join(code(rule) for rule in change.rules[:2])
         yield (
             f"- **{_SAID[change.direction]}** {change.kind} {code(change.about)}: {values}{f' ({where})' if where else ''}\n",
             1,
         )
+
+
+def _around(before: str, after: str) -> tuple[str, str]:
+    """Of long values, what follows from a little before the first difference."""
+    if max(len(before), len(after)) <= _LONGEST:
+        return before, after
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+    begin = same - _CONTEXT
+    return (before, after) if begin <= 0 else (f"…{before[begin:]}", f"…{after[begin:]}")
 
 
 def code(text: str) -> str:

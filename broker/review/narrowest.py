@@ -28,13 +28,15 @@ MOST = 20
 # What `broker/audit/record.py` writes in place of a value.
 _MARK = re.compile(
     r"\[(?:redacted|(?:pii|secret) (?:\d+ chars|number)|\d+ chars sha256:[0-9a-f]{64}|\d+ bytes left out|\d+ more, too deep"
-    r"|number of \d+ bits)\]"
+    r"|number of \d+ bits)\]|-?\d+(?:\.\d+)?e[+-]\d+"  # a number with an exponent
 )
 
 
 def opened(value: Any) -> Any:
-    """The value with `OPEN` for each mark of the record."""
+    """The value with `OPEN` for each mark of the record, and for an object of whose names one is a mark."""
     if isinstance(value, dict):
+        if any(map(_MARK.fullmatch, value)):
+            return OPEN
         return {name: opened(part) for name, part in value.items()}
     if isinstance(value, list):
         return [opened(part) for part in value]
@@ -48,6 +50,11 @@ def unpinned(value: Any, *here: str | int) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from unpinned(part, *here, name)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether the record holds all of it."""
+    return not any(True for _ in unpinned(value))
 
 
 def thinned(values: Sequence[Any]) -> list[Any]:
@@ -68,7 +75,7 @@ def exact(value: Any) -> Schema:
             return {"type": "object", "maxProperties": 0}
         parts = {name: exact(part) for name, part in value.items()}
         return {"type": "object", "required": sorted(value), "properties": parts, "additionalProperties": False}
-    if isinstance(value, list) and any(unpinned(value)):
+    if isinstance(value, list) and not is_whole(value):
         return {"type": "array", "prefixItems": [exact(part) for part in value], "minItems": len(value), "maxItems": len(value)}
     return {"const": value}
 
@@ -84,7 +91,7 @@ def admitting(location: str, values: Sequence[Any]) -> Schema:
 def _path(values: Sequence[Mapping[str, Any]]) -> Schema:
     # A path has all the names of its template, always; and issuers narrow credentials by what is said of each.
     found = {name: _different([value[name] for value in values]) for name in values[0]}
-    rules = {name: _one_of(parts) for name, parts in found.items() if OPEN not in parts}
+    rules = {name: _one_of(parts) for name, parts in found.items() if is_whole(parts)}
     if sum(len(parts) > 1 for parts in found.values()) <= 1:
         return {"properties": rules}
     return {"properties": rules, "anyOf": [_alone("path", value) for value in values]}
@@ -105,7 +112,7 @@ def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
     pinned = {
         name: _one_of([*_listed(rule), *(value[name] for value in values)])
         for name, rule in old.get("properties", {}).items()
-        if _listed(rule) and all(isinstance(value, dict) and value.get(name, OPEN) is not OPEN for value in values)
+        if _listed(rule) and all(isinstance(value, dict) and name in value and is_whole(value[name]) for value in values)
     }
     return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *(_alone(location, value) for value in values)]}
 
@@ -120,7 +127,7 @@ def _longer(location: str, old: Schema, values: Sequence[Any]) -> Schema | None:
         return None
     lists = {name: _different([*_listed(rule), *(value[name] for value in values)]) for name, rule in rules.items()}
     grown = [name for name, rule in rules.items() if len(lists[name]) > 1 or not _listed(rule)]
-    if len(grown) != 1 or not _listed(rules[grown[0]]) or OPEN in lists[grown[0]]:
+    if len(grown) != 1 or not _listed(rules[grown[0]]) or not is_whole(lists[grown[0]]):
         return None
     return {**old, "properties": {**rules, grown[0]: _one_of(lists[grown[0]])}}
 

@@ -15,10 +15,11 @@ from broker.policy.evaluate import evaluate
 from broker.policy.providers import PROVIDERS
 from broker.policy.snapshot import Agent, PolicySnapshot, Tool
 from broker.policy.types import Code, ToolCall
-from broker.review.narrowest import MOST, admitting, opened, thinned, unpinned, widened
+from broker.review.narrowest import MOST, admitting, is_whole, opened, thinned, unpinned, widened
 
 Record = Mapping[str, Any]
 Place = tuple[str, ...]
+_WITH_BODY = ("POST", "PUT", "PATCH")
 
 _NO = {
     DenialKind.MALFORMED: "it could not be read in exactly one way; the agent's request must change, not its manifest",
@@ -48,6 +49,26 @@ class Refused:
 
     record: Record
     why: str
+
+
+_TEXTS = ("decision_id", "event", "time", "host", "method", "path", "verdict", "args_hash")
+_MAYBE = ("code", "rule", "tool", "operation", "effect", "detail")
+_VIOLATION = ("pointer", "rule", "message")
+
+
+def is_sound(record: Record) -> bool:
+    """Whether a decision's record has what is asked of it here; in a log that somebody changed it may not, or in a newer one."""
+    agent, args, violations = record.get("agent"), record.get("args"), record.get("violations")
+    return (
+        isinstance(agent, Mapping)
+        and all(isinstance(record.get(name), str) for name in _TEXTS)
+        and all(name in record and isinstance(record[name], str | None) for name in _MAYBE)
+        and all(isinstance(each, str | None) for each in (agent.get("name"), record.get("model")))
+        and record["code"] in {None, *KIND_OF}
+        and isinstance(args, Mapping)
+        and isinstance(violations, list)
+        and all(isinstance(each, Mapping) and all(isinstance(each.get(name), str) for name in _VIOLATION) for each in violations)
+    )
 
 
 def proposed(
@@ -83,6 +104,8 @@ def _refusal(snapshot: PolicySnapshot, record: Record, contained: Collection[str
         return "a reviewer labelled it an attack; `broker denials label` takes that back"
     if name not in snapshot.agents:
         return f"there is no manifest of {name!r}"
+    if record["method"] != "CONNECT" and not record["args"] and record["args_hash"] != args_hash({}):
+        return "what it asked for is not in the record, since it held what nobody may keep: see the alerts of its run"
     return _undeclared(snapshot, record) or _beyond(snapshot, record)
 
 
@@ -93,7 +116,9 @@ def _undeclared(snapshot: PolicySnapshot, record: Record) -> str:
         return f"no tool of the catalog is at {record['host']}; ask its owner or the platform team for a catalog entry"
     if tool.name in snapshot.decoys.tools:
         return "this tool is a decoy, which no honest call touches"
-    if record["method"] != "CONNECT" and record["operation"] not in tool.operations:
+    # What was tried may be called as an operation is: an MCP method, of which an agent says what it likes. Only a call of an
+    # operation has an effect in the record.
+    if record["method"] != "CONNECT" and (record["operation"] not in tool.operations or not record["effect"]):
         return f"{record['operation'] or 'this call'} is no operation of {tool.name!r}; ask {tool.owner} to add it to the catalog"
     return ""
 
@@ -104,6 +129,11 @@ def _beyond(snapshot: PolicySnapshot, record: Record) -> str:
         return f"the grant has lapsed; if it is still needed, write a later date at {record['rule']}"
     own = snapshot.agents[record["agent"]["name"]].rule
     for violation in record["violations"]:
+        if not violation["pointer"].startswith("/"):
+            return f"the record does not hold which parameter broke {violation['rule']}; change that by hand"
+        where = violation["pointer"].split("/")[1]
+        if where not in record["args"]:
+            return f"the request has no {where}, and {violation['rule']} asks for one; the agent's request must change"
         if not violation["rule"].startswith(own):
             return f"the catalog refuses {violation['pointer']} ({violation['rule']}); ask the tool's owner"
         if record.get("model") and violation["pointer"] != "/body/model":
@@ -128,7 +158,8 @@ def _edits(snapshot: PolicySnapshot, name: str, tool_name: str, operation: str, 
     seen = [_seen(record) for record in calls]
     locations = sorted({where for each in seen for where in each})
     values = {where: thinned([each[where] for each in seen if where in each]) for where in locations}
-    notes, at = tuple(_notes(tool, seen, values)), (*place, "operations", operation)
+    granted = grants is not None and operation in grants
+    notes, at = tuple(_notes(tool, operation, seen, values, granted=granted)), (*place, "operations", operation)
     model = any(record.get("model") for record in calls)
     if grants is None or operation not in grants:
         params = {"body": _with_model({}, values["body"])} if model else {}
@@ -163,16 +194,26 @@ def _seen(record: Record) -> dict[str, Any]:
     return args if whole else {where: opened(value) for where, value in args.items()}
 
 
-def _notes(tool: Tool, seen: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+def _notes(
+    tool: Tool, operation: str, seen: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[Any]], *, granted: bool
+) -> Iterator[str]:
+    """What people must know of a proposal that lets more pass than these calls; `granted`: others of the operation did before."""
     known = {pointer for each in seen for where, value in each.items() for pointer in unpinned(value, where)}
     loose = {pointer for where, found in values.items() for value in found for pointer in unpinned(value, where)}
     if known:
-        yield f"the record does not hold {', '.join(sorted(known))}, so only the catalog's schema bounds that; narrow it by hand"
+        yield f"narrow by hand, for only the catalog's schema bounds it: the record does not hold {', '.join(sorted(known))}"
     if loose - known:
         many = ", ".join(sorted(loose - known))
-        yield f"over {MOST} different values were seen of {many}, so only the catalog's schema bounds that; narrow it by hand"
-    if sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
+        yield f"narrow by hand, for only the catalog's schema bounds it: over {MOST} different values were seen of {many}"
+    # A request always has a path and a query, of which nothing need be named.
+    said = [where for where, found in values.items() if where not in ("path", "query") or any(found)]
+    if granted and len(said) > 1:
+        yield "a manifest can't tie one location's values to another's, so these may be mixed, also with what is granted already"
+    elif sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
         yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"
+    declared = tool.operations[operation]
+    if "body" not in {*values, *declared.schemas} and declared.method in _WITH_BODY:
+        yield "the catalog has no schema for the body, so any body passes; ask the tool's owner for one"
     if tool.protocol in PROVIDERS:
         yield "the record keeps no prompts, so of these calls only the model is pinned"
 
@@ -183,7 +224,7 @@ def replayed(snapshot: PolicySnapshot, record: Record, now: float) -> bool | Non
     if record["method"] == "CONNECT":
         return _tool_at(snapshot, record["host"]) in agent.tools
     seen = _seen(record)
-    if record.get("model") or any(any(unpinned(value)) for value in seen.values()):
+    if record.get("model") or not is_whole(seen):
         return None
     decision = evaluate(snapshot, agent, ToolCall(record["tool"], record["operation"], seen), now)
     return decision.code is None

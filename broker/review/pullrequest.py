@@ -49,7 +49,7 @@ class Proposal:
         parts = [
             f"# {self.title}",
             "Why: _say what the agent needs this for._",
-            f"## Evidence\n\n{_table(list(calls.values()))}",
+            f"## Evidence\n\n{_listed(list(calls.values()))}",
             *(["## Mind\n\n" + "\n".join(f"- {code(note)}" for note in notes)] if notes else []),
             f"## The change\n\n{fence}diff\n{patch}{fence}",
             f"## What it lets pass\n\n{as_markdown(self.effect)}",
@@ -68,17 +68,19 @@ def _patch(path: str, before: str, after: str) -> Iterator[str]:
         yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
 
 
-def _table(calls: Sequence[Record]) -> str:
-    lines = ["| when | decision | call | denied with |", "| --- | --- | --- | --- |"]
-    lines += [f"| {' | '.join(_cells(record))} |" for record in sorted(calls, key=lambda each: each["time"])[:_SHOWN]]
+def _listed(calls: Sequence[Record]) -> str:
+    # No table: a pipe behind a backslash would end one of its cells, in code too.
+    ordered = sorted(calls, key=lambda each: str(each["time"]))
+    lines = [f"- {', '.join(map(code, map(redacted, _said(record))))}" for record in ordered[:_SHOWN]]
     rest = len(calls) - _SHOWN
     return "\n".join([*lines, *([f"\n… and {rest} more"] if rest > 0 else [])])
 
 
-def _cells(record: Record) -> Iterator[str]:
-    call = f"{record['method']} {record['host']}{record['path']}"
+def _said(record: Record) -> Iterator[str]:
     what = named(record["tool"] or "", record["operation"] or "", record["host"])
     why = "; ".join(f"{each['pointer']}: {each['message']}" for each in record["violations"][:3]) or record["detail"] or ""
-    shadow = " (in shadow)" if record["verdict"] == "would_deny" else ""
-    for cell in (record["time"][:19] + "Z", record["decision_id"], f"{what}: {call}", f"{record['code']}{shadow}: {why}"):
-        yield code(redacted(cell)).replace("|", "\\|")  # a table's cells end there, in code too (GFM 4.10)
+    shadow = " in shadow mode" if record["verdict"] == "would_deny" else ""
+    yield f"{record['time'][:19]}Z"
+    yield record["decision_id"]
+    yield f"{what}: {record['method']} {record['host']}{record['path']}"
+    yield f"{record['code']}{shadow}: {why}"

@@ -63,7 +63,7 @@ def test_explain_names_the_credential_without_issuing_it(manifests):
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        pytest.param(["explain", "--agent", "bot", "GET", "no-url"], 2, "is no URL", id="no URL"),
+        pytest.param(["explain", "--agent", "bot", "GET", "no-url"], 2, "is no http(s) URL", id="no URL"),
         pytest.param(
             ["explain", "--agent", "ghost", "GET", "https://api.example/a/1"], 1, "agent_unknown", id="an unknown agent"
         ),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -96,7 +97,7 @@ def _snapshot(*, create: bool = True, credential: bool = True, idempotency: str 
             ),
             "a1.yaml": _document(
                 "Agent", "caller", identity={"token": True},
-                tools={"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent,
+                **{"tools": {"plain": {"operations": granted}, "wiki": {"operations": {"search": {}}}}, **agent},
             ),
             **({"p.yaml": _document("Platform", "acme", flow=flow)} if flow else {}),
             "a2.yaml": _document("Agent", "nobody", identity={"token": True}, mode="enforce", tools={}),
@@ -1390,6 +1391,7 @@ def test_in_shadow_mode_what_the_catalog_does_not_know_is_held_until_it_is_whole
     unknown = head("POST", "/plain/other", body=True)
     wanted, sent, _ = play(outside, unknown, RequestBody(b"raw"), OK)
     assert (wanted, type(sent)) == (WantBody(), Send)
+    assert outside.audit[0]["effect"] == "destructive", "so that detectors count it"
     denied = play(outside, unknown, RequestBody(b"raw"))[-1]
     assert problem_of(denied)["code"] == "rate_limited", "limits hold in shadow mode"
 
@@ -1418,6 +1420,35 @@ def test_shadow_mode_ends_by_itself():
     assert not agent.at(outside.now()).shadow
 
 
+def test_shadow_mode_that_ends_while_the_body_comes_has_ended_for_the_call():
+    snapshot, clock = _snapshot(create=False, mode="shadow", shadow_until=datetime.fromtimestamp(NOW + 1, UTC).isoformat()), [NOW]
+    outside = services(snapshot=lambda: snapshot, now=lambda: clock[0])
+    exchange = Exchange(outside)
+    assert exchange.handle(POST) == WantBody()
+    clock[0] = NOW + 1
+    assert problem_of(exchange.handle(BODY))["code"] == "operation_not_declared"
+    assert outside.audit[0]["verdict"] == "deny"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["of the agent", "of an operation"])
+def test_in_shadow_mode_a_call_that_breaks_a_rule_can_not_choose_not_to_be_asked_about(whole):
+    until = {"shadow_until": "2099-01-31"}
+    asked = {"approval": {"when": {"body": {"properties": {"title": {"type": "string", "pattern": "^x"}}}}}}
+    tools = {"plain": {"operations": {"items.create": {**asked, **({} if whole else until)}}}}
+    snapshot = _snapshot(tools=tools, **({"mode": "shadow", **until} if whole else {}))
+    outside = services(snapshot=lambda: snapshot)
+    assert isinstance(play(outside, POST, RequestBody(b'{"title":"a"}'))[-1], Send), "it fits the schemas, and not `when`"
+    denied = play(outside, POST, RequestBody(b'{"title":["x"]}'))[-1]
+    assert problem_of(denied)["code"] == "approval_required", "it was written for texts, and this is none"
+
+
+def test_in_shadow_mode_what_limits_a_tool_limits_what_nobody_granted_of_it():
+    tools = {"plain": {"limits": {"calls": "1/day"}, "operations": {"items.list": {}}}}
+    outside = shadow(tools=tools)
+    assert isinstance(play(outside, POST, BODY, OK)[1], Send)
+    assert problem_of(play(outside, POST, BODY)[-1])["code"] == "rate_limited"
+
+
 def test_in_shadow_mode_a_decoy_is_not_let_through():
     decoy = {"containment": {"honeytoken": {"tools": ["wiki"]}}}
     text = {"p.yaml": _document("Platform", "acme", **decoy)}
@@ -1433,3 +1464,17 @@ def test_in_shadow_mode_a_decoy_is_not_let_through():
         Path(),
     )  # fmt: skip
     assert made.snapshot.agents["caller"].shadow == {}
+
+
+@pytest.mark.parametrize(("approved", "exposed"), [(["wiki"], {"wiki"}), ([], set()), (None, {"wiki"})])
+def test_in_shadow_mode_only_approved_tools_are_let_through(approved, exposed):
+    rules = {"admission": {} if approved is None else {"tools": approved}, "teams": {"team": {}}}
+    texts = {
+        "p.yaml": _document("Platform", "acme", **rules),
+        "t.yaml": _document(
+            "Tool", "wiki", protocol="mcp", endpoint="http://127.0.0.1:2/mcp", upstream={"addresses": ["127.0.0.0/8"]},
+            operations={"search": {"effect": "read"}},
+        ),
+        "a.yaml": _document("Agent", "caller", identity={"token": True}, mode="shadow", shadow_until="2099-01-31", tools={}),
+    }  # fmt: skip
+    assert set(load_texts(texts, Path()).snapshot.agents["caller"].shadow) == exposed

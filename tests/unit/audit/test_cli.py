@@ -246,6 +246,15 @@ def test_of_an_endless_run_the_beginning_is_told(state, monkeypatch):
     assert result.stderr == "these are its first 2 records; `broker audit query --run` prints all\n"
 
 
+def test_query_escapes_the_one_character_of_ascii_that_json_does_not(tmp_path):
+    known = {"host": "x", "params": {"body": "a\x7fb"}}
+    with AuditLog(tmp_path / "audit", KEY, NOW, 1) as log:
+        log.append(decision_record(NOW, 1, Attempt("d-1", "", {"name": "a"}, **known), deny(Code.PARAMS_INVALID, "")))
+        log.sync(NOW)
+    shown = run("query", "--json", "--state", tmp_path).stdout
+    assert "a\\u007fb" in shown
+
+
 ODD = "\x1b[2J\x9b31m\x7f\u202egpj\r\nok"
 ARGUMENT = {"params": {"body": {ODD: f"x {SECRET} y", SECRET: ODD}}}
 

@@ -174,6 +174,16 @@ def test_what_can_not_be_read_is_one_line(repository, run, arguments, line):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_folder_with_the_name_of_a_ref_is_not_taken_for_it(repository, run):
+    """Or a pull request that brings a folder named as its base would be compared with that."""
+    write(repository / "main", "get: {}, put: {}")
+    result = run("main", "./manifests", "--fail-on", "wider")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("broker: 'main' is a folder and a git ref; write ./main for the folder")
+    assert run("./main", "wider").stdout.startswith("**Nothing changes**")
+    assert run("refs/heads/main", "./manifests", "--fail-on", "wider").exit_code == 1
+
+
 def test_without_a_repository_only_folders_are_compared(tmp_path, run):
     write(tmp_path / "a")
     write(tmp_path / "b", "put: {}")
@@ -199,14 +209,24 @@ def test_a_link_in_a_ref_is_not_followed(repository, run, git):
     assert "HEAD:manifests/agents/other.yaml is no plain file; have the file itself there, or compare folders" in result.stderr
 
 
+def test_the_folder_may_be_the_repository_itself_and_hold_other_links(tmp_path, run, git):
+    write(tmp_path)
+    (tmp_path / "README").symlink_to("/etc/passwd")
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    write(tmp_path, "put: {}")
+    assert run("main", ".", "--manifests", ".").stdout.startswith("**1 wider, 1 narrower** for 1 agent\n")
+
+
 def test_progress_is_written_to_a_terminal_only_and_after_a_while(monkeypatch, capsys):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr("broker.clock.steady", lambda: now.time)
-    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r"), (False, "")):
+    for terminal, expected in ((True, "\rreading the base: 50 %\x1b[K\r\x1b[K"), (False, "")):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
-        now.time = 0.0
+        now.time = 100.0
         tell = told("the base")
-        for time, done in ((0.1, 1), (1.4, 3), (2.0, 5), (2.1, 6)):
+        for time, done in ((100.1, 1), (101.4, 3), (102.0, 5), (102.1, 6), (102.2, 10)):
             now.time = time
             tell("reading", done, 10)
         assert capsys.readouterr().err == expected

@@ -65,7 +65,10 @@ def test_a_decision_becomes_a_pull_request_with_evidence_patch_and_effect(run):
     code, out, err = run("propose", "d-1")
     assert (code, err) == (0, "")
     assert out.startswith("# Let refund-bot call github/issues.list\n")
-    assert "| `2027-01-15T08:00:00Z` | `d-1` | `github/issues.list: GET api.github.com/repos/acme/mobile/issues` |" in out
+    evidence = (
+        "- `2027-01-15T08:00:00Z`, `d-1`, `github/issues.list: GET api.github.com/repos/acme/mobile/issues`, `params_invalid: "
+    )
+    assert evidence in out
     assert "+          params: {path: {properties: {owner: {const: acme}, repo: {enum: [web, payments, mobile]}}}}\n" in out
     assert "**2 wider** for 1 agent" in out, "the parameters, and what the credential is narrowed to"
     assert "mobile" not in Path("manifests/agents/refund-bot.yaml").read_text(), "nothing is written unasked"
@@ -99,6 +102,11 @@ def test_a_cluster_becomes_one_proposal(run):
     code, out, err = run("propose", "--cluster", cluster["id"])
     assert (code, out) == (1, "")
     assert "a reviewer labelled it an attack" in err
+    path = Path("manifests/agents/refund-bot.yaml")
+    path.write_text(path.read_text().replace("enum: [web, payments]", "const: web"))
+    happened(get("/acme/mobile/issues"))
+    code, _, err = run("propose", "d-1")
+    assert (code, "a reviewer labelled it an attack" in err) == (1, True), "also when another rule stops it"
 
 
 def test_shadow_traffic_becomes_a_draft_and_what_can_not_be_is_named(run):
@@ -106,7 +114,7 @@ def test_shadow_traffic_becomes_a_draft_and_what_can_not_be_is_named(run):
     code, out, err = run("propose", "--shadow", "--agent", "refund-bot")
     assert code == 0
     assert "issues.get:" in out
-    assert "(in shadow)" in out
+    assert "in shadow mode" in out
     assert err.startswith("1 warning in the manifests")
     assert "d-3: GET /repos/acme/web/forks is no operation of 'github'; ask team-devex to add it to the catalog\n" in err
 
@@ -194,3 +202,59 @@ def test_wrong_usage_is_one_clear_line(run, arguments, told):
     assert (code, out) == (2, "")
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_a_file_that_can_not_be_written_is_left_as_it_is(run, monkeypatch):
+    happened(get("/acme/mobile/issues"))
+    before = Path("manifests/agents/refund-bot.yaml").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    code, _, err = run("propose", "d-1", "--write")
+    assert code == 2
+    assert err.startswith("broker: manifests/agents/refund-bot.yaml can't be written: No space left on device")
+    assert Path("manifests/agents/refund-bot.yaml").read_bytes() == before
+    assert [path.name for path in Path("manifests/agents").iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_written_is_utf_8_whatever_the_locale(run, monkeypatch):
+    path = Path("manifests/agents/refund-bot.yaml")
+    path.write_text(f"# Zuständig: 支払い\n{path.read_text()}", encoding="utf-8")
+    happened(get("/acme/mobile/issues"))
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    code, _, _ = run("propose", "d-1", "--write")
+    assert code == 0
+    assert path.read_text(encoding="utf-8").startswith("# Zuständig: 支払い\n")
+
+
+JUNK = [None, 7, "x\x1b[31m", [], {}, [1], True, [None], [{"pointer": 1}]]
+
+
+@pytest.mark.parametrize(
+    "name", ["agent", "args", "args_hash", "code", "detail", "method", "operation", "rule", "tool", "violations"]
+)
+def test_a_record_that_somebody_changed_is_refused_in_one_line(run, name):
+    record = Rehearsal(load(Path("manifests")).snapshot, NOW).call("refund-bot", get("/acme/mobile/issues")).record
+    gone = {field: value for field, value in record.items() if field != name}
+    with AuditLog(Path(".broker/audit"), KEY, NOW, 1) as log:
+        for number, each in enumerate([gone, *({**record, name: value} for value in JUNK)]):
+            log.append({**each, "decision_id": f"d-{number}"})
+        log.sync(NOW)
+    for number in range(len(JUNK) + 1):
+        code, _, err = run("propose", f"d-{number}")
+        assert code in (0, 1, 2), err
+        assert "\x1b" not in err
+
+
+def test_a_shadow_record_that_somebody_changed_is_left_out(run):
+    happened(get("/acme/mobile/issues"), shadow=True)
+    record = Rehearsal(load(Path("manifests")).snapshot, NOW).call("refund-bot", get("/acme/mobile/issues")).record
+    with AuditLog(Path(".broker/audit"), KEY, NOW, 1) as log:
+        log.append({**record, "decision_id": "d-2", "args_hash": []})
+        log.sync(NOW)
+    code, out, err = run("propose", "--shadow", "--agent", "refund-bot")
+    assert code == 0
+    assert out.startswith("# Let refund-bot call github/issues.list\n")
+    assert "d-2: this is no record as this broker writes it" in err

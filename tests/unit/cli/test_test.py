@@ -57,3 +57,12 @@ def test_manifests_with_errors_end_with_1_and_a_folder_that_is_not_there_with_2(
     assert "manifests/agents" not in out
     assert "agents/refund-bot.yaml:3:1: yaml_syntax: " in err
     assert run("none")[0] == 2
+
+
+def test_explain_judges_the_bytes_that_it_was_given(run, capsys):
+    """What is not UTF-8 reaches us as half characters."""
+    url = "https://api.github.com/repos/acme/web/issues"
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", "--agent", "refund-bot", "POST", url, "--data", "\udcff"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.startswith("deny body_malformed: ")

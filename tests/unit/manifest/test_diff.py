@@ -218,6 +218,39 @@ def test_a_number_that_was_a_text_is_not_called_narrower():
     assert ("bot", "parameters", "shop/get path", CHANGED) in told(compiled(loose), compiled(strict))
 
 
+def test_a_text_that_becomes_a_list_is_not_called_narrower():
+    """`?n=b` was the text "b", which the pattern refused; as the list ["b"] it passes, since patterns bind texts alone."""
+    loose = changed((f"{CATALOG}/get/params/query", {"properties": {"n": {"pattern": "^a$"}}}))
+    strict = copy.deepcopy(loose)
+    strict["shop"]["spec"]["operations"]["get"]["params"]["query"]["properties"]["n"]["type"] = "array"
+    assert ("bot", "parameters", "shop/get query", CHANGED) in told(compiled(loose), compiled(strict))
+
+
+def test_a_price_of_its_own_that_is_taken_out_leaves_the_providers():
+    """What the tool's models cost is then what its protocol's do, and that may be less."""
+    dear = {"input": 100, "output": 200}
+    own = compiled(changed(("platform/spec/prices/gpt", {"m": dear})))
+    assert ("", "price", "gpt/m", CHANGED) in told(own, BASE)
+
+
+SHADOW = [("bot/spec/mode", "shadow"), ("bot/spec/shadow_until", "2099-01-01"), ("bot/spec/tools", {})]
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "direction"),
+    [
+        (("bot/spec/limits/calls", GONE), "limit", WIDER),
+        (("platform/spec/teams/team/ceilings/writes", "501/day"), "limit", WIDER),
+        (("shop/spec/endpoint", "https://other.example/v1"), "endpoint", CHANGED),
+        ((f"{CATALOG}/unused/max_body", "2MiB"), "max_body", WIDER),
+    ],
+    ids=["its own limit", "its team's", "where a tool is", "what an operation takes"],
+)
+def test_what_bears_on_an_agent_in_shadow_mode_only_is_told(edit, kind, direction):
+    before, after = compiled(changed(*SHADOW)), compiled(changed(*SHADOW, edit))
+    assert (kind, direction) in [(each[1], each[3]) for each in told(before, after)]
+
+
 ACTIONS = ["alert", "hold", "read_only", "revoke_run", "revoke_agent"]
 STRONGER = {("alert", each) for each in ACTIONS[1:]} | {(each, "revoke_agent") for each in ACTIONS[:-1]} | {("hold", "read_only")}
 
@@ -228,6 +261,32 @@ def test_actions_are_weighed(before, after):
     base, head = (compiled(changed((f"{PROBING}/action", action))) for action in (before, after))
     expected = NARROWER if (before, after) in STRONGER else WIDER if (after, before) in STRONGER else CHANGED
     assert told(base, head) == ([("", "containment", "probing", expected)] if before != after else [])
+
+
+def test_certificates_are_told_by_their_hashes():
+    ours, theirs = "-----BEGIN A", "-----BEGIN B"
+    base = replace(BASE, trust_bundles={"a.example": ours, "b.example": ours})
+    head = replace(BASE, trust_bundles={"a.example": theirs, "c.example": ours})
+    found = {each.about: (each.direction, each.before[:12], each.after[:12]) for each in diff(base, head).changes}
+    assert found == {
+        "a.example": (CHANGED, "certificates", "certificates"),
+        "b.example": (NARROWER, "certificates", ""),
+        "c.example": (WIDER, "", "certificates"),
+    }
+    [step] = steps.compared(meanings.UPSTREAM, Upstream(), Upstream(ca_pem=ours))
+    assert (step.kind, step.direction, step.before, step.after[:12]) == ("upstream", CHANGED, "", "certificates")
+    assert ours not in step.after
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""), (True, "true"), (7, "7"), ("a", "a"), ({("a", "b"): 1}, """{"('a', 'b')": 1}"""), (frozenset({"b", "a"}), '["a", "b"]'),
+        (Upstream(addresses=("10.0.0.0/8",)), '{"addresses": ["10.0.0.0/8"], "ca_pem": ""}'), ([Direction], """["<enum 'Direction'>"]"""),
+    ],
+)  # fmt: skip
+def test_any_value_can_be_said(value, text):
+    assert steps.said(value) == text
 
 
 def test_a_flow_rule_that_nothing_lifts_is_narrower():
@@ -282,6 +341,27 @@ def test_what_bears_on_nobody_is_told_without_effect():
     assert told(BASE, compiled(world)) == [("", "catalog", "new", EQUAL)]
     renamed = changed(("shop/metadata", {"owner": "others"}))
     assert told(BASE, compiled(renamed)) == [("bot", "owner", "shop", EQUAL)]
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "falls"),
+    [
+        ("/items/admin", None, True),
+        ("/items/admin", "/admin", True),
+        ("/{+rest}", None, True),
+        ("/items", None, False),
+        ("/other/admin", None, False),
+        ("/items/admin/x", None, False),
+        ("/items/admin", "/items/admin", False),
+    ],
+)
+def test_calls_that_fall_to_another_operation_widen_it(path, other, falls):
+    """What nobody was granted was refused; without it in the catalog, its calls are recognised as what is granted."""
+    special = {"match": {"method": "GET", "path": path}, "effect": "read"}
+    base = compiled(changed((f"{CATALOG}/special", special)))
+    head = compiled(changed((f"{CATALOG}/special", {**special, "match": {"method": "GET", "path": other}}))) if other else BASE
+    assert (("bot", "match", "shop/get", WIDER) in told(base, head)) is falls
+    assert (("bot", "match", "shop/get", NARROWER) in told(head, base)) is falls
 
 
 def test_a_limit_that_bears_on_nothing_is_without_effect():
@@ -397,8 +477,8 @@ def test_the_comment_begins_with_what_was_widened():
     assert as_markdown(Diff(())) == "**Nothing changes** in what agents may do.\n"
 
 
-def change(agent="bot", before="", after="", direction=WIDER):
-    return Change(agent, "x/y", "operation", direction, before, after, ("a.yaml#/x",))
+def change(agent="bot", before="", after="", direction=WIDER, about="x/y"):
+    return Change(agent, about, "operation", direction, before, after, ("a.yaml#/x",))
 
 
 @pytest.mark.parametrize(
@@ -419,11 +499,24 @@ def test_what_comes_from_files_is_shown_as_code(value, shown):
     assert f"operation `x/y`: nothing → {shown} (`a.yaml#/x`)\n" in as_markdown(Diff((change(after=value),)))
 
 
+def test_of_long_values_the_difference_is_shown():
+    text = as_markdown(Diff((change(before=f"{'a' * 900}1{'b' * 900}", after=f"{'a' * 900}2{'b' * 900}"),)))
+    assert f"`…{'a' * 60}1bbb" in text
+    assert f"`…{'a' * 60}2bbb" in text
+    assert "`short 1` → `short 2`" in as_markdown(Diff((change(before="short 1", after="short 2"),)))
+
+
 def test_agents_with_the_same_change_stand_together():
     text = as_markdown(Diff(tuple(change(f"bot{number:04}") for number in range(2000))))
     assert text.startswith("**1 wider** for 2,000 agents\n")
     assert "### `bot0000`, `bot0001`, `bot0002` and 1,997 more\n" in text
     assert text.count("- **wider**") == 1
+
+
+def test_a_comment_that_is_too_long_leaves_out_what_is_not_wider():
+    padding = (change("aaa", about=f"limit {number}", direction=NARROWER, after="x" * 100) for number in range(2000))
+    text = as_markdown(Diff((change("aaa"), *padding, change("zzz", about="more"))))
+    assert text.count("- **wider**") == 2
 
 
 def test_a_comment_fits_and_counts_what_is_left_out():

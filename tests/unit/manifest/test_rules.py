@@ -78,12 +78,48 @@ DROP = {"drop": {}}
             ["destructive_unbounded"],
             id="asks only sometimes",
         ),
+        pytest.param(
+            STRICT,
+            {"grants": {"drop": {"params": {"path": {"properties": {"repo": {"const": "web"}}}}, "shadow_until": "2027-02-01"}}},
+            ["destructive_unbounded", "shadow (warning)"],
+            id="pinned, but shadow mode enforces no pins",
+        ),
     ],
 )
 def test_what_the_platform_asks(platform, manifest, expected):
     findings = found(platform=platform, **manifest)
     assert codes(findings) == expected
     assert all(finding.advice for finding in findings)
+
+
+DELETE_PAGE = {"type": "object", "required": ["page"], "properties": {"page": {"type": "string"}, "why": {"type": "string"}}}
+ID = {"path": {"properties": {"repo": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize(
+    ("where", "declared", "schema", "bounded"),
+    [
+        ("path", {}, {"properties": {"repo": {"pattern": "^acme-"}}}, True),
+        ("path", {}, {"properties": {"repo": {"pattern": ".*"}}}, False),
+        ("path", {}, {"properties": {"repo": {"pattern": "^[A-Za-z0-9_.-]+$"}}}, False),
+        ("path", ID, {"properties": {"repo": {"pattern": "^7$"}}}, False),
+        ("path", ID, {"properties": {"repo": {"enum": [7, 8]}}}, True),
+        ("body", {"body": DELETE_PAGE}, {"properties": {"page": {"const": "a"}}}, True),
+        ("body", {"body": DELETE_PAGE}, {"properties": {"page": {"pattern": "^draft-"}}}, True),
+        ("body", {"body": DELETE_PAGE}, {"properties": {"why": {"const": "a"}}}, False),
+        ("body", {"body": DELETE_PAGE}, {"required": ["why"], "properties": {"why": {"const": "a"}}}, True),
+        ("body", {}, {"required": ["id"], "properties": {"id": {"pattern": "^draft-"}}}, False),
+        ("body", {}, {"required": ["id"], "properties": {"id": {"type": "string", "pattern": "^draft-"}}}, True),
+        ("body", {}, {"required": ["sure"], "properties": {"sure": {"enum": [True, False]}}}, False),
+        ("body", {}, {"required": ["o"], "properties": {"o": {"required": ["id"], "properties": {"id": {"const": 1}}}}}, True),
+        ("body", {}, {"required": ["o"], "properties": {"o": {"properties": {"id": {"const": 1}}}}}, False),
+    ],
+)
+def test_what_is_destroyed_is_pinned_by_a_parameter_that_every_call_has(where, declared, schema, bounded):
+    path = "/repos/{repo}" if where == "path" else "/repos"
+    drop = {"match": {"method": "POST", "path": path}, "effect": "destructive", "params": declared}
+    findings = found(platform=STRICT, operations={"drop": drop}, grants={"drop": {"params": {where: schema}}})
+    assert ("destructive_unbounded" in codes(findings)) is not bounded
 
 
 @pytest.mark.parametrize(
@@ -157,6 +193,38 @@ def test_a_schema_that_can_not_be_meant(params, expected):
     assert codes(found(grants={"make": {"approval": {"when": params}}})) == wanted, "of an approval too"
 
 
+BASE = {"type": "object", "properties": {"kind": {"$ref": "#/$defs/kind"}}, "$defs": {"kind": {"type": "string"}}}
+ODD = {
+    "a name that a pattern fits": (
+        {"patternProperties": {"^x-": {"type": "string"}}, "additionalProperties": {"type": "integer"}},
+        {"properties": {"x-a": {"const": "s"}}},
+    ),
+    "a name that a pattern forbids to nobody": (
+        {"patternProperties": {"^x-": {}}, "additionalProperties": False},
+        {"properties": {"x-a": {"const": 1}}, "required": ["x-a"]},
+    ),
+    "a list whose first places have schemas of their own": (
+        {"prefixItems": [{"type": "string"}], "items": {"type": "integer"}}, {"items": {"enum": ["s"]}}
+    ),
+    "the catalog's references": (BASE, {"properties": {"kind": {"const": "a"}}}),
+    "its own": (BASE, {"properties": {"kind": {"$ref": "#/$defs/k"}}, "$defs": {"k": {"enum": ["a"]}}}),
+    "what may be null": ({"properties": {"n": {"type": ["integer", "null"]}}}, {"properties": {"n": {"const": None}}}),
+    "alternatives": ({"oneOf": [CLOSED["body"], {"type": "null"}]}, {"properties": {"title": {"const": "x"}}}),
+    "conjunctions": ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"required": ["a", "b"]}),
+    "a closed object in another": (
+        {"properties": {"o": CLOSED["body"]}, "additionalProperties": False}, {"properties": {"o": {"properties": {"title": {}}}}}
+    ),
+    "bounds of either of two types": ({"minLength": 5}, {"maximum": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_reasonable_schema_is_not_found_odd(name):
+    declared, own = ODD[name]
+    make = {"match": {"method": "POST", "path": "/repos"}, "effect": "read", "params": {"body": declared}}
+    assert codes(found(operations={"make": make}, grants={"make": {"params": {"body": own}}})) == []
+
+
 @pytest.mark.parametrize(
     ("effect", "method", "params", "expected"),
     [
@@ -165,6 +233,9 @@ def test_a_schema_that_can_not_be_meant(params, expected):
         pytest.param("write", "POST", CLOSED, False, id="a list of fields"),
         pytest.param("write", "POST", {"body": {"oneOf": [CLOSED["body"]]}}, False, id="closed by its alternatives"),
         pytest.param("write", "POST", {"body": {"const": {}}}, False, id="one body only"),
+        pytest.param("write", "POST", {"body": {"$ref": "#/$defs/b", "$defs": {"b": CLOSED["body"]}}}, False, id="by reference"),
+        pytest.param("write", "POST", {"body": {"$ref": "#/$defs/b", "$defs": {"b": {}}}}, True, id="open, by reference"),
+        pytest.param("write", "POST", {"body": {"$ref": "#", "$defs": {}}}, True, id="open, and a reference to itself"),
         pytest.param("read", "POST", {}, False, id="it only reads"),
         pytest.param("destructive", "DELETE", {}, False, id="it has no body"),
     ],

@@ -309,6 +309,53 @@ def test_a_grant_ends_by_itself(grant, amount, verdict, code):
     assert (decision.verdict, decision.code) == (verdict, code)
 
 
+@pytest.mark.parametrize(
+    ("tools", "granted", "verdict"),
+    [
+        pytest.param((SEARCH,), (), Verdict.DENY, id="not named"),
+        pytest.param((SEARCH, IMAGE), ("url",), Verdict.DENY, id="one of them is"),
+        pytest.param((SEARCH,), ("web_search",), Verdict.WOULD_DENY, id="named, of a model that is not"),
+        pytest.param((), (), Verdict.WOULD_DENY, id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["of the agent", "of an operation"])
+def test_in_shadow_mode_a_provider_fetches_and_runs_by_itself_what_is_named_only(tools, granted, verdict, whole):
+    """It would reach hosts that the catalog does not have, with our credential, and nobody could count what that costs."""
+    grant = Grant("g#", models=frozenset({"m"}), server_tools=frozenset(granted), shadow_until=0 if whole else NOW + 1)
+    exposed = {"gpt": {"ask": Grant("s#")}} if whole else {}
+    agent = Agent("bot", "t", "p", "a#", {"gpt": {"ask": grant}}, shadow=exposed, shadow_until=NOW + 1 if whole else 0.0)
+    attempt = ToolCall("gpt", "ask", model=ModelCall("other", 10, "sha256:0", server_tools=tools))
+    decision = evaluate(MODELS, agent, attempt, NOW)
+    assert (decision.verdict, decision.code) == (verdict, Code.PARAMS_INVALID)
+
+
+PING = ToolCall("wiki", None, housekeeping=True)
+
+
+@pytest.mark.parametrize(
+    ("grants", "code"),
+    [
+        pytest.param({"a": Grant("g#", expires=NOW), "b": Grant("g#", expires=NOW + 1)}, None, id="one has not lapsed"),
+        pytest.param({"a": Grant("g#", expires=NOW)}, Code.TOOL_NOT_DECLARED, id="all have"),
+        pytest.param({}, None, id="nothing is granted but the tool"),
+    ],
+)
+def test_a_protocol_s_own_traffic_ends_with_the_last_grant(grants, code):
+    assert evaluate(SNAPSHOT, Agent("bot", "t", "p", "a#", {"wiki": grants}), PING, NOW).code is code
+
+
+def test_shadow_mode_that_has_ended_since_the_agent_was_admitted_has_ended():
+    assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW + 1).verdict is Verdict.DENY
+
+
+def test_parameters_that_are_not_valid_count_as_those_that_need_approval():
+    asked = Approval("a#", when={"body": NARROW})
+    agent = Agent("bot", "t", "p", "a#", {"pay": {"refund": Grant("g#", approval=asked)}})
+    attempt = call("refund", body={"amount": 51})
+    assert approval_for(agent, attempt, Effect.WRITE) is None
+    assert approval_for(agent, attempt, Effect.WRITE, valid=False) is asked
+
+
 def test_containment_is_enforced_in_shadow_mode():
     view = View(read_only="r-1", hold="h-1")
     assert evaluate(SNAPSHOT, shadowed(), call("list"), NOW, view).verdict is Verdict.WOULD_DENY, "a read"

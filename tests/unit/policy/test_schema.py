@@ -28,6 +28,14 @@ def test_a_violation_points_at_the_value_and_at_the_rule(schema, value, pointer,
     assert (violation.pointer, violation.rule) == (pointer, RULE + rule)
 
 
+def test_a_schema_at_another_place_judges_the_same_and_says_where():
+    schema = ParameterSchema({"properties": {"a": {"type": "integer"}, "b": {"enum": ["x"]}}}, RULE)
+    twin = schema.at("b.yaml#/x")
+    assert [each.rule for each in twin.violations({"a": "1"}, "body")] == ["b.yaml#/x/properties/a/type"]
+    assert [each.rule for each in schema.violations({"a": "1"}, "body")] == [f"{RULE}/properties/a/type"]
+    assert (twin.text, twin.types, twin.pinned) == (schema.text, {"a": "integer"}, {"b": ("x",)})
+
+
 def test_every_violation_is_told():
     schema = ParameterSchema({"properties": {"a": {"type": "string"}, "b": {"maximum": 3}}}, RULE)
     assert {violation.pointer for violation in schema.violations({"a": 1, "b": 9}, "body")} == {"/body/a", "/body/b"}
@@ -127,6 +135,14 @@ def test_text_becomes_a_typed_value_only_where_it_is_written_canonically(text, k
     assert type(typed(text, kind)) is type(value)
 
 
+def test_a_schema_stands_at_another_place_without_being_compiled_again():
+    schema = ParameterSchema({"properties": {"a": {"const": "x"}}}, RULE)
+    twin = schema.at("b.yaml#/x")
+    assert (twin.text, twin.pinned) == (schema.text, {"a": ("x",)})
+    (violation,) = twin.violations({"a": "y"}, "path")
+    assert violation.rule == "b.yaml#/x/properties/a/const"
+
+
 def test_the_types_of_properties_are_those_written_as_one_word():
     schema = ParameterSchema({"properties": {"a": {"type": "integer"}, "b": {"type": ["string", "null"]}, "c": True}}, RULE)
     assert schema.types == {"a": "integer"}
@@ -135,3 +151,15 @@ def test_the_types_of_properties_are_those_written_as_one_word():
 def test_a_reference_to_nothing_is_refused_in_the_fast_engines_words():
     with pytest.raises(SchemaError, match="'/nope' does not exist"):
         ParameterSchema({"$ref": "#/nope"}, "tools/t.yaml#")
+
+
+@pytest.mark.parametrize("name", ["$id", "$schema", "$ref", "const", "properties"])
+def test_a_name_that_is_also_a_keyword_is_a_name(name):
+    schema = ParameterSchema({"properties": {name: {"type": "integer"}}, "required": [name]}, "")
+    assert schema.violations({name: 1}, "body") == ()
+    assert schema.violations({name: "1"}, "body")
+
+
+def test_a_reference_below_a_name_that_is_also_a_keyword_is_refused():
+    with pytest.raises(SchemaError, match="leaves this file"):
+        ParameterSchema({"properties": {"default": {"$ref": "https://evil.example/schema"}}}, "")

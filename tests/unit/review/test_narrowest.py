@@ -120,3 +120,18 @@ def test_what_the_record_does_not_hold_is_open_and_told(mark):
 
 def test_an_open_part_of_a_path_is_left_out_of_the_rule():
     assert admitting("path", [{"owner": "acme", "id": OPEN}]) == {"properties": {"owner": {"const": "acme"}}}
+
+
+@pytest.mark.parametrize(
+    "value", [{"[redacted]": 1}, {"a": {"[300 chars sha256:" + "0" * 64 + "]": 1}}, "1e-07", "-2.5e+300"], ids=repr
+)
+def test_what_the_record_writes_otherwise_is_not_pinned(value):
+    """A name that is not in the record, or a number with an exponent, which the record writes as text."""
+    assert any(unpinned(opened({"a": value})))
+
+
+@pytest.mark.parametrize("closed", [{}, {"required": ["n"], "additionalProperties": False}], ids=["open", "closed"])
+def test_a_list_that_is_not_all_in_the_record_joins_no_list_of_values(closed):
+    value = opened({"n": ["[redacted]"]})
+    schema = widened("body", {"properties": {"n": {"const": "a"}}, **closed}, [value])
+    assert admits(json.loads(json.dumps(schema)), {"n": ["secret"]})

@@ -136,10 +136,11 @@ def test_a_case_that_expects_something_else_fails_and_says_what_it_got(expect, w
     ("call", "wrong"),
     [
         ({"method": "GET", "url": "nowhere"}, "'nowhere' is no http(s) URL"),
+        ({"method": "GET", "url": "http://[::1"}, "'http://[::1' is no http(s) URL"),
         ({"tool": "gone", "operation": "x"}, "the catalog has no tool 'gone'"),
         ({"tool": "bank", "operation": "gone"}, "bank/gone is not known by its name alone"),
     ],
-    ids=["no URL", "no tool", "no name by itself"],
+    ids=["no URL", "half an address", "no tool", "no name by itself"],
 )
 def test_a_call_that_can_not_be_made_fails_its_case(call, wrong):
     _, (result,) = run({"call": call, "expect": {"verdict": "deny"}})

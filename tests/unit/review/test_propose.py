@@ -4,14 +4,16 @@ Each proposal must let exactly those calls pass: they are replayed through the e
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from broker.manifest.load import load, load_texts
 from broker.rehearsal import Call, Rehearsal, call_of
 from broker.review.edit import edited
-from broker.review.propose import proposed, replayed
+from broker.review.propose import Edit, proposed, replayed
 
 NOW = 1_800_000_000.0
 SAMPLE = Path(__file__).parents[3] / "manifests"
@@ -158,6 +160,20 @@ def test_an_edit_leaves_every_other_line_as_it_is(name):
     assert [line for line in before if "#" in line] == [line for line in after if "#" in line and line in before]
 
 
+@pytest.mark.parametrize("indent", [1, 2, 3, 4, 8])
+def test_a_file_may_be_indented_as_its_authors_like(indent):
+    levels = ["spec:", "tools:", "box:", "operations:", "do:", "params:", "body: {const: 1}  # why"]
+    text = "kind: Agent\nmetadata: {name: bot}\n" + "".join(
+        f"{' ' * indent * level}{line}\n" for level, line in enumerate(levels)
+    )
+    more = Edit("bot", "f", ("spec", "tools", "box", "operations", "new"), {"params": {"body": {"const": 2}}}, ())
+    other = Edit("bot", "f", ("spec", "tools", "other"), {"operations": {}}, ())
+    made = edited(text, [more, other])
+    box = {"operations": {"do": {"params": {"body": {"const": 1}}}, "new": {"params": {"body": {"const": 2}}}}}
+    assert YAML().load(made)["spec"]["tools"] == {"box": box, "other": {"operations": {}}}
+    assert "# why" in made
+
+
 def test_what_the_record_does_not_hold_is_told_and_left_to_the_catalog():
     records, (edit,), _ = propose("code-reviewer", [get("https://acme.zendesk.com/api/v2/tickets?external_id=someone")])
     (note,) = edit.notes
@@ -240,6 +256,93 @@ def test_nothing_is_proposed_while_people_say_otherwise(more, why):
     _, edits, refused = propose("refund-bot", [get(f"{GITHUB}/acme/mobile/issues")], **more)
     assert edits == []
     assert why in refused[0].why
+
+
+def small(operation, grant=None, **tool):
+    """A snapshot with one tool that has the operation `do`, and an agent that is granted it so, or not at all."""
+    written = {
+        "tools/box.yaml": {"kind": "Tool", "metadata": {"name": "box", "owner": "t"}, "spec": {
+            "protocol": "rest", "endpoint": "https://box.example", "operations": {"do": operation}, **tool}},
+        "agents/bot.yaml": {"kind": "Agent", "metadata": {"name": "bot", "owner": "t"}, "spec": {
+            "identity": {"token": True}, "tools": {} if grant is None else {"box": {"operations": {"do": grant}}}}},
+    }  # fmt: skip
+    texts = {path: json.dumps({"apiVersion": "broker/v1", **each}).encode() for path, each in written.items()}
+    loaded = load_texts(texts, SAMPLE)
+    assert loaded.snapshot, loaded.findings
+    return loaded.snapshot
+
+
+def denied(snapshot, call):
+    record = Rehearsal(snapshot, NOW).call("bot", call).record
+    assert record["verdict"] == "deny"
+    return record
+
+
+PUT = {"match": {"method": "POST", "path": "/x/{id}"}, "effect": "write"}
+BOX = "https://box.example/x/7"
+
+
+def test_nothing_is_proposed_for_an_mcp_method_with_the_name_of_an_operation():
+    """It would be granted without bounds: a method that is no `tools/call` has no arguments."""
+    snapshot = small({"effect": "destructive"}, protocol="mcp")
+    snapshot = replace(snapshot, agents={"bot": replace(snapshot.agents["bot"], tools={"box": {}})})
+    message = {"jsonrpc": "2.0", "id": 1, "method": "do", "params": {}}
+    call = Call("POST", "https://box.example", (("accept", "application/json, text/event-stream"),)).with_json(message)
+    edits, (refused,) = proposed(snapshot, [denied(snapshot, call)], ())
+    assert edits == []
+    assert "is no operation of 'box'" in refused.why
+
+
+def test_nothing_is_proposed_for_a_request_that_was_kept_out_of_the_record():
+    record = denied(small(PUT), post(BOX, {"a": 1}))
+    edits, (refused,) = proposed(small(PUT), [{**record, "args": {}, "path": "[redacted]"}], ())
+    assert edits == []
+    assert "is not in the record" in refused.why
+
+
+def test_nothing_is_proposed_for_a_call_that_lacks_what_the_manifest_asks_for():
+    snapshot = small(PUT, {"params": {"body": {"required": ["a"]}}})
+    edits, (refused,) = proposed(snapshot, [denied(snapshot, Call("POST", BOX))], ())
+    assert edits == []
+    assert "has no body" in refused.why
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "ghp_0123456789abcdef"], ids=["too long for the record", "like a secret"])
+def test_nothing_is_proposed_where_the_record_does_not_hold_which_parameter_was_refused(name):
+    body = {"body": {"type": "object"}}
+    snapshot = small(
+        {**PUT, "params": body}, {"params": {"body": {"additionalProperties": {"type": "object", "maxProperties": 0}}}}
+    )
+    edits, (refused,) = proposed(snapshot, [denied(snapshot, post(BOX, {name: {"a": 1}}))], ())
+    assert edits == []
+    assert "does not hold" in refused.why
+
+
+@pytest.mark.parametrize("grant", [None, {"params": {"body": {"maxProperties": 3}}}], ids=["not listed", "too narrow"])
+def test_a_body_that_is_too_long_for_the_record_is_left_to_the_catalog(grant):
+    snapshot = small({**PUT, "params": {"body": {"type": "object"}}}, grant)
+    record = denied(snapshot, post(BOX, {f"field-{number}": number for number in range(1000)}))
+    assert record["args"]["body"].endswith("bytes left out]")
+    (edit,), _ = proposed(snapshot, [record], ())
+    assert "/body" in " ".join(edit.notes)
+    assert replayed(snapshot, record, NOW) is None
+
+
+def test_a_body_that_nothing_judges_is_told():
+    snapshot = small(PUT)
+    (edit,), _ = proposed(snapshot, [denied(snapshot, Call("POST", BOX, (("content-type", "text/csv"),), b"a,b"))], ())
+    assert any("any body passes" in note for note in edit.notes)
+    (edit,), _ = proposed(snapshot, [denied(snapshot, post(BOX, {"a": 1}))], ())
+    assert edit.notes == (), "JSON is pinned"
+
+
+def test_that_what_is_granted_may_be_mixed_with_what_was_seen_is_told():
+    body = {"body": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    grant = {"params": {"path": {"properties": {"id": {"const": "6"}}}, "body": {"properties": {"a": {"const": 1}}}}}
+    snapshot = small({**PUT, "params": body}, grant)
+    edits, _ = proposed(snapshot, [denied(snapshot, post(BOX, {"a": 2}))], ())
+    assert len(edits) == 2
+    assert all("also with what is granted already" in edit.notes[0] for edit in edits)
 
 
 def test_nothing_is_proposed_for_a_decoy():
