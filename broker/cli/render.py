@@ -15,7 +15,7 @@ import click
 import yaml
 
 from broker import __version__
-from broker.cli import options
+from broker.cli import folders, options
 from broker.dataplane import kubernetes as cluster_resources
 from broker.dataplane.compile import bootstrap, resources
 from broker.dataplane.kubernetes import ADMIN_PORT, MANIFESTS, Cluster
@@ -73,7 +73,7 @@ def _leaf(what: str) -> Leaf:
     return Leaf(chain=f"<certificate for {what}>", key=f"<its key, made by the broker for {what}>")
 
 
-def _named(name: str, default: str, what: str) -> options.Decorator:
+def _named(name: str, default: str, what: str) -> folders.Decorator:
     return click.option(name, default=default, show_default=True, help=what)
 
 
