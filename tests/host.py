@@ -36,12 +36,16 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Host:
-    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1."""
+    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1.
+
+    Its resolver is what `folder`/resolv.conf says, if that is there.
+    """
 
     def __init__(self, folder: Path, *names: str) -> None:
         (folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join(names)}\n")
         script = f"""
             mount --bind {folder}/hosts /etc/hosts && ip link set lo up
+            if [ -e {folder}/resolv.conf ]; then mount --bind {folder}/resolv.conf /etc/resolv.conf; fi
             ip address add {WORLD4}/32 dev lo && ip address add {METADATA}/32 dev lo
             ip -6 address add {WORLD6}/128 dev lo nodad
             echo ready && exec sleep infinity"""
