@@ -13,6 +13,7 @@ import click
 from broker.cli import folders, options
 from broker.confined.probes import Around, probes, proxy_of
 from broker.confined.witness import Witness
+from broker.dataplane.site import DOOR_PORT
 from broker.errors import BrokerError, UsageError
 from broker.manifest.findings import printable
 from broker.policy.agreement import is_address
@@ -81,7 +82,7 @@ def _inside(agent: str, snapshot: PolicySnapshot, held: State) -> list[Row]:
             (witness.port, _ADMIN_PORT),
             tuple(map(str, hidden)),
             _declared(snapshot, agent),
-            ("127.0.0.1", 15001),
+            ("127.0.0.1", DOOR_PORT),
             held.ca.read_text(),
         )
         doctor = [sys.executable, "-m", "broker.cli", "doctor", "--from-here", "--json"]
