@@ -147,16 +147,18 @@ def _trust(ca: str) -> None:
 
 
 def _names() -> None:
-    """Names are asked of the namespace's own door."""
-    here = Path("/run/broker/resolv.conf")
-    here.write_text("nameserver 127.0.0.1\n")
-    target = Path(os.path.realpath("/etc/resolv.conf"))
-    if not target.exists():  # a link into what is hidden now
-        if target.is_relative_to("/run"):
+    """Names are asked of the namespace's own door, and of nothing else."""
+    for path, text in {
+        "/etc/resolv.conf": "nameserver 127.0.0.1\n",
+        "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    }.items():
+        ours, target = Path("/run/broker", os.path.basename(path)), Path(os.path.realpath(path))
+        ours.write_text(text)
+        if target.exists():
+            _mount(str(ours), str(target), flags=_BIND)
+        elif target.is_relative_to("/run"):  # a link into what is hidden now
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(here.read_bytes())
-        return
-    _mount(str(here), str(target), flags=_BIND)
+            target.write_text(text)
 
 
 def _empty(path: str, mode: str) -> None:

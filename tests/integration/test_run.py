@@ -314,7 +314,8 @@ def test_a_credential_of_the_callers_is_left_out_and_told_unless_it_is_kept(plac
 
 # Side by side.
 
-ASKING = f"while read path; do curl -s -m 5 http://{WIKI}$path || echo failed $?; echo; done"
+# One line for each path that it reads: the answer, or that there is none.
+ASKING = f'while read path; do echo "$(curl -s -m 5 http://{WIKI}$path || echo failed)"; done'
 
 
 def test_two_agents_side_by_side_have_each_its_own_doors_and_see_nothing_of_the_other(place):
@@ -376,7 +377,6 @@ def test_while_a_part_of_the_broker_hangs_nothing_gets_out(place, sinks, child):
             assert place.host.reached == {}
         finally:
             os.kill(pid, signal.SIGCONT)
-        running.line()
         stack.until(lambda: running.ask("/items") == '{"path": "/items"}')
     finally:
         running.close()
@@ -393,8 +393,6 @@ def test_a_part_of_the_broker_that_is_killed_lets_nothing_out_and_once_back_has_
 
         def back() -> bool:
             answers.append(running.ask("/items"))
-            if answers[-1].startswith("failed") or '"code"' in answers[-1]:
-                running.line()
             return answers[-1] == '{"path": "/items"}'
 
         stack.until(back, 30)
@@ -417,16 +415,16 @@ def test_when_the_whole_broker_is_killed_nothing_gets_out_any_more():
     try:
         assert running.ask("/items") == '{"path": "/items"}'
         plain.seen.clear()
-        before = host.packets()
         envoy = broker.child("envoy")
         broker.process.kill()
         broker.process.wait()
         stack.until(lambda: not Path(f"/proc/{envoy}").exists() or _state(envoy) == "Z")
+        before = host.packets()
         assert "failed" in running.ask("/items")
         assert plain.seen == []
         assert host.packets() == before
     finally:
-        assert running.close() == 143
+        running.close()
         host.close()
         plain.close()
 
@@ -481,6 +479,7 @@ def test_signals_are_passed_on_once(place, number):
     running.process.send_signal(signal.SIGUSR1)
     assert running.process.wait(10) == 9
     assert running.line() == ""
+    running.close()
 
 
 def test_a_revoked_agent_is_cut_off_in_its_namespace(place):
