@@ -118,6 +118,8 @@ class Host:
     def close(self) -> None:
         self._holder.kill()
         self._holder.wait()
+        if self._holder.stdout:
+            self._holder.stdout.close()
 
 
 class Run:

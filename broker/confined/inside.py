@@ -1,6 +1,8 @@
 """Process 1 of the command's namespaces: makes its network and its view of the machine, starts it, and ends with its code.
 
-    python -I -S inside.py TOLD TELLING    (two inherited descriptors: a line of JSON is read, and one is written)
+    python -I -S inside.py TOLD TELLING    (two inherited descriptors)
+
+It is told the plan, tells its process ID, and is told what must not be changed once the doors are open; each a line of JSON.
 
 Laws: nothing but the standard library is imported, so that it starts in milliseconds. The command starts with no capability, and
 no way to get one (no_new_privs), only after the word has come that the doors are open. Where anything fails, it does not start.
@@ -61,14 +63,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main() -> int:
     """Run, as the module says. Gives the command's exit code, 128 + n for the signal n."""
     told, telling = (os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], ("r", "w"), strict=True))
+    for pipe in (told, telling):
+        os.set_inheritable(pipe.fileno(), False)  # noqa: FBT003 - the library's
     plan = json.loads(told.readline())
     # The proc that is still the host's knows this process by its number there.
     pid = int(os.readlink("/proc/self"))
     _network()
     print(json.dumps({"pid": pid}), file=telling, flush=True)
     _view(plan)
-    if not told.readline():
+    if not (word := told.readline()):
         return _FAULT  # whoever would have said that the doors are open has ended
+    for path in filter(os.path.exists, json.loads(word)):
+        _mount(path, path, flags=_BIND | _REC)
+        _set_readonly(path, on=True)
+    os.chdir(plan["directory"])  # not into what was there before a mount
     _await_doors(plan["doors"])
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     child = os.fork()
@@ -114,7 +122,6 @@ def _view(plan: dict[str, Any]) -> None:
         _empty(path, "755")
     _trust(plan["ca"])
     _names()
-    os.chdir(plan["directory"])
 
 
 def _devices() -> None:

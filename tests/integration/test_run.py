@@ -278,6 +278,16 @@ def test_root_can_have_nobody_else_do_anything(place, path):
     assert not Path("/etc/cron.d/x").exists()
 
 
+def test_an_agent_that_works_beside_the_manifests_can_not_change_them(place):
+    script = f"ls {place.manifests} | grep -c yaml; touch x && rm x && echo written; touch {place.manifests}/x"
+    command = [*verb(place.broker, "coder"), "--", "sh", "-c", script]
+    within = [*place.host.within[:-2], f"--wd={place.folder}", "--", "env", f"PYTHONPATH={Path.cwd()}"]
+    done = subprocess.run([*within, *command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split()[-1] == "written", done.stderr
+    assert int(done.stdout.split()[0]) >= 7
+    assert "Read-only file system" in done.stderr
+
+
 CALLS = r"""
 import ctypes, errno, fcntl, socket, sys
 def tried(call):
@@ -425,6 +435,7 @@ def test_when_the_whole_broker_is_killed_nothing_gets_out_any_more():
         assert host.packets() == before
     finally:
         running.close()
+        broker.stop()
         host.close()
         plain.close()
 
