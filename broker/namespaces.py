@@ -84,7 +84,7 @@ class Namespaces:
             asyncio.get_running_loop().add_reader(held.process, self._release, held)
             if error := await self._opened(held):
                 self._release(held)
-                raise BrokerError(f"Envoy does not listen in this namespace: {error}", _AS_ROOT)
+                raise BrokerError(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
             held.joined = True
         log.info("namespace %s is %s's", held.namespace.key, agent)
         self._record(f"namespace {held.namespace.key} is {agent}'s")

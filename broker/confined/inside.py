@@ -113,15 +113,22 @@ def _view(plan: dict[str, Any]) -> None:
         _set_readonly(path, on=True)
     for path, mode in _HIDDEN.items():
         _empty(path, mode)
-    for path, descriptor in keep.items():
+    _restore(keep)
+    for path in plan["hidden"]:
+        _empty(path, "755")
+    for path in filter(os.path.exists, plan["sockets"]):
+        _mount("/dev/null", path, flags=_BIND)
+    _trust(plan["ca"])
+    _names()
+
+
+def _restore(kept: dict[str, int]) -> None:
+    """Folders that lie in one that is hidden now, by the descriptors that were opened before."""
+    for path, descriptor in kept.items():
         if not os.path.exists(path):
             Path(path).mkdir(parents=True)
             _mount(f"/proc/self/fd/{descriptor}", path, flags=_BIND | _REC)
         os.close(descriptor)
-    for path in plan["hidden"]:
-        _empty(path, "755")
-    _trust(plan["ca"])
-    _names()
 
 
 def _devices() -> None:
@@ -227,7 +234,7 @@ def _become(plan: dict[str, Any]) -> NoReturn:
         uid, gid, groups = plan["user"]
         whose = ["--reuid", str(uid), "--regid", str(gid), *(["--groups", groups] if groups else ["--clear-groups"])]
         bare = ["--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
-        os.execvpe("setpriv", ["setpriv", *whose, *bare, "--", *plan["command"]], plan["environment"])  # noqa: S606, S607
+        os.execve(plan["setpriv"], ["setpriv", *whose, *bare, "--", *plan["command"]], plan["environment"])  # noqa: S606
     except OSError as error:
         print(f"broker: {error}", file=sys.stderr)
     os._exit(_FAULT)

@@ -216,7 +216,7 @@ ECHO = "0800f7ff00000000"
 
 
 @pytest.fixture(scope="module")
-def sinks(place) -> SimpleNamespace:
+def sinks(place) -> Iterator[SimpleNamespace]:
     listen = place.host.listen
     listen("IPv4", WORLD4, 8080)
     listen("IPv6", WORLD6, 8080)
@@ -229,14 +229,16 @@ def sinks(place) -> SimpleNamespace:
     listen("the host's loopback", "127.0.0.1", 7777)
     place.host.listen_icmp("ICMP")
     place.host.listen_unix("abstract socket", "\0broker-test")
-    folders = {"in /tmp": place.folder, "in /run": Path("/run"), "in /dev/shm": Path("/dev/shm")}
-    paths = {name: str(folder / f"broker-test-{os.getpid()}.sock") for name, folder in folders.items()}
+    places = {"in /tmp": place.folder, "in /run": Path("/run"), "in /dev/shm": Path("/dev/shm"), "elsewhere": Path("/var/lib")}
+    paths = {name: str(folder / f"broker-test-{os.getpid()}.sock") for name, folder in places.items()}
     for name, path in paths.items():
         place.host.listen_unix(name, path)
     arguments = [PYTHON, "-c", PROBE, WORLD4, WORLD6, METADATA, ECHO, *paths.values()]
     every = {"IPv4", "IPv6", "another port", "UDP 443", "UDP 443 over IPv6", "DNS", "DNS over TCP", "metadata",
              "the host's loopback", "ICMP", "abstract socket", *paths}  # fmt: skip
-    return SimpleNamespace(arguments=arguments, every=every)
+    yield SimpleNamespace(arguments=arguments, every=every)
+    for path in paths.values():
+        Path(path).unlink()
 
 
 def test_each_probe_gets_out_of_the_host_and_none_out_of_a_namespace(place, sinks):
@@ -429,6 +431,7 @@ def test_when_the_whole_broker_is_killed_nothing_gets_out_any_more():
         broker.process.kill()
         broker.process.wait()
         stack.until(lambda: not Path(f"/proc/{envoy}").exists() or _state(envoy) == "Z")
+        stack.until(host.quiet)
         before = host.packets()
         assert "failed" in running.ask("/items")
         assert plain.seen == []
@@ -521,6 +524,26 @@ def test_a_revoked_agent_is_cut_off_in_its_namespace(place):
         assert place.secure.seen == []
     finally:
         running.close()
+
+
+def test_agents_that_start_at_once_each_have_their_doors(place):
+    answers = f"curl -s http://{WIKI}/items"
+    running = [Run(place.host, place.broker, name, "sh", "-c", answers) for name in ("coder", "other") * 4]
+    assert [each.line() for each in running] == ['{"path": "/items"}'] * 8
+    assert [each.process.wait(20) for each in running] == [0] * 8
+    assert [each.close() for each in running] == [0] * 8
+
+
+def test_a_broker_that_may_not_enter_namespaces_says_so_and_nothing_is_started(place):
+    less = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--")
+    broker = stack.Broker(place.manifests, place.folder / "less", within=(*place.host.within, *less))
+    try:
+        done = subprocess.run([*verb(broker, "coder"), "--", "echo", "on"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "Operation not permitted" in done.stderr
+        assert "run `broker up` as root" in done.stderr
+    finally:
+        broker.stop()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
