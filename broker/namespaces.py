@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,11 @@ class _Held:
 class Namespaces:
     """The namespaces there are. `publish` has Envoy told of all of its configuration, `record` writes down what was done.
 
-    `folder` is where Envoy finds them.
+    `folder` is where Envoy finds them, `manifests` what those inside must not change.
     """
 
-    def __init__(
-        self, folder: Path, publish: Callable[[Written], None], record: Callable[[str], None], random_id: Callable[[], str]
-    ) -> None:
-        self._folder, self._publish, self._record, self._random_id = folder, publish, record, random_id
+    def __init__(self, folder: Path, manifests: Path, publish: Callable[[Written], None], record: Callable[[str], None]) -> None:
+        self._folder, self._manifests, self._publish, self._record = folder, str(manifests.resolve()), publish, record
         self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
         self._base = self._shared = _NOTHING
         self._held: dict[int, _Held] = {}
@@ -85,14 +84,14 @@ class Namespaces:
             asyncio.get_running_loop().add_reader(held.process, self._release, held)
             if error := await self._opened(held):
                 self._release(held)
-                raise BrokerError(f"Envoy does not listen in this namespace: {error}", _AS_ROOT)
+                raise BrokerError(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
             held.joined = True
         log.info("namespace %s is %s's", held.namespace.key, agent)
         self._record(f"namespace {held.namespace.key} is {agent}'s")
         return self._told(held)
 
     def _told(self, held: _Held) -> dict[str, str]:
-        return {"namespace": held.namespace.key, "revision": self._snapshot.revision}
+        return {"namespace": held.namespace.key, "manifests": self._manifests}
 
     def _hold(self, agent: str, pid: int) -> _Held:
         with contextlib.ExitStack() as opened:
@@ -110,7 +109,7 @@ class Namespaces:
                     return known
                 raise ValueError(f"this namespace is {known.namespace.agent}'s already")
             opened.pop_all()
-        key = self._random_id()
+        key = secrets.token_hex(4)
         # A path that no other namespace had before it: Envoy takes over the sockets of a listener that ended by their address.
         path = self._folder / f"{_LINK}{key}"
         path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")

@@ -120,7 +120,7 @@ class Server:
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
         self._namespaces = Namespaces(
-            state.run, self._ads.publish, lambda what: self._record(what, self._snapshot.revision), lambda: secrets.token_hex(4)
+            state.run, manifests, self._ads.publish, lambda what: self._record(what, self._snapshot.revision)
         )
 
     def _contained(self) -> Containment:

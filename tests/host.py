@@ -115,6 +115,11 @@ class Host:
         lines = Path(f"/proc/{self._holder.pid}/net/dev").read_text().splitlines()[2:]
         return sum(int(line.split()[2]) for line in lines)
 
+    def quiet(self) -> bool:
+        """Whether no connection is open on the host, nor about to be closed."""
+        lines = Path(f"/proc/{self._holder.pid}/net/tcp").read_text().splitlines()[1:]
+        return all(line.split()[3] in {"0A", "06"} for line in lines)  # LISTEN, TIME_WAIT
+
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """A command on the host."""
         return subprocess.run([*self.within, *command], capture_output=True, text=True, timeout=timeout, check=False)
@@ -122,6 +127,8 @@ class Host:
     def close(self) -> None:
         self._holder.kill()
         self._holder.wait()
+        if self._holder.stdout:
+            self._holder.stdout.close()
 
 
 class Run:

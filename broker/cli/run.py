@@ -81,8 +81,8 @@ def run(
         held.callback(confined.end)
         if place:
             join(place, confined.pid)
-        held.enter_context(joined(folder, agent, confined.pid, _warn))
-        confined.go()
+        manifests = held.enter_context(joined(folder, agent, confined.pid, _warn))
+        confined.go([manifests])  # else an agent that works beside them could write its own
         return confined.wait()
 
 

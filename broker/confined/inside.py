@@ -1,6 +1,8 @@
 """Process 1 of the command's namespaces: makes its network and its view of the machine, starts it, and ends with its code.
 
-    python -I -S inside.py TOLD TELLING    (two inherited descriptors: a line of JSON is read, and one is written)
+    python -I -S inside.py TOLD TELLING    (two inherited descriptors)
+
+It is told the plan, tells its process ID, and is told what must not be changed once the doors are open; each a line of JSON.
 
 Laws: nothing but the standard library is imported, so that it starts in milliseconds. The command starts with no capability, and
 no way to get one (no_new_privs), only after the word has come that the doors are open. Where anything fails, it does not start.
@@ -61,14 +63,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main() -> int:
     """Run, as the module says. Gives the command's exit code, 128 + n for the signal n."""
     told, telling = (os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], ("r", "w"), strict=True))
+    for pipe in (told, telling):
+        os.set_inheritable(pipe.fileno(), False)  # noqa: FBT003 - the library's
     plan = json.loads(told.readline())
     # The proc that is still the host's knows this process by its number there.
     pid = int(os.readlink("/proc/self"))
     _network()
     print(json.dumps({"pid": pid}), file=telling, flush=True)
     _view(plan)
-    if not told.readline():
+    if not (word := told.readline()):
         return _FAULT  # whoever would have said that the doors are open has ended
+    for path in filter(os.path.exists, json.loads(word)):
+        _mount(path, path, flags=_BIND | _REC)
+        _set_readonly(path, on=True)
+    os.chdir(plan["directory"])  # not into what was there before a mount
     _await_doors(plan["doors"])
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     child = os.fork()
@@ -105,16 +113,22 @@ def _view(plan: dict[str, Any]) -> None:
         _set_readonly(path, on=True)
     for path, mode in _HIDDEN.items():
         _empty(path, mode)
-    for path, descriptor in keep.items():
+    _restore(keep)
+    for path in plan["hidden"]:
+        _empty(path, "755")
+    for path in filter(os.path.exists, plan["sockets"]):
+        _mount("/dev/null", path, flags=_BIND)
+    _trust(plan["ca"])
+    _names()
+
+
+def _restore(kept: dict[str, int]) -> None:
+    """Folders that lie in one that is hidden now, by the descriptors that were opened before."""
+    for path, descriptor in kept.items():
         if not os.path.exists(path):
             Path(path).mkdir(parents=True)
             _mount(f"/proc/self/fd/{descriptor}", path, flags=_BIND | _REC)
         os.close(descriptor)
-    for path in plan["hidden"]:
-        _empty(path, "755")
-    _trust(plan["ca"])
-    _names()
-    os.chdir(plan["directory"])
 
 
 def _devices() -> None:
@@ -147,16 +161,18 @@ def _trust(ca: str) -> None:
 
 
 def _names() -> None:
-    """Names are asked of the namespace's own door."""
-    here = Path("/run/broker/resolv.conf")
-    here.write_text("nameserver 127.0.0.1\n")
-    target = Path(os.path.realpath("/etc/resolv.conf"))
-    if not target.exists():  # a link into what is hidden now
-        if target.is_relative_to("/run"):
+    """Names are asked of the namespace's own door, and of nothing else."""
+    for path, text in {
+        "/etc/resolv.conf": "nameserver 127.0.0.1\n",
+        "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    }.items():
+        ours, target = Path("/run/broker", os.path.basename(path)), Path(os.path.realpath(path))
+        ours.write_text(text)
+        if target.exists():
+            _mount(str(ours), str(target), flags=_BIND)
+        elif target.is_relative_to("/run"):  # a link into what is hidden now
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(here.read_bytes())
-        return
-    _mount(str(here), str(target), flags=_BIND)
+            target.write_text(text)
 
 
 def _empty(path: str, mode: str) -> None:
@@ -218,7 +234,7 @@ def _become(plan: dict[str, Any]) -> NoReturn:
         uid, gid, groups = plan["user"]
         whose = ["--reuid", str(uid), "--regid", str(gid), *(["--groups", groups] if groups else ["--clear-groups"])]
         bare = ["--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
-        os.execvpe("setpriv", ["setpriv", *whose, *bare, "--", *plan["command"]], plan["environment"])  # noqa: S606, S607
+        os.execve(plan["setpriv"], ["setpriv", *whose, *bare, "--", *plan["command"]], plan["environment"])  # noqa: S606
     except OSError as error:
         print(f"broker: {error}", file=sys.stderr)
     os._exit(_FAULT)

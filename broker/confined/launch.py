@@ -46,7 +46,7 @@ class Plan:
 
     def document(self, limits: Mapping[str, int]) -> bytes:
         """As the process inside reads it, on one line."""
-        said = {name: getattr(self, name) for name in self.__slots__}
+        said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv"), "sockets": _sockets()}
         return json.dumps({**said, "limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS]}).encode() + b"\n"
 
 
@@ -62,6 +62,12 @@ def _found(tool: str) -> str:
     if (path := shutil.which(tool)) is None:
         raise UsageError(f"{tool!r} is missing here", f"install the package {_TOOLS[tool]}")
     return path
+
+
+def _sockets() -> list[str]:
+    """The Unix sockets of this machine that have a path: whoever answers on one could fetch what the command may not."""
+    paths = {line.split(maxsplit=7)[-1] for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()}
+    return sorted(path for path in paths if path.startswith("/") and Path(path).is_socket())
 
 
 class Confined:
@@ -94,9 +100,9 @@ class Confined:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen by what it answers
             os.write(self._tell, line)
 
-    def go(self) -> None:
-        """The doors are open: have the command started."""
-        self._say(b"go\n")
+    def go(self, readonly: Sequence[str]) -> None:
+        """The doors are open: have the command started, which may not change these paths."""
+        self._say(json.dumps(readonly).encode() + b"\n")
 
     def wait(self) -> int:
         """Its exit code, once it has ended; signals that come meanwhile are passed on."""
@@ -122,7 +128,7 @@ def hold_signals() -> None:
 
 @contextlib.contextmanager
 def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) -> Iterator[str]:
-    """For as long as the body runs, the namespace of this process is the agent's; gives its key.
+    """For as long as the body runs, the namespace of this process is the agent's; gives the folder of the broker's manifests.
 
     A broker that is started again knows nothing of it, and is told again; until then nothing gets out. Raises what `ask` raises,
     and `UsageError` where none runs.
@@ -132,7 +138,7 @@ def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) ->
     if line is None or (made := ask(state.control_socket, "POST", "/namespaces", said)) is None:
         raise UsageError(f"no broker runs on {state.root}", "start it with `broker up`, or name another's folder with --state")
     threading.Thread(target=_stay, args=(state, said, line, tell), daemon=True).start()
-    yield made["namespace"]
+    yield made["manifests"]
 
 
 def _stay(state: State, said: Mapping[str, Any], line: socket.socket, tell: Callable[[str], object]) -> None:
