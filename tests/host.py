@@ -36,10 +36,10 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Host:
-    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1."""
+    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1, `apart` as 127.0.0.2."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
-        (folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join(names)}\n")
+    def __init__(self, folder: Path, *names: str, apart: str = "apart") -> None:
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join(names)}\n127.0.0.2 {apart}\n")
         script = f"""
             mount --bind {folder}/hosts /etc/hosts && ip link set lo up
             ip address add {WORLD4}/32 dev lo && ip address add {METADATA}/32 dev lo
