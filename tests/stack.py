@@ -152,10 +152,10 @@ class _Server(ThreadingHTTPServer):
 
 
 def served(
-    handler: type[BaseHTTPRequestHandler], port: int = 0, certificate: tuple[Path, Path] | None = None
+    handler: type[BaseHTTPRequestHandler], port: int = 0, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
 ) -> ThreadingHTTPServer:
     """A server on loopback that has begun; with a certificate and its key, over TLS."""
-    server = _Server(("127.0.0.1", port), handler)
+    server = _Server((host, port), handler)
     if certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)

@@ -12,7 +12,9 @@ from tests import stack
 class Events:
     """A server whose `/items…` answers are event streams: one event at once, and then one each `every` seconds, or (0) none."""
 
-    def __init__(self, certificate: tuple[Path, Path] | None = None, every: float = 0.0) -> None:
+    def __init__(
+        self, certificate: tuple[Path, Path] | None = None, every: float = 0.0, host: str = "127.0.0.1", port: int = 0
+    ) -> None:
         self.every, self.seen, self.closing = every, [], threading.Event()
         events = self
 
@@ -40,7 +42,7 @@ class Events:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = stack.served(Handler, certificate=certificate)
+        self._server = stack.served(Handler, port, certificate, host)
         self.port = self._server.server_address[1]
 
     def close(self) -> None:

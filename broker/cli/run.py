@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,12 +83,22 @@ def run(
         if place:
             join(place, confined.pid)
         manifests = held.enter_context(joined(folder, agent, confined.pid, _warn))
+        _warn_of_rights(who, Path(manifests))
         confined.go([manifests])  # else an agent that works beside them could write its own
         return confined.wait()
 
 
 def _warn(what: str) -> None:
     click.echo(f"broker: {what}", err=True)
+
+
+def _warn_of_rights(who: pwd.struct_passwd, manifests: Path) -> None:
+    """Where the user may exchange a folder above the manifests, nothing that is done to these helps."""
+    for path in (manifests, *manifests.parents) if who.pw_uid else ():
+        status = path.stat()
+        if status.st_uid == who.pw_uid or status.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+            _warn(f"{who.pw_name} may change {path}, and so what {manifests} is; keep manifests where only root may write")
+            return
 
 
 def _user(name: str | None) -> pwd.struct_passwd:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
 from host import METADATA, WHY_NOT, WORLD4, WORLD6, Host, Run, verb
+from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
-API, WIKI, LATER = "api.tool.test", "wiki.tool.test", "later.tool.test"
+API, WIKI, LATER, EVENTS = "api.tool.test", "wiki.tool.test", "later.tool.test", "events.tool.test"
 GRANTED = {"operations": {"items.list": {}, "items.create": {}}}
 PYTHON = sys.executable
 
@@ -28,17 +30,21 @@ PYTHON = sys.executable
 @pytest.fixture(scope="module")
 def place() -> Iterator[SimpleNamespace]:
     folder = stack.short_folder()
-    host = Host(folder, API, WIKI, LATER)
+    host = Host(folder, API, WIKI, LATER, apart=EVENTS)
     ca = stack.TestCA()
     certificate = ca.issue(folder / "certs", API, LATER)
     secure = host.inside(lambda: stack.Upstream(certificate, port=443))
     plain = host.inside(lambda: stack.Upstream(port=80))
+    for_events = ca.issue(folder / "certs", EVENTS)
+    events = host.inside(lambda: Events(for_events, host="127.0.0.2", port=443))
     trusted = {"ca": "ca.pem", **LOOPBACK}
     manifests = stack.write_manifests(
         folder / "manifests",
         stack.tool("api", f"https://{API}", OPERATIONS, upstream=trusted),
         stack.tool("later", f"https://{LATER}", OPERATIONS, upstream=trusted),
         stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
+        stack.tool("events", f"https://{EVENTS}", OPERATIONS, upstream=trusted),
+        stack.agent("listener", {"events": {"operations": {"items.get": {}}}}),
         stack.agent("coder", {"api": GRANTED, "wiki": GRANTED}),
         stack.agent("other", {"wiki": GRANTED}),
         stack.agent("leaver", {"api": GRANTED}),
@@ -48,7 +54,7 @@ def place() -> Iterator[SimpleNamespace]:
     broker = stack.Broker(manifests, folder / "state", within=host.within)
     yield SimpleNamespace(host=host, broker=broker, secure=secure, plain=plain, folder=folder, manifests=manifests)
     broker.stop()
-    for upstream in (secure, plain):
+    for upstream in (secure, plain, events):
         upstream.close()
     host.close()
 
@@ -544,6 +550,23 @@ def test_a_broker_that_may_not_enter_namespaces_says_so_and_nothing_is_started(p
         assert "run `broker up` as root" in done.stderr
     finally:
         broker.stop()
+
+
+@pytest.mark.parametrize("how", ["by the proxy", "captured"])
+def test_a_stream_that_is_open_and_idle_is_cut_when_its_agent_is_revoked(place, how):
+    direct = "--noproxy '*'" if how == "captured" else ""
+    listening = f"curl -sN {direct} https://{EVENTS}/items/idle; echo cut"
+    running = Run(place.host, place.broker, "listener", "sh", "-c", listening)
+    about = ["listener", "--reason", "test", "--state", str(place.broker.state)]
+    try:
+        assert (running.line(), running.line()) == ("data: x", "")
+        subprocess.run([*stack.BROKER, "agents", "revoke", *about], check=True, capture_output=True)
+        revoked = time.monotonic()
+        assert running.line() == "cut"
+        assert time.monotonic() - revoked < 2
+    finally:
+        running.close()
+        subprocess.run([*stack.BROKER, "agents", "release", *about], check=True, capture_output=True)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

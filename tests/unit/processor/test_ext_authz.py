@@ -39,7 +39,7 @@ class Full(list):
         raise AuditUnavailable("the disk is full")
 
 
-def asked(target="api.example:443", peer=SPIFFE, **changed):
+def asked(target="api.example:443", peer=SPIFFE, namespace=None, headers=(), **changed):
     services = Services(
         snapshot=lambda: SNAPSHOT,
         adapters={},
@@ -55,7 +55,11 @@ def asked(target="api.example:443", peer=SPIFFE, **changed):
         metrics=Metrics(),
     )
     services = replace(services, **changed)
-    question = CheckRequest(attributes={"source": {"principal": peer}, "request": {"http": {"host": target}}})
+    question = CheckRequest(
+        attributes={"source": {"principal": peer}, "request": {"http": {"host": target, "headers": dict(headers)}}}
+    )
+    if namespace is not None:
+        question.attributes.metadata_context.filter_metadata["broker.namespace"]["agent"] = namespace
     return asyncio.run(ExtAuthz(services).Check(question, None)), services.audit
 
 
@@ -90,6 +94,14 @@ def test_a_tunnel_is_refused_in_words_and_recorded_under_the_same_decision_for(c
     assert (record["verdict"], record["method"]) == ("deny", "CONNECT")
     assert "hunter2" not in denied.body
     assert not answer.dynamic_metadata
+
+
+def test_in_a_namespace_its_agent_calls_whatever_certificate_or_token_comes_along():
+    answer, _ = asked(peer="", namespace="bot")
+    assert answer.dynamic_metadata["agent"] == "bot"
+    answer, (record,) = asked(peer=SPIFFE, namespace="gone", headers={"proxy-authorization": "Basic Ym90Ong="})
+    # Who asks for no proof does not ask by 407.
+    assert (answer.denied_response.status.code, record["code"], record["door"]) == (401, "agent_unknown", "namespace")
 
 
 def test_a_refusal_that_cannot_be_recorded_is_still_one():
