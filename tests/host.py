@@ -36,14 +36,10 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Host:
-<<<<<<< HEAD
-    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1.
+    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1, `apart` as 127.0.0.2.
 
     Its resolver is what `folder`/resolv.conf says, if that is there.
     """
-=======
-    """The namespace, for as long as its process lives. `names` go into its /etc/hosts, as 127.0.0.1, `apart` as 127.0.0.2."""
->>>>>>> run
 
     def __init__(self, folder: Path, *names: str, apart: str = "apart") -> None:
         (folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join(names)}\n127.0.0.2 {apart}\n")
