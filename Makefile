@@ -10,7 +10,7 @@ run: .venv/run ## the broker on the sample organisation
 
 test: .venv/test packages lint ## every check and every test
 	.venv/bin/python -m pytest -q tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
-	.venv/bin/python -m pytest --durations=10
+	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10   # the seed: both processes must see one order
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
