@@ -8,9 +8,10 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 run: .venv/run ## the broker on the sample organisation
 	.venv/bin/broker up
 
+# In two processes, which must see the tests in one order: hence the seed.
 test: .venv/test packages lint ## every check and every test
 	.venv/bin/python -m pytest -q tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
-	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10   # the seed: both processes must see one order
+	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
