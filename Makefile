@@ -15,7 +15,8 @@ test: .venv/test packages lint ## every check and every test
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
-	@{ command -v openssl && command -v redis-server && command -v git && command -v curl && command -v nft && command -v ip; } >/dev/null || test "$$(id -u)" != 0 || \
+	@( for each in openssl redis-server git curl nft ip; do command -v $$each || exit 1; done ) >/dev/null || \
+	  test "$$(id -u)" != 0 || \
 	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2; }
 
 lint: .venv/test

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +52,18 @@ class Namespaces:
         self._held: dict[int, _Held] = {}
         for left in folder.glob(f"{_LINK}*"):
             left.unlink()
-        self._joining = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._verdict: asyncio.Future[str | None] | None = None
 
     async def use(self, snapshot: PolicySnapshot, certificates: Certificates, base: Written) -> None:
         """Make this the configuration, with each namespace's doors as it has them."""
-        self._snapshot, self._certificates, self._base, self._shared = snapshot, certificates, base, _NOTHING
-        if self._held:
-            await self._compile_shared()
+        async with self._changing:
+            shared = await _shared(snapshot, certificates) if self._held else _NOTHING
+            # In one step: whoever is let go meanwhile has all of the old configuration published, or all of this.
+            self._snapshot, self._certificates, self._base, self._shared = snapshot, certificates, base, shared
             for held in self._held.values():
                 held.doors = Written.of(doors_of(snapshot, held.namespace))
-        self._publish_all()
+            self._publish_all()
 
     def heard(self, error: str | None) -> None:
         """Envoy has taken the newest configuration, or refused one in these words."""
@@ -77,7 +79,7 @@ class Namespaces:
         agent, pid = str(said.get("agent")), said.get("pid")
         if agent not in self._snapshot.agents:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
-        async with self._joining:
+        async with self._changing:
             held = self._hold(agent, pid if isinstance(pid, int) else 0)
             if held.joined:
                 return self._told(held)
@@ -98,7 +100,7 @@ class Namespaces:
             try:
                 process = _kept(opened, os.pidfd_open(pid))
                 descriptor = _kept(opened, os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-                os.kill(pid, 0)
+                signal.pidfd_send_signal(process, 0)  # so both are the same process's: a number is used again
             except (OSError, OverflowError) as error:
                 raise UsageError(f"the namespace of process {pid} can't be opened ({error})", _AS_ROOT) from error
             inode = os.fstat(descriptor).st_ino
@@ -108,20 +110,20 @@ class Namespaces:
                 if known.namespace.agent == agent:
                     return known
                 raise ValueError(f"this namespace is {known.namespace.agent}'s already")
+            key = secrets.token_hex(4)
+            # A path that no other namespace had before: Envoy takes over the sockets of a listener that ended, by their address.
+            path = self._folder / f"{_LINK}{key}"
+            path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+            namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
+            held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
             opened.pop_all()
-        key = secrets.token_hex(4)
-        # A path that no other namespace had before it: Envoy takes over the sockets of a listener that ended by their address.
-        path = self._folder / f"{_LINK}{key}"
-        path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
-        held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
         self._held[inode] = held
         return held
 
     async def _opened(self, held: _Held) -> str | None:
         """Have Envoy open the doors; its words where it does not."""
         if self._shared is _NOTHING:
-            await self._compile_shared()
+            self._shared = await _shared(self._snapshot, self._certificates)
         self._verdict = asyncio.get_running_loop().create_future()
         self._publish_all()
         try:
@@ -141,10 +143,6 @@ class Namespaces:
         os.close(held.descriptor)
         log.info("namespace %s has ended", held.namespace.key)
 
-    async def _compile_shared(self) -> None:
-        made = await asyncio.to_thread(shared_by_namespaces, self._snapshot, self._certificates)
-        self._shared = await asyncio.to_thread(Written.of, made)
-
     def _publish_all(self) -> None:
         self._publish(Written.all(*self._parts()))
 
@@ -158,6 +156,10 @@ class Namespaces:
 
 _NOTHING = Written((), (), ())
 _LINK = "namespace-"
+
+
+async def _shared(snapshot: PolicySnapshot, certificates: Certificates) -> Written:
+    return await asyncio.to_thread(lambda: Written.of(shared_by_namespaces(snapshot, certificates)))
 
 
 def _kept(opened: contextlib.ExitStack, descriptor: int) -> int:
