@@ -7,6 +7,7 @@ is a failure: readiness is red and people are told until it is refused again.
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import orjson
@@ -18,6 +19,7 @@ from broker.dataplane.site import Site
 log = logging.getLogger(__name__)
 
 EVERY_S = 60.0
+_DOORS_EVERY = 5  # looks at the configuration: each try at a door stands in the record, in the way of whoever reads it
 _TIMEOUT_S = 5.0
 _HOST = "must-deny.invalid"  # RFC 6761 section 6.4: resolves nowhere
 _RUN = "must-deny-canary"  # by which the record's readers know its calls
@@ -30,13 +32,17 @@ class Canary:
     def __init__(self, site: Site, on_change: Callable[[str], None], every: float = EVERY_S) -> None:
         self._site, self._on_change, self._every = site, on_change, every
         self.failure = ""
+        self._shut = ""
 
     async def run(self) -> None:
-        """Try for ever."""
-        while True:
+        """Look for ever; each fifth time, try the doors too."""
+        for number in count(1):
             await asyncio.sleep(self._every)
             try:
-                failure = await self.test()
+                if number % _DOORS_EVERY == 0 or self._shut:
+                    self._shut = "it could not be sent"
+                    self._shut = await self.doors()
+                failure = self._shut or await self.configuration()
             except Exception as error:  # a test that can't be made is failed
                 log.exception("the canary could not be sent")
                 failure = f"it could not be sent ({type(error).__name__})"
@@ -44,12 +50,16 @@ class Canary:
             if failure != before:
                 self._on_change(failure)
 
-    async def test(self) -> str:
-        """Try each door, and look at the configuration; what is wrong, empty for nothing."""
+    async def doors(self) -> str:
+        """Try each door; what is wrong, empty for nothing."""
         for door, address, request in self._requests():
             status = await _status(address, request)
             if status not in _REFUSED:
                 return f"the {door} door answers {status or 'nothing'} to what nobody may do"
+        return ""
+
+    async def configuration(self) -> str:
+        """Look at what Envoy runs; what is wrong, empty for nothing."""
         status, dump = await asyncio.to_thread(fetch, Path(self._site.admin_socket), "GET", "/config_dump")
         problems = unguarded(orjson.loads(dump)) if status == 200 else [f"Envoy does not show its configuration ({status})"]  # noqa: PLR2004
         return "; ".join(problems[:3])

@@ -331,11 +331,12 @@ class Broker:
         """A client at the base-url door, which is plain HTTP: no trust roots are read."""
         return httpx.Client(base_url=self.base_url, headers={"x-broker-token": self.token(name)}, timeout=10, verify=False)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self, *, canary: bool = False) -> list[dict[str, Any]]:
+        """What is in the log, but for what the broker itself tries every few minutes."""
         lines: list[dict[str, Any]] = []
         for path in sorted((self.state / "audit").glob("*.jsonl")):
             lines.extend(json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
-        return lines
+        return [record for record in lines if canary or "must-deny.invalid" not in (record.get("host") or "")]
 
     def decision(self, decision_id: str) -> dict[str, Any]:
         return next(r for r in self.records() if r["event"] == "decision" and r["decision_id"] == decision_id)

@@ -157,35 +157,40 @@ def test_each_hole_is_found(dump, hole, told):
     assert any(told in problem for problem in unguarded(holed)), unguarded(holed)
 
 
+def tried(world):
+    return [each["host"] for each in world.broker.records(canary=True) if "must-deny" in (each.get("host") or "")]
+
+
 def test_the_canary_is_refused_at_every_door_and_is_in_the_record(world, canary):
-    before = len(world.broker.decisions(code="agent_unknown"))
-    assert asyncio.run(canary.test()) == ""
-    assert [each["host"] for each in world.broker.decisions(code="agent_unknown")[before:]] == [
-        "must-deny.invalid:443",
-        "must-deny.invalid",
-        "must-deny.invalid:443",
-    ]
+    before = len(tried(world))
+    assert asyncio.run(canary.doors()) == ""
+    assert tried(world)[before:] == ["must-deny.invalid:443", "must-deny.invalid", "must-deny.invalid:443"]
+    assert asyncio.run(canary.configuration()) == ""
     assert not any(upstream.seen for upstream in world.upstreams)
 
 
 def test_a_door_that_lets_it_pass_is_told(world, canary):
-    # An open door: a plain server that answers everybody.
-    canary._site = Site(("127.0.0.1", world.plain.port), canary._site.base_url, "", canary._site.admin_socket, "")
-    assert asyncio.run(canary.test()).startswith("the proxy")
+    # A plain server that answers everybody.
+    canary._site = Site(canary._site.proxy, ("127.0.0.1", world.plain.port), "", canary._site.admin_socket, "")
+    assert asyncio.run(canary.doors()) == "the base-url door answers 200 to what nobody may do"
 
 
-def test_a_door_that_is_shut_is_told_once_and_again_when_it_opens(world, canary):
-    told, door = [], canary._site
+@pytest.mark.parametrize("shut", ["a door", "Envoy's own account"])
+def test_what_can_not_be_tried_is_told_once_and_again_when_it_can(canary, shut):
+    told, whole = [], canary._site
     canary._on_change, canary._every = told.append, 0.01
-    canary._site = Site(("127.0.0.1", stack.free_port()), door.base_url, "", door.admin_socket, "")
+    away = ("127.0.0.1", stack.free_port())
+    door = Site(away, whole.base_url, "", whole.admin_socket, "")
+    canary._site = door if shut == "a door" else Site(whole.proxy, whole.base_url, "", "/nowhere", "")
 
     async def play():
         running = asyncio.create_task(canary.run())
         while len(told) < 2:
             if told:
-                canary._site = door
+                canary._site = whole
             await asyncio.sleep(0.01)
         running.cancel()
 
     asyncio.run(asyncio.wait_for(play(), 20))
-    assert told == ["it could not be sent (ConnectionRefusedError)", ""]
+    why = "ConnectionRefusedError" if shut == "a door" else "FileNotFoundError"
+    assert told == [f"it could not be sent ({why})", ""]

@@ -141,7 +141,8 @@ def test_a_token_is_printed_alone_and_only_for_an_agent_whose_manifest_is_in_for
         running.stop()
 
 
-PRINTS_NO_JSON = {"demo", "render envoy", "run"}  # a tour for people; YAML; whatever its command prints
+# A tour for people; YAML and rules; whatever its command prints.
+PRINTS_NO_JSON = {"demo", "render envoy", "render kubernetes", "render nftables", "run"}
 
 
 def test_every_verb_that_prints_data_takes_json():
