@@ -28,7 +28,8 @@ from tests.namespaces import namespace, within
 ROOT = Path(__file__).parents[2]
 IDENTITY = 10001
 _numbers = count()
-BIN = Path(sys.executable).parent
+# What an image has at places of its own: wherever the tests' Python lies, a volume may be mounted over that.
+_PROGRAMS = {"python": "", "broker": "-m broker.cli", "envoy": "/python/bin/envoy"}
 _TOOL = """{apiVersion: broker/v1, kind: Tool, metadata: {name: shop, owner: web}, spec: {protocol: rest,
 endpoint: "https://shop.example", operations: {list: {match: {method: GET, path: /}, effect: read}}}}
 """
@@ -55,7 +56,8 @@ class Pod:
             f"mkdir {root}/changed/upper {root}/changed/work {root}/root",
             f"mount -t overlay overlay -o lowerdir=/,upperdir={root}/changed/upper,workdir={root}/changed/work {root}/root",
             f"cd {root / 'root'}",
-            "mkdir -p product && mount --bind " + shlex.quote(str(ROOT)) + " product",
+            f"mkdir -p product python programs && mount --bind {shlex.quote(str(ROOT))} product",
+            f"mount --bind {shlex.quote(sys.prefix)} python && mount --bind {self.folder}/programs programs",
             # Where a test's Python may lie; an image has it where all may read.
             "chmod a+rx root tmp 2>/dev/null || true",
             "mount --rbind /proc proc && mount --rbind /dev dev",
@@ -86,7 +88,7 @@ class Pod:
         ]
 
     def _environment(self) -> dict[str, str]:
-        return {"PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": "/product", "PYTHONDONTWRITEBYTECODE": "1"}
+        return {"PATH": "/programs:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": "/product", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(self, container: dict[str, Any]) -> subprocess.Popen[bytes]:
         made = subprocess.Popen(self._command(container), env=self._environment(), cwd="/")
@@ -145,6 +147,10 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
 
 
 def _laid(folder: Path, network: str) -> Pod:
+    (folder / "programs").mkdir()
+    for name, arguments in _PROGRAMS.items():
+        (folder / "programs" / name).write_text(f'#!/bin/sh\nexec /python/bin/python {arguments} "$@"\n')
+        (folder / "programs" / name).chmod(0o755)
     for name in ("state", "run", "tmp"):
         (folder / "volumes" / name).mkdir(parents=True)
         os.chown(folder / "volumes" / name, 0, IDENTITY)
