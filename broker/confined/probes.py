@@ -151,14 +151,13 @@ def _http(host: str, name: str, *, port: int = 80, upgrade: str = "", absolute: 
 
 
 def _judged(made: socket.socket) -> Seen:
-    """An answer in HTTP: the broker's own refusals carry a decision, and Envoy's own are 4xx; all else came from elsewhere."""
+    """Only a refusal that carries the broker's decision is its own; any server can answer 403, and call itself Envoy."""
     answer = http.client.HTTPResponse(made)
     answer.begin()
-    ours = answer.getheader(_DECISION) is not None or answer.getheader("server") == "envoy"
-    refused = answer.status >= http.client.BAD_REQUEST and (
-        ours or answer.status in (http.client.FORBIDDEN, http.client.BAD_REQUEST)
+    ours = answer.getheader(_DECISION) is not None
+    return Seen(
+        f"HTTP {answer.status}{' of the broker' if ours else ''}", out=not ours or answer.status < http.client.BAD_REQUEST
     )
-    return Seen(f"HTTP {answer.status}{' of the broker' if ours else ''}", out=not refused)
 
 
 def _tls(host: str, name: str, ca: str) -> Callable[[], Seen]:

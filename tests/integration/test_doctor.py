@@ -1,15 +1,18 @@
 """`broker doctor`: in an agent's namespace nothing gets out; where there is a way out, it is found, and by the witness too."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
+import threading
 
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
 from host import WHY_NOT, WORLD4, WORLD6, Host
 
-from broker.confined.probes import Around, probes
+from broker.confined.probes import Around, Seen, probes
 from broker.confined.witness import Witness
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
@@ -82,6 +85,28 @@ def test_the_witness_counts_who_came_however():
         stack.until(lambda: witness.heard == 2)
     finally:
         witness.close()
+
+
+@pytest.mark.parametrize(
+    "answer", ["server: envoy\r\n", "server: elsewhere\r\n", ""], ids=["another Envoy", "a server", "nameless"]
+)
+def test_a_refusal_that_is_not_the_brokers_came_from_outside(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with contextlib.suppress(OSError):  # it was closed
+                while True:
+                    made, _ = listener.accept()
+                    with made:
+                        made.recv(4096)
+                        made.sendall(f"HTTP/1.1 403 Forbidden\r\n{answer}content-length: 0\r\n\r\n".encode())
+
+        threading.Thread(target=serve, daemon=True).start()
+        around = Around(("192.0.2.1",), proxy=listener.getsockname())
+        found = {probe.name: probe for probe in probes(around)}
+        for name in ("CONNECT to an undeclared host", "HTTP by the proxy"):
+            assert found[name].run() == Seen("HTTP 403", out=True)
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--agent", "coder", "--from-here")], ids=["nowhere", "both"])
