@@ -5,8 +5,7 @@ is a failure: readiness is red and people are told until it is refused again.
 """
 
 import asyncio
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -16,9 +15,6 @@ from broker.admin.client import fetch
 from broker.dataplane.assertion import unguarded
 from broker.dataplane.site import Site
 
-log = logging.getLogger(__name__)
-
-EVERY_S = 60.0
 _DOORS_EVERY = 5  # looks at the configuration: each try at a door stands in the record, in the way of whoever reads it
 _TIMEOUT_S = 5.0
 _HOST = "must-deny.invalid"  # RFC 6761 section 6.4: resolves nowhere
@@ -27,28 +23,19 @@ _REFUSED = (401, 403, 407)
 
 
 class Canary:
-    """`failure` says what is wrong, empty when nothing is; `on_change` hears it when it changes."""
+    """Looks at the configuration at each test, and at every fifth, or while one was open, tries the doors too."""
 
-    def __init__(self, site: Site, on_change: Callable[[str], None], every: float = EVERY_S) -> None:
-        self._site, self._on_change, self._every = site, on_change, every
-        self.failure = ""
-        self._shut = ""
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._number = count(1)
+        self._open = ""
 
-    async def run(self) -> None:
-        """Look for ever; each fifth time, try the doors too."""
-        for number in count(1):
-            await asyncio.sleep(self._every)
-            try:
-                if number % _DOORS_EVERY == 0 or self._shut:
-                    self._shut = "it could not be sent"
-                    self._shut = await self.doors()
-                failure = self._shut or await self.configuration()
-            except Exception as error:  # a test that can't be made is failed
-                log.exception("the canary could not be sent")
-                failure = f"it could not be sent ({type(error).__name__})"
-            before, self.failure = self.failure, failure
-            if failure != before:
-                self._on_change(failure)
+    async def test(self) -> str:
+        """What is wrong, empty for nothing."""
+        if next(self._number) % _DOORS_EVERY == 0 or self._open:
+            self._open = "a door could not be tried"
+            self._open = await self.doors()
+        return self._open or await self.configuration()
 
     async def doors(self) -> str:
         """Try each door; what is wrong, empty for nothing."""

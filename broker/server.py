@@ -56,6 +56,7 @@ from broker.processor.self_test import SelfTest
 from broker.processor.xds import Ads
 from broker.protocols.registry import ADAPTERS
 from broker.state import State
+from broker.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,8 @@ class Server:
             random_id=_random_id,
             metrics=self._metrics,
         )
-        self._self_test = SelfTest(self._services, str(state.processor_socket), self._tested)
-        self._canary = Canary(site, self._tried)
+        self._self_test = Watch("the self-test", SelfTest(self._services, str(state.processor_socket)).test, self._tested)
+        self._canary = Watch("the canary", Canary(site).test, self._tried)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
         self._namespaces = Namespaces(

@@ -6,8 +6,6 @@ Law: the canary is nobody's agent (no manifest can have its name), may do nothin
 """
 
 import asyncio
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -24,33 +22,16 @@ from broker.identity import Evidence
 from broker.policy.containment import Action
 from broker.policy.types import Code, Decision, Door
 
-log = logging.getLogger(__name__)
-
 CANARY = ".canary"
-EVERY_S = 60.0
 CUT_S = 2.0
 """Within this time what is open must be cut."""
 
 
 class SelfTest:
-    """`failure` says what is wrong, empty when nothing is; `on_change` hears it when it changes."""
+    """The test, on this broker's own parts and over the processor's own socket."""
 
-    def __init__(self, services: Services, socket: str, on_change: Callable[[str], None], every: float = EVERY_S) -> None:
-        self._services, self._socket, self._on_change, self._every = services, socket, on_change, every
-        self.failure = ""
-
-    async def run(self) -> None:
-        """Test for ever."""
-        while True:
-            await asyncio.sleep(self._every)
-            try:
-                failure = await self.test()
-            except Exception as error:  # a test that can't be made is failed
-                log.exception("the self-test could not be made")
-                failure = f"it could not be made ({type(error).__name__})"
-            before, self.failure = self.failure, failure
-            if failure != before:
-                self._on_change(failure)
+    def __init__(self, services: Services, socket: str) -> None:
+        self._services, self._socket = services, socket
 
     async def test(self) -> str:
         """Revoke the canary with a tunnel open; what is wrong, empty for nothing."""

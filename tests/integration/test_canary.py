@@ -12,6 +12,7 @@ from broker.canary import Canary
 from broker.dataplane.assertion import unguarded
 from broker.dataplane.filters import EXT_PROC
 from broker.dataplane.site import Site
+from broker.watch import Watch
 
 
 def address(text):
@@ -34,7 +35,7 @@ def dump(admin):
 @pytest.fixture
 def canary(world, admin):
     ready = world.broker.ready
-    return Canary(Site(address(ready["proxy"]), address(ready["base_url"]), "", str(admin), ""), lambda _: None)
+    return Canary(Site(address(ready["proxy"]), address(ready["base_url"]), "", str(admin), ""))
 
 
 def each(node, name):
@@ -178,13 +179,13 @@ def test_a_door_that_lets_it_pass_is_told(world, canary):
 @pytest.mark.parametrize("shut", ["a door", "Envoy's own account"])
 def test_what_can_not_be_tried_is_told_once_and_again_when_it_can(canary, shut):
     told, whole = [], canary._site
-    canary._on_change, canary._every = told.append, 0.01
+    watch = Watch("the canary", canary.test, told.append, every_s=0.01)
     away = ("127.0.0.1", stack.free_port())
     door = Site(away, whole.base_url, "", whole.admin_socket, "")
     canary._site = door if shut == "a door" else Site(whole.proxy, whole.base_url, "", "/nowhere", "")
 
     async def play():
-        running = asyncio.create_task(canary.run())
+        running = asyncio.create_task(watch.run())
         while len(told) < 2:
             if told:
                 canary._site = whole
@@ -193,4 +194,4 @@ def test_what_can_not_be_tried_is_told_once_and_again_when_it_can(canary, shut):
 
     asyncio.run(asyncio.wait_for(play(), 20))
     why = "ConnectionRefusedError" if shut == "a door" else "FileNotFoundError"
-    assert told == [f"it could not be sent ({why})", ""]
+    assert told == [f"it could not be made ({why})", ""]

@@ -14,6 +14,7 @@ from broker.policy.evaluate import View
 from broker.processor import self_test
 from broker.processor.ext_proc import ExtProc
 from broker.processor.self_test import CANARY, SelfTest
+from broker.watch import Watch
 
 
 @asynccontextmanager
@@ -22,14 +23,13 @@ async def served(outside):
     add_ExternalProcessorServicer_to_server(ExtProc(outside), server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
-    heard = []
-    yield SelfTest(outside, str(path), heard.append, every=0.01), heard
+    yield SelfTest(outside, str(path))
     await server.stop(None)
 
 
 def outcome(outside):
     async def run():
-        async with served(outside) as (test, _):
+        async with served(outside) as test:
             return await test.test()
 
     return asyncio.run(run())
@@ -70,14 +70,16 @@ def test_it_says_what_is_wrong(part, broken, why, monkeypatch):
 def test_a_change_of_its_result_is_told_once():
     async def run():
         outside = services()
-        async with served(outside) as (test, heard):
+        heard = []
+        async with served(outside) as test:
+            watch = Watch("the self-test", test.test, heard.append, every_s=0.01)
             outside.containment.standing.restrict = None
-            running = asyncio.create_task(test.run())
-            while not test.failure:  # noqa: ASYNC110 - what an event would say is what is tested
+            running = asyncio.create_task(watch.run())
+            while not watch.failure:  # noqa: ASYNC110 - what an event would say is what is tested
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             del outside.containment.standing.restrict
-            while test.failure:  # noqa: ASYNC110 - the same
+            while watch.failure:  # noqa: ASYNC110 - the same
                 await asyncio.sleep(0.01)
             running.cancel()
             return heard
