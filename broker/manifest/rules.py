@@ -62,8 +62,10 @@ _UNBOUNDED = (
 
 
 def _is_bounded(grant: GrantSpec, declared: OperationSpec, *, pinned: bool) -> bool:
-    if (grant.approval and not grant.approval.when) or not pinned:
-        return bool(grant.approval and not grant.approval.when)
+    if grant.approval and not grant.approval.when:
+        return True
+    if not pinned:
+        return False
     # Where the path names what is touched, a field of the body pins nothing.
     variables = [name for name, _ in declared.match.path.parts if name] if declared.match.path else []
     for location, schema in grant.params.items():
