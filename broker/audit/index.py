@@ -15,11 +15,12 @@ import heapq
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple, Self
 
 import orjson
@@ -48,6 +49,7 @@ CREATE INDEX record_shape ON record (shape, time);
 CREATE INDEX record_run ON record (run) WHERE run IS NOT NULL;
 CREATE INDEX record_decision ON record (decision) WHERE decision IS NOT NULL;
 """
+_WRITE_AHEAD = "PRAGMA journal_mode=WAL"  # so that whoever reads a long answer holds up nobody
 _LABELS = "CREATE TABLE IF NOT EXISTS label (cluster TEXT PRIMARY KEY, label TEXT, note TEXT, by TEXT, at REAL, expires REAL)"
 _ROW = "record.time, record.id, record.decision, segment.name, record.start, record.length"
 _DENIED = "shape.code <> '' AND (shape.event = 'outcome' OR shape.verdict IN ('deny', 'hold', 'would_deny'))"
@@ -149,8 +151,7 @@ class Index:
             _make_private(self._path)
             self._db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
             self._files.callback(self._db.close)
-            # So that whoever reads a long answer holds up nobody.
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(_WRITE_AHEAD)
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
 
     def __enter__(self) -> Self:
@@ -370,12 +371,20 @@ class _Batch:
 
 
 def _make_private(path: Path) -> None:
-    """Make the file, where it is missing: SQLite would let others read it. What SQLite makes beside it has the same rights."""
+    """Make the file, where it is missing: SQLite would let others read it. What SQLite makes beside it has the same rights.
+
+    It appears whole, with its write-ahead log on: readers that turned it on at the same time would find each other's locks.
+    """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))
-    # Never opened here once it is there: closing it would take this process's locks on it away (fcntl(2)).
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    # Never opened by name once it is there: closing it would take this process's locks on it away (fcntl(2)).
+    if path.exists():
+        return
+    with NamedTemporaryFile(dir=path.parent, prefix=path.name) as fresh:
+        with closing(sqlite3.connect(fresh.name)) as made:
+            made.execute(_WRITE_AHEAD)
+        with suppress(FileExistsError):
+            os.link(fresh.name, path)
 
 
 def _lines(path: Path, start: int, *, closed: bool) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ import os
 import sqlite3
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import orjson
 import pytest
@@ -288,6 +289,22 @@ def test_two_readers_at_once_index_each_record_once(tmp_path, monkeypatch):
     for reader in readers:
         reader.join(30)
     assert answers == [list(range(1, 61))] * 2
+
+
+def test_readers_that_come_at_once_where_no_index_is_all_find_one(tmp_path):
+    def look(state):
+        together.wait()
+        with Index(state) as opened:
+            return opened.update()
+
+    together = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as readers:
+        for number in range(60):
+            state = tmp_path / str(number)
+            state.mkdir()
+            write(state, *RECORDS)
+            assert sum(readers.map(look, [state] * 4)) == len(RECORDS)
+            assert {path.name for path in state.glob("review.db*")} == {"review.db"}
 
 
 def test_an_open_answer_holds_up_no_other_reader(tmp_path):
