@@ -10,13 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
-from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
-from envoy.service.auth.v3.external_auth_pb2_grpc import add_AuthorizationServicer_to_server
-from envoy.service.discovery.v3.ads_pb2_grpc import add_AggregatedDiscoveryServiceServicer_to_server
-from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
-from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
-
 from broker import clock
 from broker.admin import api
 from broker.admin.operators import Operators, by_token, local
@@ -50,10 +43,8 @@ from broker.namespaces import Namespaces
 from broker.pki import PlatformCA, declared_hosts
 from broker.policy.containment import Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot
-from broker.processor.access_log import AccessLog
-from broker.processor.ext_authz import ExtAuthz
-from broker.processor.ext_proc import ExtProc
 from broker.processor.health import Health
+from broker.processor.listening import listening
 from broker.processor.self_test import SelfTest
 from broker.processor.xds import Ads
 from broker.protocols.registry import ADAPTERS
@@ -70,9 +61,6 @@ _GRACE_S = 5.0
 # In which an Envoy that can choose has asked once more, and sends its calls elsewhere.
 _UNASKED_S = 1.0
 _BALANCES_AT_ONCE = 1000  # a millisecond
-
-# Without strikes for pings: Envoy's tell a processor that hangs from one that has nothing to say.
-_GRPC = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)]
 
 Announce = Callable[[str, str], None]
 
@@ -173,7 +161,10 @@ class Server:
         self._audit.close()
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        server = await self._listen()
+        if await asyncio.to_thread(self._state.served):
+            raise UsageError(f"another processor serves at {self._state.processor_socket}", "name each by --processor")
+        health = Health(self._faults, clock.steady)
+        server = await listening(self._services, self._ads, health, self._state.processor_socket)
         host, port = self._admin
         acts = Operators(lambda: self._snapshot, self._ledger, self._containment, clock.steady).acts
         public = [
@@ -201,22 +192,6 @@ class Server:
             await server.stop(_GRACE_S)
         with contextlib.suppress(AuditUnavailable):
             self._audit.sync(clock.now())
-
-    async def _listen(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=_GRPC)
-        add_ExternalProcessorServicer_to_server(ExtProc(self._services), server)
-        add_AuthorizationServicer_to_server(ExtAuthz(self._services), server)
-        add_AggregatedDiscoveryServiceServicer_to_server(self._ads, server)
-        add_AccessLogServiceServicer_to_server(AccessLog(self._services), server)
-        add_HealthServicer_to_server(Health(self._faults, clock.steady), server)
-        path = self._state.processor_socket
-        if await asyncio.to_thread(self._state.served):
-            raise UsageError(f"another processor serves at {path}", "give each a name of its own with --processor")
-        path.unlink(missing_ok=True)  # a dead one's
-        server.add_insecure_port(f"unix:{path}")
-        await server.start()
-        path.chmod(0o600)
-        return server
 
     # Configuration.
 
