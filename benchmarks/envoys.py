@@ -82,7 +82,7 @@ def bare(manifests: Path, folder: Path, proxy: int, base_url: int) -> tuple[dict
         raise SystemExit("the benchmark's manifests have errors")
     now, root = clock.now(), folder / "bare-ca.pem"
     certificates = PlatformCA(folder / "bare-ca.key", root, now).certify(snapshot, ["127.0.0.1"], now)
-    site = Site(("127.0.0.1", proxy), ("127.0.0.1", base_url), "/nowhere", str(folder / "bare.sock"), str(root))
+    site = Site(("127.0.0.1", proxy), ("127.0.0.1", base_url), ("/nowhere",), str(folder / "bare.sock"), str(root))
     made = resources(snapshot, site, certificates)
     routes = {each.to_dict()["name"]: _without(each.to_dict(), "typedPerFilterConfig") for each in made.routes}
     static = {

@@ -53,9 +53,10 @@ class Canary:
 
     def _requests(self) -> Iterator[tuple[str, tuple[str, int], str]]:
         rest = f"HTTP/1.1\r\nhost: {_HOST}:443\r\nx-run-id: {_RUN}\r\nconnection: close\r\n\r\n"
-        yield "proxy (CONNECT)", self._site.proxy, f"CONNECT {_HOST}:443 {rest}"
-        yield "proxy", self._site.proxy, f"GET http://{_HOST}/ {rest.replace(':443', '')}"
-        yield "base-url", self._site.base_url, f"GET /{_HOST}/ {rest}"
+        proxy, base_url = self._site.reached
+        yield "proxy (CONNECT)", proxy, f"CONNECT {_HOST}:443 {rest}"
+        yield "proxy", proxy, f"GET http://{_HOST}/ {rest.replace(':443', '')}"
+        yield "base-url", base_url, f"GET /{_HOST}/ {rest}"
 
 
 async def _status(address: tuple[str, int], request: str) -> int:

@@ -10,12 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
-from envoy.service.accesslog.v3.als_pb2_grpc import add_AccessLogServiceServicer_to_server
-from envoy.service.auth.v3.external_auth_pb2_grpc import add_AuthorizationServicer_to_server
-from envoy.service.discovery.v3.ads_pb2_grpc import add_AggregatedDiscoveryServiceServicer_to_server
-from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
-
 from broker import clock
 from broker.admin import api
 from broker.admin.operators import Operators, by_token, local
@@ -33,7 +27,7 @@ from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
 from broker.dataplane.compile import Written, resources
 from broker.dataplane.site import Site
-from broker.errors import BrokerError, counted
+from broker.errors import BrokerError, UsageError, counted
 from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.keys import ed25519, fernet, public_pem, write_private
@@ -49,9 +43,8 @@ from broker.namespaces import Namespaces
 from broker.pki import PlatformCA, declared_hosts
 from broker.policy.containment import Severity
 from broker.policy.snapshot import EMPTY, PolicySnapshot
-from broker.processor.access_log import AccessLog
-from broker.processor.ext_authz import ExtAuthz
-from broker.processor.ext_proc import ExtProc
+from broker.processor.health import Health
+from broker.processor.listening import listening
 from broker.processor.self_test import SelfTest
 from broker.processor.xds import Ads
 from broker.protocols.registry import ADAPTERS
@@ -65,8 +58,9 @@ _WATCH_S = 0.25
 _SYNC_S = 1.0
 _RECERTIFY_S = 86_400.0
 _GRACE_S = 5.0
+# In which an Envoy that can choose has asked once more, and sends its calls elsewhere.
+_UNASKED_S = 1.0
 _BALANCES_AT_ONCE = 1000  # a millisecond
-
 
 Announce = Callable[[str, str], None]
 
@@ -74,12 +68,21 @@ Announce = Callable[[str, str], None]
 class Server:
     """The processor, the configuration service and the admin API.
 
-    `admin` is `(host, port)`; `redis` is the URL of the ledger that several share, empty for an embedded one. `announce` hears
-    `listening` once, and `accepted` each time Envoy has taken the newest configuration; with the revision.
+    `admin` is `(host, port)`; `redis` is the URL of the ledger that several share, empty for an embedded one; `one_of_several`
+    where Envoy has other processors too. `announce` hears `listening` once, and `accepted` each time Envoy has taken the newest
+    configuration; with the revision.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - one an option of the verb
-        self, manifests: Path, state: State, site: Site, admin: tuple[str, int], announce: Announce, redis: str = ""
+        self,
+        manifests: Path,
+        state: State,
+        site: Site,
+        admin: tuple[str, int],
+        announce: Announce,
+        redis: str = "",
+        *,
+        one_of_several: bool = False,
     ) -> None:
         self._manifests, self._state, self._site, self._admin, self._announce = manifests, state, site, admin, announce
         now = clock.now()
@@ -87,7 +90,10 @@ class Server:
         self._broken = False
         self._told_day = 0
         self._loaded: Loaded | None = None
-        self._refused: str | None = "Envoy has not asked for its configuration yet"
+        # Of several, one has Envoy's ear; what the others would hear, the canary sees.
+        self._refused: str | None = None if one_of_several else "Envoy has not asked for its configuration yet"
+        self._drain_s = _UNASKED_S if one_of_several else 0.0
+        self._draining = False
         self._certified: object = None
         audit_key, jwt_key = ed25519(state.keys / "audit.key"), ed25519(state.keys / "jwt.key")
         (state.keys / "audit.pub.pem").write_bytes(public_pem(audit_key))
@@ -155,7 +161,10 @@ class Server:
         self._audit.close()
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        server = await self._listen()
+        if await asyncio.to_thread(self._state.served):
+            raise UsageError(f"another processor serves at {self._state.processor_socket}", "name each by --processor")
+        health = Health(self._faults, clock.steady)
+        server = await listening(self._services, self._ads, health, self._state.processor_socket)
         host, port = self._admin
         acts = Operators(lambda: self._snapshot, self._ledger, self._containment, clock.steady).acts
         public = [
@@ -176,25 +185,13 @@ class Server:
             background = [asyncio.create_task(each) for each in work]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
+            self._draining = True
+            await asyncio.sleep(self._drain_s)
             for task in background:
                 task.cancel()
             await server.stop(_GRACE_S)
         with contextlib.suppress(AuditUnavailable):
             self._audit.sync(clock.now())
-
-    async def _listen(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
-        add_ExternalProcessorServicer_to_server(ExtProc(self._services), server)
-        add_AuthorizationServicer_to_server(ExtAuthz(self._services), server)
-        add_AggregatedDiscoveryServiceServicer_to_server(self._ads, server)
-        add_AccessLogServiceServicer_to_server(AccessLog(self._services), server)
-        path = self._state.processor_socket
-        # The audit log's lock is held: nobody else serves this state, so a socket that is there is a dead broker's.
-        path.unlink(missing_ok=True)
-        server.add_insecure_port(f"unix:{path}")
-        await server.start()
-        path.chmod(0o600)
-        return server
 
     # Configuration.
 
@@ -268,7 +265,7 @@ class Server:
         wanted = (declared_hosts(snapshot), _day())
         # Certificates that stay the same leave Envoy's listeners, and so the open tunnels, alone.
         if wanted != self._certified:
-            doors = {"localhost", "127.0.0.1", self._site.proxy[0]}
+            doors = {"localhost", "127.0.0.1", self._site.proxy[0], self._site.reached[0][0]}
             self._certified, self._certificates = wanted, self._ca.certify(snapshot, doors, clock.now())
         return Written.of(resources(snapshot, self._site, self._certificates))
 
@@ -282,16 +279,21 @@ class Server:
 
     # The rest.
 
-    def _readiness(self) -> tuple[list[str], str]:
-        reasons = []
+    def _faults(self) -> list[str]:
+        """Why another processor, if there is one, should have the calls."""
+        reasons = ["it ends"] if self._draining else []
         if self._snapshot is EMPTY:
             reasons.append("no configuration is in force")
-        if self._refused:
-            reasons.append(f"Envoy: {self._refused}")
         if self._shared and self._shared.away:
             reasons.append(f"the shared ledger: {self._shared.away}")
         if self._self_test.failure:
             reasons.append(f"the self-test of revocation: {self._self_test.failure}")
+        return reasons
+
+    def _readiness(self) -> tuple[list[str], str]:
+        reasons = self._faults()
+        if self._refused:
+            reasons.append(f"Envoy: {self._refused}")
         if self._canary.failure:
             reasons.append(f"the must-deny canary: {self._canary.failure}")
         return reasons, self._snapshot.revision

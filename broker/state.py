@@ -12,8 +12,10 @@ Law: the folders are 0700. A Unix socket's path must fit 107 bytes (unix(7)); wh
 folder for temporary files, under a name that only this STATE has.
 """
 
+import contextlib
 import hashlib
 import os
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 from broker.errors import BrokerError
 
 _SOCKET_BYTES = 107
+_PROBE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +43,37 @@ class State:
     envoy_admin_socket: Path  # Envoy's own admin API
 
     @classmethod
-    def at(cls, folder: Path) -> "State":
-        """The folder, made if it is missing. Raises `BrokerError`."""
+    def at(cls, folder: Path, shared: Path | None = None, processor: str = "processor") -> "State":
+        """The folder, made if it is missing. Raises `BrokerError`.
+
+        `shared` is where the sockets between Envoy and its processors lie, if not in `run`; `processor` is this one's name there.
+        """
         root = folder.resolve()
         run = root / "run"
         if len(os.fsencode(run / "envoy-admin.sock")) > _SOCKET_BYTES:
             digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
             run = Path(tempfile.gettempdir()) / f"broker-{os.getuid()}-{digest}"
-        sockets = (run / "processor.sock", run / "control.sock", run / "envoy-admin.sock")
+        between = (shared or run).resolve()
+        sockets = (between / f"{processor}.sock", run / "control.sock", between / "envoy-admin.sock")
         keys, audit, ledger, outbox, alerts = (root / name for name in ("keys", "audit", "ledger.json", "outbox", "alerts"))
         state = cls(root, root / "ca.pem", keys, audit, ledger, outbox, alerts, run, *sockets)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for path in (state.keys, state.audit, run):
+            for path in (state.keys, state.audit, run, between):
                 path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise BrokerError(f"the state folder {root} can't be used ({error.strerror})", "name another with --state") from error
-        if run.stat().st_uid != os.getuid():
-            raise BrokerError(f"{run} belongs to another user", "remove it, or name another --state")
+        for path in (run, between):
+            if path.stat().st_uid != os.getuid():
+                raise BrokerError(f"{path} belongs to another user", "remove it, or name another")
+        if too_long := next((path for path in sockets if len(os.fsencode(path)) > _SOCKET_BYTES), None):
+            raise BrokerError(f"{too_long} is too long for a socket, by its {_SOCKET_BYTES} bytes", "name a folder less deep")
         return state
+
+    def served(self) -> bool:
+        """Whether somebody serves at the processor's socket."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect(str(self.processor_socket))
+            return True
+        return False

@@ -89,9 +89,9 @@ def _kubernetes() -> dict[str, str]:
 def _golden(directory: str) -> str:
     _, snapshot = _sample(directory)
     # The defaults of `broker render envoy`.
-    site = Site(
-        ("127.0.0.1", 15001), ("127.0.0.1", 15002), "/run/broker/processor.sock", "/run/broker/envoy-admin.sock", options.ROOTS[0]
-    )
+    run = "/run/broker"
+    doors = ("127.0.0.1", 15001), ("127.0.0.1", 15002)
+    site = Site(*doors, (f"{run}/processor.sock",), f"{run}/envoy-admin.sock", options.ROOTS[0])
     text: str = yaml.safe_dump(rendered(snapshot, site, placeholders(snapshot)), sort_keys=False, width=120)
     return f"# broker render envoy {directory}\n{text}"
 

@@ -56,6 +56,13 @@ def _address(text: str) -> Address:
     return Address(host.strip("[]"), int(port))
 
 
+def processor_name(text: str) -> str:
+    """What can be the name of a processor, and so of its socket. Raises `UsageError`."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", text) or text == "envoy-admin":
+        raise UsageError(f"{text!r} can't be a processor's name", "write small letters, digits and hyphens, like processor-1")
+    return text
+
+
 def _together(*options: Decorator) -> Decorator:
     def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -241,4 +248,4 @@ def site(state_folder: State, proxy: tuple[str, int], base_url: tuple[str, int])
     roots = next((path for path in ROOTS if Path(path).is_file()), None)
     if roots is None:
         raise UsageError("there are no trust roots here to verify upstreams by", "install the package ca-certificates")
-    return Site(proxy, base_url, str(state_folder.processor_socket), str(state_folder.envoy_admin_socket), roots)
+    return Site(proxy, base_url, (str(state_folder.processor_socket),), str(state_folder.envoy_admin_socket), roots)

@@ -41,13 +41,22 @@ def render() -> None:
 @options.directory
 @options.doors
 @click.option("--run", "folder", default="/run/broker", show_default=True, help="The folder of the sockets.")
-def envoy(*, manifests: Path, proxy: options.Address, base_url: options.Address, folder: str) -> None:
+@click.option(
+    "--processor",
+    "names",
+    type=options.processor_name,
+    multiple=True,
+    metavar="NAME",
+    help="A processor's name; once for each of several.",
+)
+def envoy(*, manifests: Path, proxy: options.Address, base_url: options.Address, folder: str, names: tuple[str, ...]) -> None:
     """Print Envoy's bootstrap and the resources that the broker serves over ADS, as YAML.
 
     Certificates and their keys are made by the broker at run time; here a placeholder stands for each.
     """
     snapshot = options.snapshot(manifests)
-    site = Site(proxy, base_url, f"{folder}/processor.sock", f"{folder}/envoy-admin.sock", options.ROOTS[0])
+    processors = tuple(f"{folder}/{name}.sock" for name in names or ("processor",))
+    site = Site(proxy, base_url, processors, f"{folder}/envoy-admin.sock", options.ROOTS[0])
     click.echo(yaml.safe_dump(rendered(snapshot, site, placeholders(snapshot)), sort_keys=False, width=120), nl=False)
 
 

@@ -5,6 +5,7 @@ that is really connected to only there. A tool that fails is left alone for a wh
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import envoy_data_plane.envoy.config.cluster.v3 as cluster_v3
 import envoy_data_plane.envoy.config.core.v3 as core
@@ -21,7 +22,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane.filters import http_filter, rbac_filter
-from broker.dataplane.proto import extension, inline, one_endpoint, seconds, socket
+from broker.dataplane.proto import endpoints, extension, inline, seconds, socket
 from broker.dataplane.routes import tool_cluster
 from broker.dataplane.site import PROCESSOR
 from broker.policy.agreement import is_address
@@ -75,6 +76,21 @@ _TOOL_BOUNDS = cluster_v3.CircuitBreakersThresholds(
     # Nothing repeats a call but the agent: routes have no retry policy, and if one had, nothing would come of it.
     max_retries=0,
 )
+# Of several processors: each is asked twice a second, by gRPC's own protocol (grpc.health.v1), and what does not answer within
+# a second gets no new calls: before the first that it took have timed out (MESSAGE_TIMEOUT_S). The pings end what is open on one
+# that hangs, which could not be cut by it: so it fails closed.
+_PINGS = core.KeepaliveSettings(interval=seconds(1), timeout=seconds(2))
+_HTTP2_ALIVE = {"explicit_http_config": _EXPLICIT(http2_protocol_options=core.Http2ProtocolOptions(connection_keepalive=_PINGS))}
+_ALIVE = core.HealthCheck(
+    grpc_health_check=core.HealthCheckGrpcHealthCheck(),
+    timeout=seconds(1),
+    interval=seconds(0.5),
+    no_traffic_interval=seconds(0.5),
+    unhealthy_threshold=1,
+    healthy_threshold=1,
+)
+# With one of three left, that one: by Envoy's default of half, the dead would get their share. With none, any: it fails closed.
+_ANY_THAT_ANSWERS = cluster_v3.ClusterCommonLbConfig(healthy_panic_threshold=Percent(value=1))
 # Every open call holds a stream of the processor, and every open tunnel one of the listener within. With Envoy's 1024, whoever
 # opens so many would have everyone else denied. What bounds them is memory and file descriptors.
 _UNBOUNDED = 1_000_000
@@ -96,7 +112,7 @@ def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
         connect_timeout=seconds(5),
         # A name that can't be resolved must not keep the listeners closed.
         wait_for_warm_on_init=False,
-        load_assignment=one_endpoint(name, socket((endpoint.host, endpoint.port))),
+        load_assignment=endpoints(name, socket((endpoint.host, endpoint.port))),
         transport_socket=_tls(entry, system_roots) if secure else None,
         typed_extension_protocol_options=_http(_BY_ALPN if secure else _HTTP1, filters),
         outlier_detection=_BREAKER,
@@ -105,10 +121,16 @@ def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
     )
 
 
-def processor(path: str) -> cluster_v3.Cluster:
-    """The broker's own socket."""
-    made = _static(PROCESSOR, core.Address(pipe=core.Pipe(path=path)))
+def processor(paths: tuple[str, ...]) -> cluster_v3.Cluster:
+    """The processors' sockets. Of several, each call goes to one that answers and has the fewest open."""
+    made = _static(PROCESSOR, *(core.Address(pipe=core.Pipe(path=path)) for path in paths))
     made.typed_extension_protocol_options = _http(_HTTP2, [])
+    made.circuit_breakers = cluster_v3.CircuitBreakers(thresholds=[replace(_OWN_BOUNDS, max_retries=_UNBOUNDED)])
+    if len(paths) > 1:
+        made.typed_extension_protocol_options = _http(_HTTP2_ALIVE, [])
+        made.lb_policy = cluster_v3.ClusterLbPolicy.LEAST_REQUEST
+        made.common_lb_config = _ANY_THAT_ANSWERS
+        made.health_checks = [_ALIVE]
     return made
 
 
@@ -121,12 +143,12 @@ def internal(listener: str) -> cluster_v3.Cluster:
     return made
 
 
-def _static(name: str, address: core.Address) -> cluster_v3.Cluster:
+def _static(name: str, *addresses: core.Address) -> cluster_v3.Cluster:
     return cluster_v3.Cluster(
         name=name,
         type=cluster_v3.ClusterDiscoveryType.STATIC,
         connect_timeout=seconds(1),
-        load_assignment=one_endpoint(name, address),
+        load_assignment=endpoints(name, *addresses),
         circuit_breakers=cluster_v3.CircuitBreakers(thresholds=[_OWN_BOUNDS]),
     )
 

@@ -10,7 +10,7 @@ import envoy_data_plane.envoy.config.core.v3 as core
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
 
 from broker.dataplane import clusters, listeners, namespaces, routes, site
-from broker.dataplane.proto import ADS, extension, seconds, to_processor
+from broker.dataplane.proto import ADS, ads_from_processor, extension
 from broker.dataplane.site import Certificates, Namespace, Site
 from broker.policy.snapshot import PolicySnapshot
 
@@ -73,19 +73,18 @@ def doors_of(snapshot: PolicySnapshot, namespace: Namespace) -> Resources:
 
 
 def bootstrap(place: Site) -> bootstrap_v3.Bootstrap:
-    """What Envoy starts with: the processor's socket, and the word that all else comes from there."""
-    retry = core.RetryPolicy(retry_back_off=core.BackoffStrategy(base_interval=seconds(0.05), max_interval=seconds(0.25)))
+    """What Envoy starts with: the processors' sockets, and the word that all else comes from there."""
     ads = core.ApiConfigSource(
         api_type=core.ApiConfigSourceApiType.GRPC,
         transport_api_version=core.ApiVersion.V3,
-        grpc_services=[to_processor(retry=retry)],
+        grpc_services=[ads_from_processor()],
         set_node_on_first_message_only=True,
     )
     internal = extension(core.TypedExtensionConfig, "envoy.bootstrap.internal_listener", InternalListener())
     return bootstrap_v3.Bootstrap(
         node=core.Node(id="broker", cluster="broker"),
         admin=bootstrap_v3.Admin(address=core.Address(pipe=core.Pipe(path=place.admin_socket, mode=0o600))),
-        static_resources=bootstrap_v3.BootstrapStaticResources(clusters=[clusters.processor(place.processor_socket)]),
+        static_resources=bootstrap_v3.BootstrapStaticResources(clusters=[clusters.processor(place.processors)]),
         dynamic_resources=bootstrap_v3.BootstrapDynamicResources(ads_config=ads, cds_config=ADS, lds_config=ADS),
         bootstrap_extensions=[internal],
     )

@@ -49,7 +49,7 @@ _REDIS_URL = {"name": "BROKER_REDIS_URL", "valueFrom": {"secretKeyRef": {"name":
 
 # Doors and roots reach Envoy from the processor; of the site its bootstrap holds the sockets alone, where the pods have them.
 _SOCKETS = "/var/lib/broker/run"
-_SITE = Site(("", 0), ("", 0), f"{_SOCKETS}/processor.sock", f"{_SOCKETS}/envoy-admin.sock", "")
+_SITE = Site(("", 0), ("", 0), (f"{_SOCKETS}/processor.sock",), f"{_SOCKETS}/envoy-admin.sock", "")
 _PODS = Template(Path(__file__).with_name("pods.yaml").read_text(encoding="utf-8"))
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import betterproto2
 import envoy_data_plane.envoy.config.core.v3 as core
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.google.protobuf import Any
 
 from broker.dataplane.site import PROCESSOR
@@ -15,11 +16,6 @@ from broker.dataplane.site import PROCESSOR
 ADS = core.ConfigSource(ads=core.AggregatedConfigSource(), resource_api_version=core.ApiVersion.V3)
 
 Place = TypeVar("Place")
-
-
-def extension(place: Callable[..., Place], name: str, config: betterproto2.Message) -> Place:
-    """An extension of Envoy's by name, for the `place` that it stands in (`HttpFilter`, `TransportSocket`, …)."""
-    return place(name=name, typed_config=Any.pack(config))
 
 
 def in_json(message: betterproto2.Message) -> dict[str, object]:
@@ -39,9 +35,33 @@ def inline(text: str) -> core.DataSource:
     return core.DataSource(inline_string=text)
 
 
-def to_processor(timeout: timedelta | None = None, retry: core.RetryPolicy | None = None) -> core.GrpcService:
-    """The processor, over gRPC."""
-    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=PROCESSOR, retry_policy=retry), timeout=timeout)
+def extension(place: Callable[..., Place], name: str, config: betterproto2.Message) -> Place:
+    """An extension of Envoy's by name, for the `place` that it stands in (`HttpFilter`, `TransportSocket`, …)."""
+    return place(name=name, typed_config=Any.pack(config))
+
+
+# A call that no processor has seen may go to another one. What was sent may have been counted and recorded: never that.
+_ANOTHER = core.RetryPolicy(
+    retry_on="connect-failure,refused-stream",
+    num_retries=2,
+    retry_back_off=core.BackoffStrategy(base_interval=timedelta(milliseconds=10), max_interval=timedelta(milliseconds=50)),
+    # Who is dead has the fewest calls open, and would be chosen again.
+    retry_host_predicate=[
+        extension(core.RetryPolicyRetryHostPredicate, "envoy.retry_host_predicates.previous_hosts", PreviousHostsPredicate())
+    ],
+    host_selection_retry_max_attempts=20,
+)
+
+
+def to_processor(timeout: timedelta | None = None) -> core.GrpcService:
+    """A processor, over gRPC."""
+    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=PROCESSOR), timeout=timeout, retry_policy=_ANOTHER)
+
+
+def ads_from_processor() -> core.GrpcService:
+    """The configuration, from a processor: asked for again and again until there is one."""
+    again = core.RetryPolicy(retry_back_off=core.BackoffStrategy(base_interval=seconds(0.05), max_interval=seconds(0.25)))
+    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=PROCESSOR, retry_policy=again))
 
 
 def sds(path: str) -> core.ConfigSource:
@@ -70,7 +90,7 @@ def socket(address: tuple[str, int], namespace: str = "", *, udp: bool = False) 
     )
 
 
-def one_endpoint(cluster: str, address: core.Address) -> ClusterLoadAssignment:
-    """A cluster's only endpoint."""
-    endpoint = LbEndpoint(endpoint=Endpoint(address=address))
-    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=[endpoint])])
+def endpoints(cluster: str, *addresses: core.Address) -> ClusterLoadAssignment:
+    """A cluster's endpoints."""
+    each = [LbEndpoint(endpoint=Endpoint(address=address)) for address in addresses]
+    return ClusterLoadAssignment(cluster_name=cluster, endpoints=[LocalityLbEndpoints(lb_endpoints=each)])

@@ -50,15 +50,22 @@ DECISION_HEADER = "x-broker-decision-id"
 class Site:
     """One Envoy's surroundings. Addresses are `(host, port)`; paths are absolute.
 
-    `processor_socket` is the Unix socket of ext_proc, ext_authz, xDS and access logs; `admin_socket` is Envoy's own admin API;
-    `system_roots` is a PEM file with the trust roots for tools without their own.
+    `processors` are Unix sockets, each of which serves ext_proc, ext_authz, xDS and access logs; `admin_socket` is Envoy's own
+    admin API; `system_roots` is a PEM file with the trust roots for tools without their own; `reached_at` is the host at which
+    the processor reaches the doors, empty where that is the address they listen at.
     """
 
     proxy: tuple[str, int]
     base_url: tuple[str, int]
-    processor_socket: str
+    processors: tuple[str, ...]
     admin_socket: str
     system_roots: str
+    reached_at: str = ""
+
+    @property
+    def reached(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Where the processor reaches the doors: the proxy, and the base URL."""
+        return (self.reached_at or self.proxy[0], self.proxy[1]), (self.reached_at or self.base_url[0], self.base_url[1])
 
 
 # The doors inside a namespace; where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).

@@ -35,7 +35,7 @@ def dump(admin):
 @pytest.fixture
 def canary(world, admin):
     ready = world.broker.ready
-    return Canary(Site(address(ready["proxy"]), address(ready["base_url"]), "", str(admin), ""))
+    return Canary(Site(address(ready["proxy"]), address(ready["base_url"]), (), str(admin), ""))
 
 
 def each(node, name):
@@ -172,7 +172,7 @@ def test_the_canary_is_refused_at_every_door_and_is_in_the_record(world, canary)
 
 def test_a_door_that_lets_it_pass_is_told(world, canary):
     # A plain server that answers everybody.
-    canary._site = Site(canary._site.proxy, ("127.0.0.1", world.plain.port), "", canary._site.admin_socket, "")
+    canary._site = Site(canary._site.proxy, ("127.0.0.1", world.plain.port), (), canary._site.admin_socket, "")
     assert asyncio.run(canary.doors()) == "the base-url door answers 200 to what nobody may do"
 
 
@@ -181,8 +181,8 @@ def test_what_can_not_be_tried_is_told_once_and_again_when_it_can(canary, shut):
     told, whole = [], canary._site
     watch = Watch("the canary", canary.test, told.append, every_s=0.01)
     away = ("127.0.0.1", stack.free_port())
-    door = Site(away, whole.base_url, "", whole.admin_socket, "")
-    canary._site = door if shut == "a door" else Site(whole.proxy, whole.base_url, "", "/nowhere", "")
+    door = Site(away, whole.base_url, (), whole.admin_socket, "")
+    canary._site = door if shut == "a door" else Site(whole.proxy, whole.base_url, (), "/nowhere", "")
 
     async def play():
         running = asyncio.create_task(watch.run())

@@ -287,7 +287,7 @@ def test_an_envoy_whose_processor_has_no_configuration_opens_no_door_until_there
             assert _status(f"{health}/readyz") == 503
             run = place.state / "run"
             where = Site(
-                ("127.0.0.1", doors["--proxy"]), ("127.0.0.1", doors["--base-url"]), str(run / "processor.sock"),
+                ("127.0.0.1", doors["--proxy"]), ("127.0.0.1", doors["--base-url"]), (str(run / "processor.sock"),),
                 str(run / "envoy-admin.sock"), "/etc/ssl/certs/ca-certificates.crt",
             )  # fmt: skip
             with _envoy(where, place.folder):
@@ -396,7 +396,7 @@ def _rogue_place() -> Iterator[tuple[Rogue, SimpleNamespace, str]]:
     with _place() as place:
         port = stack.free_port()
         where = Site(
-            ("127.0.0.1", stack.free_port()), ("127.0.0.1", port), str(place.folder / "processor.sock"),
+            ("127.0.0.1", stack.free_port()), ("127.0.0.1", port), (str(place.folder / "processor.sock"),),
             str(place.folder / "admin.sock"), "/etc/ssl/certs/ca-certificates.crt",
         )  # fmt: skip
         snapshot = load(place.manifests).snapshot

@@ -51,7 +51,7 @@ class Played:
         (tmp_path / "run").mkdir()
         self.folder, self.verdict, self.told, self.recorded = tmp_path / "run", verdict, [], []
         self.namespaces = Namespaces(self.folder, tmp_path / "manifests", self._publish, self.recorded.append)
-        site = Site(("127.0.0.1", 1), ("127.0.0.1", 2), "/p", "/a", "/r")
+        site = Site(("127.0.0.1", 1), ("127.0.0.1", 2), ("/p",), "/a", "/r")
         self.base = Written.of(resources(snapshot, site, CERTIFICATES))
 
     def _publish(self, written):

@@ -1,0 +1,207 @@
+"""Several processors behind one Envoy: one dies, hangs, is upgraded or cut off, and only calls in flight on it fail, closed."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import stack
+from processors import Fleet
+
+import broker
+
+pytestmark = [pytest.mark.envoy, pytest.mark.slow]
+
+NAMES = ("one", "two", "three")
+CALLERS = 6
+LIMIT = 400
+LIST = {"match": {"method": "GET", "path": "/items"}, "effect": "read"}
+FOUND = {"match": {"method": "GET", "path": "/items/{id}"}, "effect": "read"}
+NOTICED_S = 2.5  # a second and a half, on a machine that does much else
+# Denied, or cut in the middle of its answer.
+CLOSED = {503, 0}
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    server = stack.Upstream()
+    yield server
+    server.close()
+
+
+def tool(upstream, **operations):
+    address = f"http://127.0.0.1:{upstream.port}"
+    return stack.tool("plain", address, {"items.list": LIST, **operations}, upstream={"addresses": ["127.0.0.0/8"]})
+
+
+def agent(*operations, **limits):
+    granted = {name: {} for name in ("items.list", *operations)}
+    return stack.agent("caller", {"plain": {"operations": granted}}, limits=limits)
+
+
+@pytest.fixture(scope="module")
+def running(upstream):
+    # What a busy machine does to Redis is not the subject here.
+    reads_pass = stack.platform(ledger={"unsafe_reads_without_redis": True})
+    fleet = Fleet(*NAMES, documents=[tool(upstream), agent(), reads_pass])
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def fleet(running, upstream):
+    """All of it whole."""
+    for each in running.processors:
+        if each.process.poll() is not None:
+            each.start()
+    for each in running.processors:
+        each.until_ready()
+    upstream.seen.clear()
+    return running
+
+
+def test_calls_are_spread_over_all_processors(fleet):
+    before = [each.decided for each in fleet.processors]
+    with fleet.load() as load:
+        load.more(300)
+    shares = [each.decided - known for each, known in zip(fleet.processors, before, strict=True)]
+    assert sum(shares) == len(load.answers)
+    assert min(shares) > sum(shares) / 10, shares
+    assert load.failed == []
+
+
+def test_of_one_that_is_killed_only_the_calls_in_flight_fail_and_closed(fleet, upstream):
+    with fleet.load(CALLERS) as load:
+        fleet.processors[1].kill()
+        killed = time.monotonic()
+        load.more(300)
+    # Envoy's workers hear of it a moment later.
+    assert all(began < killed + 0.1 for began, _, _ in load.failed), [(b - killed, e - killed, a) for b, e, a in load.failed]
+    assert len(load.failed) <= CALLERS
+    assert {answer.status_code for _, _, answer in load.failed} <= CLOSED
+    assert len(upstream.seen) <= len(load.answers)  # what may have been judged is never judged again
+
+
+def test_of_one_that_hangs_only_the_calls_in_flight_fail_and_closed_and_it_serves_again(fleet, upstream):
+    hung = fleet.processors[1]
+    with fleet.load(CALLERS) as load:
+        hung.freeze()
+        frozen = time.monotonic()
+        stack.until(lambda: time.monotonic() > frozen + 4 and load.more(300) is None, 20, "calls go on")
+        hung.thaw()
+        known = hung.decided
+        stack.until(lambda: hung.decided > known + 20, 10, "it serves again")
+    assert all(began < frozen + NOTICED_S for began, _, _ in load.failed), [
+        (b - frozen, e - b, a.text) for b, e, a in load.failed
+    ]
+    assert len(load.failed) <= 2 * CALLERS
+    assert {answer.status_code for _, _, answer in load.failed} <= CLOSED
+    assert len(upstream.seen) <= len(load.answers)
+
+
+def version(folder: Path) -> Path:
+    """Another version of the code: this one under another number."""
+    shutil.copytree(Path(broker.__file__).parent, folder / "broker", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "broker" / "__init__.py"
+    file.write_text(file.read_text().replace(broker.__version__, "99.0.0"))
+    return folder
+
+
+def test_a_rolling_upgrade_under_load_fails_at_most_calls_in_flight(fleet, tmp_path):
+    newer = version(tmp_path)
+    with fleet.load(CALLERS) as load:
+        stopped = []
+        for each in fleet.processors:
+            stopped.append(time.monotonic())
+            assert each.terminate() == 0
+            each.start(newer)
+            each.until_ready()
+            known = each.decided
+            stack.until(lambda each=each, known=known: each.decided > known + 20, 10, "it serves")
+    assert len(load.failed) <= CALLERS, [(b - moment, answer.text) for b, _, answer in load.failed for moment in stopped]
+    assert {answer.status_code for _, _, answer in load.failed} <= CLOSED
+
+
+def test_without_any_nothing_passes_and_with_the_first_that_comes_calls_do(fleet, upstream):
+    for each in fleet.processors:
+        each.kill()
+    upstream.seen.clear()
+    with fleet.client() as client:
+        assert {client.get("/plain/items").status_code for _ in range(20)} == {503}
+    assert upstream.seen == []
+    fleet.processors[2].start()
+    stack.until(lambda: fleet.call().status_code == 200, 20, "calls are served")
+
+
+def test_whichever_are_left_bring_a_change_to_envoy_and_those_that_come_later_agree(fleet, upstream):
+    one, two, three = fleet.processors
+    assert fleet.call(path="/plain/items/1").status_code == 403
+    one.kill()
+    two.freeze()
+    stack.write_manifest(fleet.manifests, tool(upstream, **{"items.get": FOUND}))
+    stack.write_manifest(fleet.manifests, agent("items.get"))
+    stack.until(lambda: fleet.call(path="/plain/items/1").status_code == 200, 20, "the change is in force")
+    two.thaw()
+    one.start()
+    one.until_ready()
+    stack.until(lambda: len({each.health().get("revision") for each in fleet.processors}) == 1, 10, "all have one revision")
+    assert three.health()["ready"]
+    with fleet.client() as client:
+        answers = [client.get("/plain/items/1") for _ in range(30)]
+    assert {answer.status_code for answer in answers} == {200}
+
+
+def test_a_name_is_one_processors_alone(fleet, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _serve(fleet, tmp_path, "one", fleet.redis.url)
+    assert "another processor serves at" in refused.value.stderr
+    assert fleet.call().status_code == 200
+
+
+def test_processors_of_one_envoy_must_count_together(fleet, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _serve(fleet, tmp_path, "four", "")
+    assert "must count together; name their ledger with --redis" in refused.value.stderr
+
+
+def _serve(fleet, folder, name, redis):
+    command = [*stack.BROKER, "serve", "--manifests", fleet.manifests, "--state", folder / "s", "--run", fleet.run]
+    options = ["--processor", name, "--admin", f"127.0.0.1:{stack.free_port()}", "--redis", redis]
+    subprocess.run([*command, *options], capture_output=True, text=True, timeout=30, check=True)
+
+
+def test_one_that_is_cut_off_from_the_ledger_judges_nothing_and_the_limit_holds(upstream):
+    upstream.seen.clear()
+    fleet = Fleet(*NAMES, documents=[tool(upstream), agent(calls=f"{LIMIT}/day")])
+    try:
+        with fleet.load(CALLERS) as load:
+            fleet.link.cut()
+            stack.until(lambda: load.statuses[429] > 100, 30, "nothing is left to spend")
+            assert not fleet.processors[2].health()["ready"]
+        assert load.statuses[200] <= LIMIT
+        assert len(upstream.seen) <= LIMIT
+        # It denied what came in the second until Envoy had asked it; the others served.
+        assert load.statuses[200] > LIMIT * 0.8, load.statuses
+        fleet.link.mend()
+        fleet.processors[2].until_ready()
+        with fleet.load(CALLERS) as after:
+            after.more(100)
+        assert len(upstream.seen) <= LIMIT
+        assert fleet.processors[2].decided
+    finally:
+        fleet.close()
+
+
+def test_while_the_ledger_is_away_from_all_of_them_nothing_that_counts_passes(upstream):
+    fleet = Fleet(*NAMES, documents=[tool(upstream), agent(calls=f"{LIMIT}/day")])
+    try:
+        fleet.redis.stop()
+        upstream.seen.clear()
+        with fleet.client() as client:
+            answers = [client.get("/plain/items") for _ in range(30)]
+        assert {answer.status_code for answer in answers} == {503}
+        assert {answer.json()["code"] for answer in answers} == {"ledger_unavailable"}
+        assert upstream.seen == []
+    finally:
+        fleet.close()
