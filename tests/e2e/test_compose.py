@@ -4,16 +4,27 @@ Redis and Prometheus are Debian's own. Grafana is in no registry that tests reac
 formed and in place, `unit/test_compose.py` says.
 """
 
-from collections.abc import Iterator
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from docker.errors import ContainerError
+from testcontainers.compose import DockerCompose
 
+from broker.dataplane.kubernetes import ADMIN_PORT
 from tests import stack
-from tests.engine import BASE, Engine, engine
+from tests.engine import BASE, NAME_SERVER, Engine, engine
+from tests.namespaces import within
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "compose"
@@ -100,3 +111,249 @@ def _health(run: Any) -> str:
         return "" if found == "starting" else found
 
     return stack.until(state, 60, "a verdict on the container's health")
+
+
+# The stack.
+
+
+@dataclass
+class Stack:
+    """What `compose.yaml` describes, up and running, but for Grafana."""
+
+    engine: Engine
+    compose: DockerCompose
+
+    def container(self, service: str) -> Any:
+        (found,) = self.engine.client.containers.list(
+            all=True, filters={"label": [f"com.docker.compose.service={service}", "com.docker.compose.oneoff=False"]}
+        )
+        return found
+
+    def network(self, name: str) -> Any:
+        (found,) = self.engine.client.networks.list(filters={"label": f"com.docker.compose.network={name}"})
+        return found
+
+    def agent(self, *arguments: str) -> list[str]:
+        """The lines that one more run of the agent prints; an error where it does not end with 0."""
+        command = [*self.compose.docker_compose_command(), "run", "--rm", "-T", "agent", *arguments]
+        return self.compose._run_command(command).stdout.decode().splitlines()
+
+    def ask_prometheus(self, path: str, **query: str) -> tuple[int, Any]:
+        """By the port that is published, which is on the loopback of where the engine is."""
+        with closing(HTTPConnection("127.0.0.1")) as asked:
+            asked.sock = within(self.engine.network, lambda: socket.create_connection(("127.0.0.1", 9090), 5))
+            asked.request("GET", f"{path}?{urlencode(query)}")
+            answer = asked.getresponse()
+            return answer.status, json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def running(containers: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("compose")
+    (folder / "without-grafana.yaml").write_text("services: {grafana: {profiles: [registry]}}\n")
+    # Testcontainers calls `docker compose`; Debian's may be a program of its own.
+    (folder / "docker").write_text('#!/bin/sh\nshift\nexec docker-compose "$@"\n')
+    (folder / "docker").chmod(0o755)
+    images = {"BROKER_IMAGE": BROKER, "REDIS_IMAGE": REDIS, "PROMETHEUS_IMAGE": PROMETHEUS}
+    files = ["compose.yaml", str(folder / "without-grafana.yaml")]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DOCKER_HOST": containers.url, **images}.items():
+            patch.setenv(name, value)
+        with DockerCompose(COMPOSE, files, wait=False, docker_command_path=str(folder / "docker")) as compose:
+            yield Stack(containers, compose)
+
+
+WORK = {
+    "refund 12.00": "allowed",
+    "refund 990.00": "params_invalid",
+    "delete a charge": "operation_not_declared",
+    "search pages (MCP)": "allowed",
+    "delete a page (MCP)": "operation_not_declared",
+    "a host that nobody declared": "Tunnel connection failed: 403 Forbidden",
+}
+PAST = (
+    *("the tool itself", "Redis", "a processor's admin port", "the host", "the internet", "the cloud's metadata"),
+    *("a name, by the system", "a name server"),
+)
+
+
+def _table(lines: list[str]) -> dict[str, str]:
+    rows = (re.fullmatch(r"  (\S.{30}\S?) +(.+)", line) for line in lines)
+    return {row[1].strip(): row[2] for row in rows if row}
+
+
+def test_the_agent_does_what_it_may_and_finds_no_way_past_envoy(running):
+    assert _table(running.agent()) == WORK | dict.fromkeys(PAST, "no way")
+    # The tools saw the two calls that were allowed, with credentials that the agent does not have.
+    seen = [line.partition("  authorization: ") for line in running.container("tools").logs().decode().splitlines()]
+    assert [(request, credential[:9]) for request, _, credential in seen] == [
+        ('POST /v1/refunds {"charge": "ch_1", "amount": 1200}', "Bearer sk"),
+        ("tools/call search_pages", "Bearer ey"),
+    ]
+
+
+def test_the_agents_own_tries_can_succeed_where_there_is_a_way(running):
+    tries = (
+        f"import sys; sys.path.insert(0, '/'); import agent; print(agent.resolve('evil.example'), agent.ask_dns('{NAME_SERVER}'))"
+    )
+    agent = [f"{COMPOSE}/agent/agent.py:/agent.py:ro"]
+    printed = running.engine.in_image(
+        BROKER, "/usr/bin/python3", "-c", tries, volumes=agent, network=running.network("view").name
+    )
+    assert printed.count("REACHED") == 2
+
+
+def test_each_volume_holds_what_its_container_needs_and_no_more(running):
+    def files(name: str) -> set[str]:
+        (volume,) = running.engine.client.volumes.list(filters={"label": f"com.docker.compose.volume={name}"})
+        listed = "cd /v && find . -type f -printf '%P %U %m\\n'"
+        return set(running.engine.in_image(BROKER, "sh", "-c", listed, user="root", volumes=[f"{volume.name}:/v"]).splitlines())
+
+    assert files("agent") == {"ca.pem 10001 600", "token 10001 600"}
+    assert files("tools") == {"ca.key 10001 600", "tools.pem 10001 600"}
+    assert files("tools-ca") == {"tools.pem 10001 644"}
+    kept = {line.split()[0] for line in files("processor-2")}
+    assert {"ca.pem", "redis-password", *(f"keys/{name}.key" for name in ("ca", "jwt", "tokens", "audit"))} <= kept
+
+
+# Tries addresses from wherever it runs. A refusal is an answer too: somebody is there.
+_TRY = """
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def attempt(address):
+    try:
+        socket.create_connection(address, 2).close()
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError:
+        return "nothing"
+    return "answered"
+targets = [tuple(each) for each in json.loads(sys.argv[1])]
+with ThreadPoolExecutor(len(targets)) as pool:
+    print(json.dumps([[*target, came] for target, came in zip(targets, pool.map(attempt, targets))]))
+"""
+
+
+def _reached(sitting: Any, targets: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    done = sitting.exec_run(["/usr/bin/python3", "-c", _TRY, json.dumps(sorted(targets))])
+    assert done.exit_code == 0, done.output.decode()
+    return {(host, port): came for host, port, came in json.loads(done.output) if came != "nothing"}
+
+
+@pytest.fixture(scope="module")
+def sitting(running: Stack) -> Iterator[Any]:
+    """The agent's container, made as Compose makes it, with nothing in it but time."""
+    command = [*running.compose.docker_compose_command(), "run", "--detach", "--entrypoint", "sleep 600", "agent"]
+    name = running.compose._run_command(command).stdout.decode().split()[-1]
+    container = running.engine.client.containers.get(name)
+    yield container
+    container.remove(force=True)
+
+
+def _addresses(container: Any) -> dict[str, str]:
+    container.reload()
+    networks: Mapping[str, Any] = container.attrs["NetworkSettings"]["Networks"]
+    return {name.rpartition("_")[2]: each["IPAddress"] for name, each in networks.items()}
+
+
+PORTS = (15001, 15002, 15003, 6379, 8443, 8444, 9090)
+
+
+def test_from_the_agents_network_nothing_answers_but_envoys_doors(running, sitting):
+    others = [each for each in running.engine.client.containers.list() if each.id != sitting.id]
+    assert len(others) == len({"envoy", *PROCESSORS, "redis", "tools", "prometheus"})
+    everywhere = {(address, port) for each in others for address in _addresses(each).values() for port in PORTS}
+    doors = _addresses(running.container("envoy"))["agents"]
+    # It can see: on the tools' network too, it finds the tools.
+    tools = running.network("tools")
+    tools.connect(sitting)
+    found = _reached(sitting, everywhere)
+    address = _addresses(running.container("tools"))["tools"]
+    assert found[address, 8443] == found[address, 8444] == "answered"
+    tools.disconnect(sitting)
+    found = _reached(sitting, everywhere)
+    assert {target for target, came in found.items() if came == "answered"} == {(doors, 15001), (doors, 15002)}
+    assert {host for host, _ in found} == {doors}
+
+
+def test_the_host_is_not_on_the_agents_network(running, sitting):
+    """An engine gives a bridge an address, by which containers reach what listens on the host, on internal networks too."""
+    with within(running.engine.network, lambda: socket.create_server(("0.0.0.0", 0))) as listening:
+        port = listening.getsockname()[1]
+        everyone = {(_gateway(each), port) for each in running.engine.client.networks.list() if _gateway(each)}
+        assert _reached(sitting, everyone) == {}
+        plain = running.engine.client.networks.create("plain", internal=True)
+        plain.connect(sitting)
+        plain.reload()
+        assert _reached(sitting, {(_gateway(plain), port)}) == {(_gateway(plain), port): "answered"}
+        plain.disconnect(sitting)
+        plain.remove()
+
+
+def _gateway(network: Any) -> str:
+    configured = network.attrs["IPAM"]["Config"] or [{}]
+    return str(configured[0].get("Gateway", ""))
+
+
+def test_redis_wants_its_password(running):
+    said = running.container("redis").exec_run(["redis-cli", "dbsize"]).output.decode()
+    assert said.startswith("NOAUTH")
+
+
+def test_prometheus_sees_three_processors_and_takes_what_the_dashboard_asks(running):
+    def up() -> bool:
+        _, answer = running.ask_prometheus("/api/v1/query", query="up")
+        found = {each["metric"]["instance"]: each["value"][1] for each in answer["data"]["result"]}
+        return found == {f"{name}:{ADMIN_PORT}": "1" for name in PROCESSORS}
+
+    stack.until(up, 30, "three processors are up")
+    dashboard = json.loads((COMPOSE / "grafana/dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    assert len(asked) > 30
+    told = set()
+    for expression in asked:
+        filled = expression.replace("$__rate_interval", "1m").replace("$agent", "[^/]+").replace("$tool", "[^/]+")
+        status, answer = running.ask_prometheus("/api/v1/query", query=filled)
+        assert (status, answer["status"]) == (200, "success"), (expression, answer)
+        told |= {expression} if answer["data"]["result"] else set()
+    # Of models, alerts and restrictions there is nothing to tell here; of what has happened, there is.
+    for name in (
+        "decisions_total",
+        "decision_duration",
+        "upstream_duration",
+        "ledger_reserve",
+        "ledger_up",
+        "configuration_info",
+        "budget_spent",
+    ):
+        assert any(name in expression for expression in told), (name, told)
+    # It can say no.
+    assert running.ask_prometheus("/api/v1/query", query="sum(")[0] == 400
+
+
+_CALLS = """
+import json, sys, time
+sys.path.insert(0, "/")
+import agent
+agent.equip()
+came = []
+for _ in range(100):
+    came.append(agent.call("GET", agent.PAYMENTS + "/v1/charges/ch_1"))
+    time.sleep(0.05)
+print(json.dumps(came))
+"""
+
+
+def test_calls_go_on_when_a_processor_is_killed(running, sitting):
+    with ThreadPoolExecutor() as pool:
+        calling = pool.submit(sitting.exec_run, ["/usr/bin/python3", "-c", _CALLS])
+        time.sleep(1)
+        running.container("processor-2").kill()
+        came = json.loads(calling.result().output)
+    # What the processor that died was asked is denied, never let through unasked; from then on the others are asked.
+    assert came[-50:] == ["allowed"] * 50
+    assert came.count("allowed") >= len(came) - 5, came
+    for name in ("processor-1", "processor-3"):
+        verified = running.container(name).exec_run(["broker", "audit", "verify", "--state", "/var/lib/broker", "--json"])
+        assert verified.exit_code == 0, verified.output
+        assert json.loads(verified.output)["records"] > 20
