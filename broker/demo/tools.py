@@ -134,9 +134,12 @@ def main(certificate: Path) -> None:
         sys.stdout.write(f"{seen.request}  authorization: {seen.authorization[:24]}…\n")
         sys.stdout.flush()
 
+    ends = {signal.SIGINT, signal.SIGTERM}
+    # Before there are other threads: in a container, as process 1, a signal that one of them could take is lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     _payments(At("0.0.0.0", PAYMENTS_PORT, certificate), told)  # noqa: S104 - a container's network, which compose.yaml draws
     _wiki(At("0.0.0.0", WIKI_PORT, certificate), told, sessions=False)  # noqa: S104 - the same
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    signal.sigwait(ends)
 
 
 if __name__ == "__main__":

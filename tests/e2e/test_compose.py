@@ -295,6 +295,41 @@ def _gateway(network: Any) -> str:
     return str(configured[0].get("Gateway", ""))
 
 
+def test_a_revocation_at_one_processor_holds_at_all_and_so_does_its_release(running, sitting):
+    def answers(wanted: str) -> bool:
+        done = sitting.exec_run(["/usr/bin/python3", "-c", _SEARCHES])
+        return set(json.loads(done.output)) == {wanted}
+
+    for verb, at, wanted in (("revoke", "processor-1", "agent_revoked"), ("release", "processor-3", "allowed")):
+        acted = ["broker", "agents", verb, "refund-bot", "--reason", "drill", "--state", "/var/lib/broker"]
+        done = running.container(at).exec_run(acted)
+        assert done.exit_code == 0, done.output.decode()
+        # The tokens of before stay dead; `keys` makes one anew.
+        keys = running.container("keys")
+        keys.start()
+        assert keys.wait(timeout=30)["StatusCode"] == 0
+        stack.until(lambda wanted=wanted: answers(wanted), 10, wanted)
+    decided = [_decided(running, name) for name in PROCESSORS]
+    assert all(decided), decided
+
+
+# More calls than there are processors, each on a connection of its own.
+_SEARCHES = """
+import json, sys
+sys.path.insert(0, "/")
+import agent
+agent.equip()
+print(json.dumps([agent.tool("search_pages", query="refunds") for _ in range(12)]))
+"""
+
+
+def _decided(running: Stack, processor: str) -> int:
+    """How many decisions stand in a processor's own record."""
+    asked = ["broker", "audit", "query", "--state", "/var/lib/broker", "--json"]
+    done = running.container(processor).exec_run(asked)
+    return done.output.count(b'"event":"decision"')
+
+
 def test_redis_wants_its_password(running):
     said = running.container("redis").exec_run(["redis-cli", "dbsize"]).output.decode()
     assert said.startswith("NOAUTH")
