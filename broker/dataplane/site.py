@@ -66,6 +66,8 @@ DOOR_PORT = 15001
 TRANSPARENT_PORTS = (80, 443)
 DNS_PORT = 53
 CAPTURED = ("198.18.0.1", "2001:2::1")
+# In the log of a namespace's questions to DNS: who asks, and the answer's code (RFC 1035 section 4.1.1) before the name.
+ASKING, ASKED = "agent", "asked"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import stack
@@ -47,7 +48,7 @@ def place() -> Iterator[SimpleNamespace]:
         stack.agent("coder", {"api": GRANTED, "wiki": GRANTED}),
         stack.agent("other", {"wiki": GRANTED}),
         stack.agent("leaver", {"api": GRANTED}),
-        stack.agent("learner", {"api": GRANTED}),
+        *(stack.agent(name, {"api": GRANTED}) for name in ("learner", "resolver", "flooder")),
     )
     (manifests / "ca.pem").write_text(ca.pem)
     broker = stack.Broker(manifests, folder / "state", within=host.within)
@@ -187,6 +188,57 @@ def test_only_the_names_of_the_agents_own_tools_resolve_and_new_ones_without_a_r
         stack.until(found)
     finally:
         running.close()
+
+
+QUESTIONS = r"""
+import socket, sys
+def ask(name, kind=1, tcp=False):
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    made = socket.socket(type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+    made.settimeout(5)
+    made.connect(("192.0.2.53", 53))
+    made.send(bytes.fromhex("627201000001000000000000") + labels + b"\0" + bytes([0, kind, 0, 1]))
+    return made.recv(512)[3] & 15
+"""
+
+
+def asked_in_vain(place: SimpleNamespace, agent: str) -> list[dict[str, Any]]:
+    found = place.broker.decisions(code="host_not_declared")
+    return [each for each in found if each["agent"].get("name") == agent and each["detail"].startswith("DNS was asked")]
+
+
+def test_a_name_that_is_asked_of_dns_and_not_declared_stands_in_the_record_and_among_the_denials(place):
+    names = f"for name in ('c2VjcmV0.evil.test', 'C2VjcmV0.EVIL.test', '{API}', '{LATER}'):\n"
+    done = run(place, PYTHON, "-c", f"{QUESTIONS}{names}  for kind in (1, 28, 16): print(ask(name, kind))", agent="resolver")
+    # The codes 3 (no such name) and 4 (no such kind of question), at any address.
+    assert done.stdout.split() == ["3", "3", "4"] * 2 + ["0", "0", "4"] + ["3", "3", "4"], done.stderr
+    stack.until(lambda: len(asked_in_vain(place, "resolver")) == 2)
+    first, second = asked_in_vain(place, "resolver")
+    assert (first["host"], second["host"], first["door"]) == ("c2vjcmv0.evil.test", LATER, "namespace")
+    assert first["detail"] == "DNS was asked for 'c2vjcmv0.evil.test', which is not declared"
+    command = [*stack.BROKER, "denials", "--agent", "resolver", "--state", str(place.broker.state)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "c2vjcmv0.evil.test" in shown.stdout
+
+
+def test_a_flood_of_names_is_a_few_records_and_one_that_says_that_there_are_more(place):
+    flood = "for number in range(5000): ask(f'{number}.evil.test')"
+    assert run(place, PYTHON, "-c", f"{QUESTIONS}{flood}", agent="flooder").returncode == 0
+    found = stack.until(lambda: [each for each in asked_in_vain(place, "flooder") if not each["host"]])
+    assert found[0]["detail"] == "DNS was asked for more than 20 such names within a minute"
+    # Others are not kept from theirs, and a flood may go on into another minute.
+    assert run(place, "getent", "hosts", "other.evil.test", agent="resolver").returncode == 2
+    stack.until(lambda: asked_in_vain(place, "resolver")[-1]["host"] == "other.evil.test")
+    assert 21 <= len(asked_in_vain(place, "flooder")) <= 42
+
+
+def test_dns_over_tcp_is_refused_at_once(place):
+    began = time.monotonic()
+    done = run(place, PYTHON, "-c", f"{QUESTIONS}ask('{API}', tcp=True)")
+    assert "ConnectionRefusedError" in done.stderr
+    done = run(place, "sh", "-c", f"RES_OPTIONS=use-vc getent hosts {API}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert time.monotonic() - began < 4, "a resolver would wait 5 s for an answer"
 
 
 # No way out.
