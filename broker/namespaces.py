@@ -7,10 +7,13 @@ one is answered when Envoy listens in it, or has said why not.
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +30,40 @@ _AS_ROOT = "run `broker up` as root, on the same machine"
 _PATIENCE_S = 4.0  # less than who asks waits; Envoy answers within milliseconds, or a second while it is started again
 
 
+_CLONE_NEWNET = 0x40000000
+_SETTLED_S = 1.0  # Envoy has taken the doors' configuration; milliseconds later it listens
+
+
 @dataclass(slots=True)
-class _Held:
-    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer."""
+class Held:
+    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer.
+
+    `joined` is when Envoy took its doors, by the loop's clock, 0 before; `ended` says that it has been let go.
+    """
 
     namespace: Namespace
     inode: int
     descriptor: int
     process: int
     doors: Written
-    joined: bool = False
+    joined: float = 0.0
+    ended: bool = False
+
+    def socket(self) -> socket.socket:
+        """For TCP over IPv4, in the namespace: it stays where it was made (network_namespaces(7)). Raises `OSError`."""
+        made: list[socket.socket] = []
+
+        def make() -> None:  # in a thread of its own, for no other work may find itself in there
+            if ctypes.CDLL(None).setns(self.descriptor, _CLONE_NEWNET) == 0:
+                made.append(socket.socket())
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        if not made:
+            raise OSError(f"namespace {self.namespace.key} can't be entered")
+        made[0].setblocking(False)  # noqa: FBT003 - the library's
+        return made[0]
 
 
 class Namespaces:
@@ -49,7 +76,7 @@ class Namespaces:
         self._folder, self._manifests, self._publish, self._record = folder, str(manifests.resolve()), publish, record
         self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
         self._base = self._shared = _NOTHING
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         for left in folder.glob(f"{_LINK}*"):
             left.unlink()
         self._changing = asyncio.Lock()
@@ -70,6 +97,14 @@ class Namespaces:
         if self._verdict and not self._verdict.done():
             self._verdict.set_result(error)
 
+    def in_turn(self) -> Held | None:
+        """One whose doors are open, each time another."""
+        before = asyncio.get_running_loop().time() - _SETTLED_S
+        found = next((held for held in self._held.values() if 0 < held.joined < before), None)
+        if found:
+            self._held[found.inode] = self._held.pop(found.inode)  # to the end
+        return found
+
     @property
     def acts(self) -> Mapping[str, Act]:
         """What is asked over the control socket."""
@@ -87,15 +122,15 @@ class Namespaces:
             if error := await self._opened(held):
                 self._release(held)
                 raise BrokerError(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
-            held.joined = True
+            held.joined = asyncio.get_running_loop().time()
         log.info("namespace %s is %s's", held.namespace.key, agent)
         self._record(f"namespace {held.namespace.key} is {agent}'s")
         return self._told(held)
 
-    def _told(self, held: _Held) -> dict[str, str]:
+    def _told(self, held: Held) -> dict[str, str]:
         return {"namespace": held.namespace.key, "manifests": self._manifests}
 
-    def _hold(self, agent: str, pid: int) -> _Held:
+    def _hold(self, agent: str, pid: int) -> Held:
         with contextlib.ExitStack() as opened:
             try:
                 process = _kept(opened, os.pidfd_open(pid))
@@ -115,12 +150,12 @@ class Namespaces:
             path = self._folder / f"{_LINK}{key}"
             path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
             namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
-            held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
+            held = Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
             opened.pop_all()
         self._held[inode] = held
         return held
 
-    async def _opened(self, held: _Held) -> str | None:
+    async def _opened(self, held: Held) -> str | None:
         """Have Envoy open the doors; its words where it does not."""
         if self._shared is _NOTHING:
             self._shared = await _shared(self._snapshot, self._certificates)
@@ -132,10 +167,11 @@ class Namespaces:
             return f"no answer within {_PATIENCE_S:.0f} s"
         return refused if held.inode in self._held else "its process has ended"
 
-    def _release(self, held: _Held) -> None:
+    def _release(self, held: Held) -> None:
         """The process that brought it has ended, and with it all that was in it (or Envoy refused it)."""
         if self._held.pop(held.inode, None) is None:
             return
+        held.ended = True
         asyncio.get_running_loop().remove_reader(held.process)
         self._publish_all()
         Path(held.namespace.path).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """`broker run`: unchanged programs are governed, whatever they heed; nothing else gets out; all ends together."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -19,6 +20,10 @@ from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, verb
 from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
+from broker.canary import Canary
+from broker.dataplane.compile import Written
+from broker.dataplane.site import Namespace, Site
+from broker.namespaces import Held
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
@@ -346,6 +351,32 @@ def test_the_brokers_own_namespace_is_nobodys(place):
             "/namespaces",
             {"agent": "coder", "pid": place.broker.child("processor")},
         )
+
+
+def test_what_must_be_denied_is_denied_at_every_door_of_a_namespace_and_in_no_reviewers_way(place):
+    running = Run(place.host, place.broker, "learner", "cat")
+    assert running.ask("ready") == "ready"
+    try:
+        with open(f"/proc/{running.first_process}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
+            held = Held(Namespace("1", "learner", ""), 1, namespace.fileno(), -1, Written((), (), ()))
+            canary = Canary(Site(("", 0), ("", 0), "", "", ""), lambda: held)
+            assert asyncio.run(canary._namespace()) == ""
+
+        def tried() -> list[dict[str, Any]]:
+            found = place.broker.records(canary=True)
+            return [
+                each for each in found if each.get("host", "").startswith("must-deny") and each["agent"].get("name") == "learner"
+            ]
+
+        assert {each["host"] for each in stack.until(lambda: len(tried()) == 4 and tried())} == {
+            "must-deny.invalid:443",
+            "must-deny.invalid",
+        }
+        assert {each["code"] for each in tried()} == {"host_not_declared"}
+        command = [*stack.BROKER, "denials", "--state", str(place.broker.state), "--json"]
+        assert "must-deny" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    finally:
+        running.close()
 
 
 def test_a_namespace_is_never_taken_over_tcp(place):
