@@ -2,7 +2,8 @@
 
 Laws: the broker's own namespace is nobody's, and no namespace is two agents'. It is held open here by a descriptor, so that no
 other can stand in its place, and let go when the process that brought it ends; a broker that starts knows of none. Whoever brings
-one is answered when Envoy listens in it, or has said why not.
+one is answered when Envoy listens in it, or has said why not. An Envoy that can't listen somewhere stays in that namespace with
+what it does next (as of 1.40), and would look for tools there: it is ended, and the namespace gets no doors any more.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ _SETTLED_S = 1.0  # Envoy has taken the doors' configuration; milliseconds later
 class Held:
     """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer.
 
-    `joined` is when Envoy took its doors, by the loop's clock, 0 before; `ended` says that it has been let go.
+    `joined` is when Envoy took its doors, by the loop's clock, 0 before; `shut` says that it gets none any more, `ended` that it
+    has been let go.
     """
 
     namespace: Namespace
@@ -47,6 +50,7 @@ class Held:
     process: int
     doors: Written
     joined: float = 0.0
+    shut: bool = False
     ended: bool = False
 
     def socket(self) -> socket.socket:
@@ -89,18 +93,34 @@ class Namespaces:
             # In one step: whoever is let go meanwhile has all of the old configuration published, or all of this.
             self._snapshot, self._certificates, self._base, self._shared = snapshot, certificates, base, shared
             for held in self._held.values():
-                held.doors = Written.of(doors_of(snapshot, held.namespace))
+                held.doors = _NOTHING if held.shut else Written.of(doors_of(snapshot, held.namespace))
             self._publish_all()
 
     def heard(self, error: str | None) -> None:
         """Envoy has taken the newest configuration, or refused one in these words."""
+        if error and self._held:
+            self._end_stray_envoy()
         if self._verdict and not self._verdict.done():
             self._verdict.set_result(error)
+
+    def _end_stray_envoy(self) -> None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:  # it has ended by itself
+            admin.connect(str(self._folder / "envoy-admin.sock"))
+            pid = int.from_bytes(admin.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+            there = {path.stat().st_ino for path in Path(f"/proc/{pid}/task").glob("*/ns/net")}
+            if not (strayed := there & self._held.keys()):
+                return
+            os.kill(pid, signal.SIGKILL)
+            for held in map(self._held.__getitem__, strayed):
+                held.doors, held.shut = _NOTHING, True
+                log.error("Envoy is left in the namespace %s, and is ended", held.namespace.key)
+                self._record(f"namespace {held.namespace.key} of {held.namespace.agent}'s is shut: Envoy could not listen there")
+            self._publish_all()
 
     def in_turn(self) -> Held | None:
         """One whose doors are open, each time another."""
         before = asyncio.get_running_loop().time() - _SETTLED_S
-        found = next((held for held in self._held.values() if 0 < held.joined < before), None)
+        found = next((held for held in self._held.values() if 0 < held.joined < before and not held.shut), None)
         if found:
             self._held[found.inode] = self._held.pop(found.inode)  # to the end
         return found
@@ -116,6 +136,8 @@ class Namespaces:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
         async with self._changing:
             held = self._hold(agent, pid if isinstance(pid, int) else 0)
+            if held.shut:
+                raise ValueError("Envoy could not listen in this namespace before, so it stays shut")
             if held.joined:
                 return self._told(held)
             asyncio.get_running_loop().add_reader(held.process, self._release, held)

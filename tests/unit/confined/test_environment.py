@@ -65,7 +65,7 @@ def test_every_runtime_is_led_to_the_door_and_to_our_ca_whatever_the_caller_says
     }
     found = environment(theirs).variables
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        assert found[name] == "http://127.0.0.1:15001"
+        assert found[name] == "http://127.0.0.1:1001"
     assert (found["NO_PROXY"], found["no_proxy"], found["NODE_USE_ENV_PROXY"]) == ("", "", "1")
     for name in (
         "SSL_CERT_FILE",
