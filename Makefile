@@ -15,9 +15,9 @@ test: .venv/test packages lint ## every check and every test
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
-	@( for each in openssl redis-server git curl nft ip; do command -v $$each || exit 1; done ) >/dev/null || \
+	@( for each in openssl redis-server git curl nft ip tcpdump; do command -v $$each || exit 1; done ) >/dev/null || \
 	  test "$$(id -u)" != 0 || \
-	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2; }
+	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump; }
 
 lint: .venv/test
 	.venv/bin/ruff check .
