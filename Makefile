@@ -19,10 +19,10 @@ test: .venv/test packages lint ## every check and every test
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
-	@( for each in openssl redis-server git curl nft ip dockerd docker-compose debootstrap slirp4netns; do \
+	@( for each in openssl redis-server git curl nft ip tcpdump dockerd docker-compose debootstrap slirp4netns; do \
 	     command -v $$each || exit 1; done ) >/dev/null || \
 	  test "$$(id -u)" != 0 || \
-	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 \
+	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump \
 	    docker.io docker-compose debootstrap slirp4netns; }
 
 lint: .venv/test

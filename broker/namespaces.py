@@ -2,15 +2,20 @@
 
 Laws: the broker's own namespace is nobody's, and no namespace is two agents'. It is held open here by a descriptor, so that no
 other can stand in its place, and let go when the process that brought it ends; a broker that starts knows of none. Whoever brings
-one is answered when Envoy listens in it, or has said why not.
+one is answered when Envoy listens in it, or has said why not. An Envoy that can't listen somewhere stays in that namespace with
+what it does next (as of 1.40), and would look for tools there: it is ended, and the namespace gets no doors any more.
 """
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +32,42 @@ _AS_ROOT = "run `broker up` as root, on the same machine"
 _PATIENCE_S = 4.0  # less than who asks waits; Envoy answers within milliseconds, or a second while it is started again
 
 
+_CLONE_NEWNET = 0x40000000
+_SETTLED_S = 1.0  # Envoy has taken the doors' configuration; milliseconds later it listens
+
+
 @dataclass(slots=True)
-class _Held:
-    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer."""
+class Held:
+    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer.
+
+    `joined` is when Envoy took its doors, by the loop's clock, 0 before; `shut` says that it gets none any more, `ended` that it
+    has been let go.
+    """
 
     namespace: Namespace
     inode: int
     descriptor: int
     process: int
     doors: Written
-    joined: bool = False
+    joined: float = 0.0
+    shut: bool = False
+    ended: bool = False
+
+    def socket(self) -> socket.socket:
+        """For TCP over IPv4, in the namespace: it stays where it was made (network_namespaces(7)). Raises `OSError`."""
+        made: list[socket.socket] = []
+
+        def make() -> None:  # in a thread of its own, for no other work may find itself in there
+            if ctypes.CDLL(None).setns(self.descriptor, _CLONE_NEWNET) == 0:
+                made.append(socket.socket())
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        if not made:
+            raise OSError(f"namespace {self.namespace.key} can't be entered")
+        made[0].setblocking(False)  # noqa: FBT003 - the library's
+        return made[0]
 
 
 class Namespaces:
@@ -49,7 +80,7 @@ class Namespaces:
         self._folder, self._manifests, self._publish, self._record = folder, str(manifests.resolve()), publish, record
         self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
         self._base = self._shared = _NOTHING
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         for left in folder.glob(f"{_LINK}*"):
             left.unlink()
         self._changing = asyncio.Lock()
@@ -62,13 +93,37 @@ class Namespaces:
             # In one step: whoever is let go meanwhile has all of the old configuration published, or all of this.
             self._snapshot, self._certificates, self._base, self._shared = snapshot, certificates, base, shared
             for held in self._held.values():
-                held.doors = Written.of(doors_of(snapshot, held.namespace))
+                held.doors = _NOTHING if held.shut else Written.of(doors_of(snapshot, held.namespace))
             self._publish_all()
 
     def heard(self, error: str | None) -> None:
         """Envoy has taken the newest configuration, or refused one in these words."""
+        if error and self._held:
+            self._end_stray_envoy()
         if self._verdict and not self._verdict.done():
             self._verdict.set_result(error)
+
+    def _end_stray_envoy(self) -> None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:  # it has ended by itself
+            admin.connect(str(self._folder / "envoy-admin.sock"))
+            pid = int.from_bytes(admin.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+            there = {path.stat().st_ino for path in Path(f"/proc/{pid}/task").glob("*/ns/net")}
+            if not (strayed := there & self._held.keys()):
+                return
+            os.kill(pid, signal.SIGKILL)
+            for held in map(self._held.__getitem__, strayed):
+                held.doors, held.shut = _NOTHING, True
+                log.error("Envoy is left in the namespace %s, and is ended", held.namespace.key)
+                self._record(f"namespace {held.namespace.key} of {held.namespace.agent}'s is shut: Envoy could not listen there")
+            self._publish_all()
+
+    def in_turn(self) -> Held | None:
+        """One whose doors are open, each time another."""
+        before = asyncio.get_running_loop().time() - _SETTLED_S
+        found = next((held for held in self._held.values() if 0 < held.joined < before and not held.shut), None)
+        if found:
+            self._held[found.inode] = self._held.pop(found.inode)  # to the end
+        return found
 
     @property
     def acts(self) -> Mapping[str, Act]:
@@ -81,21 +136,23 @@ class Namespaces:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
         async with self._changing:
             held = self._hold(agent, pid if isinstance(pid, int) else 0)
+            if held.shut:
+                raise ValueError("Envoy could not listen in this namespace before, so it stays shut")
             if held.joined:
                 return self._told(held)
             asyncio.get_running_loop().add_reader(held.process, self._release, held)
             if error := await self._opened(held):
                 self._release(held)
                 raise BrokerError(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
-            held.joined = True
+            held.joined = asyncio.get_running_loop().time()
         log.info("namespace %s is %s's", held.namespace.key, agent)
         self._record(f"namespace {held.namespace.key} is {agent}'s")
         return self._told(held)
 
-    def _told(self, held: _Held) -> dict[str, str]:
+    def _told(self, held: Held) -> dict[str, str]:
         return {"namespace": held.namespace.key, "manifests": self._manifests}
 
-    def _hold(self, agent: str, pid: int) -> _Held:
+    def _hold(self, agent: str, pid: int) -> Held:
         with contextlib.ExitStack() as opened:
             try:
                 process = _kept(opened, os.pidfd_open(pid))
@@ -115,12 +172,12 @@ class Namespaces:
             path = self._folder / f"{_LINK}{key}"
             path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
             namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
-            held = _Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
+            held = Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
             opened.pop_all()
         self._held[inode] = held
         return held
 
-    async def _opened(self, held: _Held) -> str | None:
+    async def _opened(self, held: Held) -> str | None:
         """Have Envoy open the doors; its words where it does not."""
         if self._shared is _NOTHING:
             self._shared = await _shared(self._snapshot, self._certificates)
@@ -132,10 +189,11 @@ class Namespaces:
             return f"no answer within {_PATIENCE_S:.0f} s"
         return refused if held.inode in self._held else "its process has ended"
 
-    def _release(self, held: _Held) -> None:
+    def _release(self, held: Held) -> None:
         """The process that brought it has ended, and with it all that was in it (or Envoy refused it)."""
         if self._held.pop(held.inode, None) is None:
             return
+        held.ended = True
         asyncio.get_running_loop().remove_reader(held.process)
         self._publish_all()
         Path(held.namespace.path).unlink(missing_ok=True)

@@ -123,12 +123,12 @@ class Server:
             metrics=self._metrics,
         )
         self._self_test = Watch("the self-test", SelfTest(self._services, str(state.processor_socket)).test, self._tested)
-        self._canary = Watch("the canary", Canary(site).test, self._tried)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
         self._namespaces = Namespaces(
             state.run, manifests, self._ads.publish, lambda what: self._record(what, self._snapshot.revision)
         )
+        self._canary = Watch("the canary", Canary(site, self._namespaces.in_turn).test, self._tried)
 
     def _contained(self) -> Containment:
         around = Surroundings(

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import stack
@@ -32,6 +33,7 @@ WHY_NOT = (
 )
 # In the world, on the machine itself, and where clouds keep credentials.
 WORLD4, WORLD6, METADATA = "192.0.2.10", "fd00:db8::10", "169.254.169.254"
+PATIENCE_S = 10
 _CLONE_NEWNET = 0x40000000
 
 
@@ -53,22 +55,13 @@ class Host:
         self._holder = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._holder.stdout
         assert self._holder.stdout.readline() == b"ready\n"
+        self.pid = self._holder.pid
         self.within = ("nsenter", f"--target={self._holder.pid}", "--net", "--mount", f"--wd={Path.cwd()}", "--")
         self.reached: Counter[str] = Counter()
 
     def inside(self, make: Callable[[], Made]) -> Made:
         """What `make` gives, with the sockets that it makes in this namespace."""
-        made: list[Made] = []
-
-        def work() -> None:
-            with open(f"/proc/{self._holder.pid}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
-                assert ctypes.CDLL(None).setns(namespace.fileno(), _CLONE_NEWNET) == 0
-            made.append(make())
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        return made[0]
+        return inside(self._holder.pid, make)
 
     def listen(self, name: str, host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
         """Count under `name` what comes to this address."""
@@ -110,11 +103,6 @@ class Host:
 
         threading.Thread(target=work, daemon=True).start()
 
-    def packets(self) -> int:
-        """How many the host's interfaces have received since it began."""
-        lines = Path(f"/proc/{self._holder.pid}/net/dev").read_text().splitlines()[2:]
-        return sum(int(line.split()[2]) for line in lines)
-
     def quiet(self) -> bool:
         """Whether no connection is open on the host, nor about to be closed."""
         lines = Path(f"/proc/{self._holder.pid}/net/tcp").read_text().splitlines()[1:]
@@ -154,12 +142,98 @@ class Run:
         self.process.stdin.flush()
         return self.line()
 
+    @property
+    def first_process(self) -> int:
+        """Process 1 of its namespaces, by its number out here: `broker run` has `unshare` as its child, and that has it."""
+        pid = self.process.pid
+        for _ in range(2):
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        return pid
+
     def close(self) -> int:
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
         self.process.terminate()
         return self.process.wait(20)
+
+
+class Packets:
+    """tcpdump(8) on every interface of the network namespace of a process: a witness that knows nothing of the broker.
+
+    It is believed because it sees a packet of its own, before and after. `only` is a filter (pcap-filter(7)), for a namespace in
+    which others send too.
+    """
+
+    def __init__(self, pid: int | str, only: str = "") -> None:
+        self._own = inside(pid, _datagrams)
+        port = self._own.getsockname()[1]
+        self._mark = f"127.0.0.1.{port}: UDP"
+        only = f"({only}) or port {port}" if only else ""
+        # Snapshots of 256 bytes: of whole packets its ring holds eight.
+        command = ["tcpdump", "-i", "any", "-l", "-nn", "-q", "-t", "-s", "256", "--immediate-mode", only]
+        within = ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
+        self._process = subprocess.Popen([*within, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr
+        while "listening on" not in (line := self._process.stderr.readline()):
+            assert line, "tcpdump has ended"
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._reading = threading.Thread(target=self._read)
+        self._reading.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            self._lines.put(line.strip())
+
+    @contextmanager
+    def seen(self) -> Iterator[list[str]]:
+        """What it sees while the body runs, a line a packet: there once the body has ended."""
+        lines: list[str] = []
+        self._until_now()
+        yield lines
+        lines += self._until_now()
+
+    def _until_now(self) -> list[str]:
+        self._own.sendto(b"seen?", self._own.getsockname())
+        lines = []
+        while self._mark not in (line := self._lines.get(timeout=PATIENCE_S)):
+            lines.append(line)
+        return lines
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._reading.join()
+        assert "\n0 packets dropped by kernel" in self._process.communicate()[1]
+        self._own.close()
+
+
+def _datagrams() -> socket.socket:
+    made = socket.socket(type=socket.SOCK_DGRAM)
+    made.bind(("127.0.0.1", 0))
+    return made
+
+
+def inside(pid: int | str, make: Callable[[], Made]) -> Made:
+    """What `make` gives, with the sockets that it makes in the network namespace of this process."""
+    made: list[Made] = []
+
+    def work() -> None:
+        with open(f"/proc/{pid}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
+            assert ctypes.CDLL(None).setns(namespace.fileno(), _CLONE_NEWNET) == 0
+        made.append(make())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or left for its parent to take in."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def verb(broker: stack.Broker, agent: str) -> Sequence[str]:

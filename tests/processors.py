@@ -144,8 +144,7 @@ class Fleet:
         command = [str(envoy_binary()), "-c", str(self._bootstrap(names)), "--disable-hot-restart", "--log-level", "error"]
         with (self.folder / "envoy.log").open("wb") as log:
             self.envoy = subprocess.Popen(command, stdout=log, stderr=log)
-        token = [*stack.BROKER, "token", "caller", "--state", str(self.processors[0].state)]
-        self.token = subprocess.run(token, capture_output=True, text=True, check=True).stdout.strip()
+        self.token = self.verb("token", "caller")
         stack.until(lambda: self.call().status_code == 200, 30, "calls are served")
 
     def _bootstrap(self, names: tuple[str, ...]) -> Path:
@@ -156,6 +155,11 @@ class Fleet:
         path = self.folder / "envoy.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(printed)["bootstrap"]))
         return path
+
+    def verb(self, *words: str) -> str:
+        """What a verb prints, on the first processor's state."""
+        command = [*stack.BROKER, *words, "--state", str(self.processors[0].state)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def client(self) -> httpx.Client:
         return httpx.Client(

@@ -1,6 +1,7 @@
 """The command's environment: the caller's, led to the broker, and without credentials.
 
 Law: an agent holds no credential. What looks like one by its name or its value is left out and told, unless it is kept by name.
+Where it was an API key, a placeholder stands in: clients of model providers don't start without one.
 """
 
 import re
@@ -31,6 +32,8 @@ _BY_NAME = re.compile(
     r"|CREDENTIALS?|PAT)(_(ID|VALUE|FILE))?",
     re.IGNORECASE,
 )
+_API_KEY = re.compile(r"(.+_)?API_?KEY", re.IGNORECASE)
+PLACEHOLDER = "the-broker-has-it"
 _BY_VALUE = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s:]*:[^/@\s]+@", re.IGNORECASE)  # RFC 3986 section 3.2.1: user:password@
 _NO_CREDENTIAL = ("PWD", "OLDPWD", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE")
 
@@ -48,7 +51,8 @@ def environment(caller: Mapping[str, str], keep: Collection[str] = ()) -> Made:
     ours |= {"NO_PROXY": "", "no_proxy": "", "NODE_USE_ENV_PROXY": "1", **dict.fromkeys(_BUNDLES, CA)}
     theirs = {name: value for name, value in caller.items() if name not in ours and name not in _AWAY}
     cleared = sorted(name for name, value in theirs.items() if name not in keep and _credential(name, value))
-    return Made({**{name: value for name, value in theirs.items() if name not in cleared}, **ours}, cleared)
+    stand_ins = {name: PLACEHOLDER for name in cleared if _API_KEY.fullmatch(name)}
+    return Made({name: value for name, value in theirs.items() if name not in cleared} | stand_ins | ours, cleared)
 
 
 def _credential(name: str, value: str) -> bool:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from broker.audit.record import Attempt, Ending
 from broker.containment.counters import MOST, Agents, Counter, Kept, Layout, hashed
 from broker.policy.containment import COUNTED, MOST_TARGETS, Action, Decoys, Detector, Rule
+from broker.policy.denials import by_canary
 from broker.policy.types import Code, Decision, Effect, Verdict
 from broker.redaction import redacted
 
@@ -112,7 +113,7 @@ class Detectors:
     def decided(self, about: Attempt, decision: Decision, now: float) -> tuple[Finding, ...]:
         """A call was decided on. `now` in seconds, by a clock that nobody sets."""
         agent, code = about.agent.get("name", ""), decision.code
-        if not agent:
+        if not agent or by_canary(about.host, code):
             return ()
         kept, found = self._agents.at(agent, now), list[Finding]()
         if (self._decoy_hosts or self._decoy_tools) and (decoy := self._decoy(about)):

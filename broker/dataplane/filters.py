@@ -24,6 +24,7 @@ from envoy_data_plane.envoy.extensions.filters.http.set_filter_state.v3 import C
 from envoy_data_plane.envoy.extensions.filters.http.set_metadata.v3 import Config as SetMetadata
 from envoy_data_plane.envoy.extensions.filters.http.set_metadata.v3 import Metadata
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.type.tracing.v3 import CustomTag, CustomTagLiteral
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Struct
 
@@ -199,6 +200,14 @@ def http_access_log() -> accesslog.AccessLog:
 def connection_access_log() -> accesslog.AccessLog:
     """Connections that no filter chain takes: an SNI that is not declared, or no TLS where TLS is spoken."""
     return extension(accesslog.AccessLog, "processor", grpc_logs.TcpGrpcAccessLogConfig(common_config=_log_to("connection")))
+
+
+def dns_access_log(agent: str) -> accesslog.AccessLog:
+    """Each question of this agent's."""
+    asking = CustomTag(tag=site.ASKING, literal=CustomTagLiteral(value=agent))
+    tags = [asking, CustomTag(tag=site.ASKED, value="%RESPONSE_CODE% %QUERY_NAME%")]
+    config = replace(_log_to("dns"), custom_tags=tags)
+    return extension(accesslog.AccessLog, "processor", grpc_logs.TcpGrpcAccessLogConfig(common_config=config))
 
 
 def _log_to(name: str) -> grpc_logs.CommonGrpcAccessLogConfig:

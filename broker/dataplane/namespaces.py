@@ -12,7 +12,7 @@ from envoy_data_plane.envoy.extensions.filters.network.set_filter_state.v3 impor
 from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy
 
 from broker.dataplane import listeners, routes, site
-from broker.dataplane.filters import carried, literal
+from broker.dataplane.filters import carried, dns_access_log, literal
 from broker.dataplane.proto import extension, seconds, socket
 from broker.dataplane.site import Namespace
 from broker.policy.agreement import is_address
@@ -42,7 +42,8 @@ def dns(snapshot: PolicySnapshot, namespace: Namespace) -> listener_v3.Listener:
         for host in hosts(snapshot, namespace.agent)
     ]
     table = dns_filter.DnsFilterConfigServerContextConfig(inline_dns_table=dns_v3.DnsTable(virtual_domains=names))
-    config = dns_filter.DnsFilterConfig(stat_prefix="namespace", server_config=table)
+    log = [dns_access_log(namespace.agent)]
+    config = dns_filter.DnsFilterConfig(stat_prefix="namespace", server_config=table, access_log=log)
     return listener_v3.Listener(
         name=f"namespace/{namespace.key}/dns",
         address=first,

@@ -68,11 +68,14 @@ class Site:
         return (self.reached_at or self.proxy[0], self.proxy[1]), (self.reached_at or self.base_url[0], self.base_url[1])
 
 
-# The doors inside a namespace; where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).
-DOOR_PORT = 15001
+# The doors inside a namespace: below 1024, for agents, which have no capability, must not take their places while Envoy is away
+# (ip(7)). Where its names lead to (benchmarking ranges, RFC 2544 and 5180: nobody's, and routed to itself).
+DOOR_PORT = 1001
 TRANSPARENT_PORTS = (80, 443)
 DNS_PORT = 53
 CAPTURED = ("198.18.0.1", "2001:2::1")
+# In the log of a namespace's questions to DNS: who asks, and the answer's code (RFC 1035 section 4.1.1) before the name.
+ASKING, ASKED = "agent", "asked"
 
 
 @dataclass(frozen=True, slots=True)

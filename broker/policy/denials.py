@@ -55,3 +55,11 @@ _CODES: Mapping[DenialKind, tuple[Code, ...]] = {
 
 KIND_OF: Mapping[Code, DenialKind] = MappingProxyType({code: kind for kind, codes in _CODES.items() for code in codes})
 """The kind of each code."""
+
+MUST_DENY = "must-deny.invalid"
+"""What the broker itself asks for, in agents' places too, to see it denied. RFC 6761 section 6.4: it resolves nowhere."""
+
+
+def by_canary(host: str, code: str | None) -> bool:
+    """Whether a denial is of that, and so says nothing of its agent. An agent that asks for it itself gets nothing either."""
+    return code == Code.HOST_NOT_DECLARED and host.partition(":")[0] == MUST_DENY

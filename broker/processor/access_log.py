@@ -1,5 +1,9 @@
-"""Envoy's access log, as far as it tells what the processor never saw: requests and connections refused below it."""
+"""Envoy's access log, as far as it tells what the processor never saw: requests and connections refused below it, and names.
 
+Law: what an agent does without a limit is not recorded without one.
+"""
+
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,8 +14,9 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from broker.case import Case
 from broker.dataplane import site
+from broker.dataplane.namespaces import hosts
 from broker.events import Services
-from broker.policy.types import Code, deny
+from broker.policy.types import Code, Door, deny
 from broker.processor.convert import BROKER_REPLY
 
 # Envoy's response code details that have a code of ours; every other refusal of Envoy's is a protocol violation.
@@ -29,6 +34,9 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._minute = 0.0
+        self._names: dict[str, set[str]] = {}  # by agent, of which there is no more to say in this minute
+        self._told = Counter[str]()
 
     async def StreamAccessLogs(  # noqa: N802
         self,
@@ -40,7 +48,10 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
             for entry in message.http_logs.log_entry:
                 self._http(entry)
             for entry in message.tcp_logs.log_entry:
-                self._connection(entry)
+                if tags := entry.common_properties.custom_tags:
+                    self._question(tags[site.ASKING], *tags[site.ASKED].split(" ", 1))
+                else:
+                    self._connection(entry)
         return StreamAccessLogsResponse()
 
     def _http(self, entry: Any) -> None:
@@ -66,6 +77,25 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
         what = f"TLS was opened to {sni!r}, which is not declared" if sni else "TLS was opened without a declared name"
         self._case(common, "", host=sni).record(deny(Code.HOST_NOT_DECLARED, what))
 
+    def _question(self, agent: str, answer: str, name: str) -> None:
+        """A name that no tool of the agent's has: each once a minute, of an agent the first so many, then that there are more."""
+        if answer == _ANSWERED or name in _NO_NAME:
+            return
+        snapshot, minute = self._services.snapshot(), self._services.steady() // 60
+        if minute != self._minute:
+            self._minute, self._names, self._told = minute, {}, Counter()
+        if agent not in self._names:
+            self._names[agent] = set(hosts(snapshot, agent))  # of these only IPv6 addresses, or other things, can be in vain
+        if (name := name.lower()) in self._names[agent] or self._told[agent] > _NAMES or agent not in snapshot.agents:
+            return
+        self._names[agent].add(name)
+        self._told[agent] += 1
+        more = self._told[agent] > _NAMES
+        case = Case(self._services, door=Door.NAMESPACE, host="" if more else name)
+        case.note(agent=snapshot.agents[agent].described)
+        what = f"for more than {_NAMES} such names within a minute" if more else f"for {name!r}, which is not declared"
+        case.record(deny(Code.HOST_NOT_DECLARED, f"DNS was asked {what}"))
+
     def _case(self, common: Any, decision_id: str, host: str) -> Case:
         case = Case(self._services, decision_id, host=host)
         carried = common.filter_state_objects.get(site.STATE_AGENT)
@@ -73,6 +103,10 @@ class AccessLog(AccessLogServiceServicer):  # type: ignore[misc]  # generated wi
             case.note(agent=agent.described)
         return case
 
+
+# An answer's code; what stands for the root, and for a question that can't be read.
+_ANSWERED, _NO_NAME = "0", ("", "-")
+_NAMES = 20  # more than a program that means well looks up in vain within a minute
 
 # Denials that the processor gave (immediate replies; ext_authz) are in the record. An opened tunnel is no refusal.
 _RECORDED = (BROKER_REPLY, "ext_authz_denied")

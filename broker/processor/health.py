@@ -19,10 +19,11 @@ class Health(HealthServicer):  # type: ignore[misc]  # generated without types
 
     def __init__(self, faults: Callable[[], Sequence[str]], steady: Callable[[], float]) -> None:
         self._faults, self._steady = faults, steady
-        self._asked = steady()
+        self._asked: float | None = None
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ARG002, N802
         """Whether new calls should come here."""
-        stopped = self._steady() - self._asked > _STOPPED_S
-        self._asked = self._steady()
+        now, before = self._steady(), self._asked
+        self._asked = now
+        stopped = before is not None and now - before > _STOPPED_S
         return HealthCheckResponse(status="NOT_SERVING" if stopped or self._faults() else "SERVING")

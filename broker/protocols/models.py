@@ -149,7 +149,9 @@ class Dialect(Rest, ABC):
         """The provider's own error, with the problem's members in it: its clients raise what they raise for any refusal."""
         code = decision.code or Code.INTERNAL_FAULT
         status = STATUS[code]
-        error = {**problem, "type": self.errors.get(status, self.errors[400]), "message": problem["detail"]}
+        # OpenAI's client shows the message alone.
+        message = f"{problem['detail']} ({problem['code']}, decision {problem['decision_id']})"
+        error = {**problem, "type": self.errors.get(status, self.errors[400]), "message": message}
         shaped = answer(self.error(error), status, problem)
         final = () if code in _RETRIABLE else (("x-should-retry", "false"),)  # both official clients honour it
         return replace(shaped, headers=(*shaped.headers, *final))

@@ -12,7 +12,7 @@ from typing import Any
 
 from broker.audit.index import Index, Label, Shape, Wanted, shape_of
 from broker.audit.record import canonical
-from broker.policy.denials import KIND_OF, DenialKind
+from broker.policy.denials import KIND_OF, DenialKind, by_canary
 from broker.policy.types import Code, Verdict
 from broker.redaction import redacted
 
@@ -123,7 +123,8 @@ def hidden(value: Any) -> Any:
 def _grouped(index: Index, wanted: Wanted) -> dict[str, list[Shape]]:
     groups: dict[str, list[Shape]] = {}
     for shape in index.denied(wanted):
-        groups.setdefault(_id(shape), []).append(shape)
+        if not by_canary(shape.host, shape.code):
+            groups.setdefault(_id(shape), []).append(shape)
     return groups
 
 

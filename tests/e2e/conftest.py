@@ -64,14 +64,14 @@ SAMPLES = Path(__file__).parents[2] / "manifests" / "tools"
 KEYS = {"OPENAI_API_KEY": "upstream-key-of-openai-0123456789", "ANTHROPIC_API_KEY": "upstream-key-of-anthropic-0123456789"}
 
 
-def _sample(name: str, port: int) -> dict[str, Any]:
-    """The sample organisation's catalog entry, with another endpoint."""
+def sample(name: str, **spec: Any) -> dict[str, Any]:
+    """The sample organisation's catalog entry, for a provider on loopback."""
     document: dict[str, Any] = yaml.safe_load((SAMPLES / f"{name}.yaml").read_text())
-    document["spec"] |= {"endpoint": f"https://localhost:{port}", "upstream": {"ca": "ca.pem", **LOOPBACK}}
+    document["spec"] |= {"upstream": {"ca": "ca.pem", **LOOPBACK}, **spec}
     return document
 
 
-def _model(name: str, *server_tools: str) -> dict[str, Any]:
+def of_model(name: str, *server_tools: str) -> dict[str, Any]:
     return {"params": {"body": {"properties": {"model": {"const": name}}}}, "server_tools": list(server_tools)}
 
 
@@ -93,18 +93,18 @@ def models() -> Iterator[SimpleNamespace]:
     ca = stack.TestCA()
     certificate = ca.issue(folder / "certs", "localhost")
     openai, anthropic = providers.openai(certificate), providers.anthropic(certificate)
-    gpt = {"operations": {name: _model("gpt-5-mini") for name in ("chat.completions", "responses")}}
-    gpt["operations"]["embeddings"] = _model("text-embedding-3-small")
-    found = {"operations": {"responses": _model("gpt-5-mini", "web_search")}}
-    claude = {"operations": {"messages": _model("claude-haiku-4-5")}}
+    gpt = {"operations": {name: of_model("gpt-5-mini") for name in ("chat.completions", "responses")}}
+    gpt["operations"]["embeddings"] = of_model("text-embedding-3-small")
+    found = {"operations": {"responses": of_model("gpt-5-mini", "web_search")}}
+    claude = {"operations": {"messages": of_model("claude-haiku-4-5")}}
     stack.write_manifests(
         folder / "manifests",
-        _sample("openai", openai.port),
-        _sample("anthropic", anthropic.port),
+        sample("openai", endpoint=f"https://localhost:{openai.port}"),
+        sample("anthropic", endpoint=f"https://localhost:{anthropic.port}"),
         stack.agent("writer", {"openai": gpt, "anthropic": claude}),
         stack.agent("finder", {"openai": found}),
         *(stack.agent(f"spender-{number}", {"openai": gpt, "anthropic": claude}, limits=SPENDER) for number in range(8)),
-        stack.agent("unpriced", {"openai": {"operations": {"responses": _model("gpt-6")}}}, limits={"usd": "1/day"}),
+        stack.agent("unpriced", {"openai": {"operations": {"responses": of_model("gpt-6")}}}, limits={"usd": "1/day"}),
         stack.platform(prices=PRICES),
     )
     (folder / "manifests" / "ca.pem").write_text(ca.pem)

@@ -24,13 +24,18 @@ class Provider(Served):
     """
 
     def __init__(
-        self, documents: dict[str, Any], streams: dict[str, list[tuple[str, Any]]], certificate: Any, counted: Any = None
+        self,
+        documents: dict[str, Any],
+        streams: dict[str, list[tuple[str, Any]]],
+        certificate: Any,
+        counted: Any = None,
+        **at: Any,
     ) -> None:
         self._counted = counted
         self.released = threading.Event()
         self.status = 200
         self._documents, self._streams = documents, streams
-        super().__init__(self._answer, certificate)
+        super().__init__(self._answer, certificate, **at)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -60,7 +65,7 @@ def _event(name: str, data: Any) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
-def openai(certificate: Any) -> Provider:
+def openai(certificate: Any, **at: Any) -> Provider:
     """Chat completions, responses and embeddings."""
     common = {"id": "chatcmpl-1", "created": 1760000000, "model": "gpt-5-mini"}
     message = {"role": "assistant", "content": WHOLE}
@@ -97,10 +102,11 @@ def openai(certificate: Any) -> Provider:
         },
         certificate,
         spent,
+        **at,
     )
 
 
-def anthropic(certificate: Any) -> Provider:
+def anthropic(certificate: Any, **at: Any) -> Provider:
     """Messages."""
     common = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-haiku-4-5", "stop_sequence": None}
     usage = {"input_tokens": 9, "output_tokens": 6}
@@ -113,4 +119,6 @@ def anthropic(certificate: Any) -> Provider:
         {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 6}},
         {"type": "message_stop"},
     ]
-    return Provider({"/v1/messages": message}, {"/v1/messages": [(str(each["type"]), each) for each in events]}, certificate)
+    return Provider(
+        {"/v1/messages": message}, {"/v1/messages": [(str(each["type"]), each) for each in events]}, certificate, **at
+    )

@@ -30,11 +30,13 @@ class Arrived:
 class Served:
     """Listens from the first moment: what comes before uvicorn has started waits in the socket."""
 
-    def __init__(self, app: App, certificate: tuple[Path, Path] | None = None) -> None:
+    def __init__(
+        self, app: App, certificate: tuple[Path, Path] | None = None, address: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         self.arrived: list[Arrived] = []
         self.listened_to = threading.Event()  # a GET is being answered
         self._app = app
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(address)
         self.port: int = self._listener.getsockname()[1]
         tls = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]} if certificate else {}
         options: dict[str, Any] = {

@@ -3,15 +3,21 @@
 import asyncio
 import copy
 import json
+import socketserver
+import threading
+from types import SimpleNamespace
 
 import pytest
 import stack
+from host import WHY_NOT, Host
 
 from broker.admin.client import fetch
 from broker.canary import Canary
 from broker.dataplane.assertion import unguarded
+from broker.dataplane.compile import Written
 from broker.dataplane.filters import EXT_PROC
-from broker.dataplane.site import Site
+from broker.dataplane.site import Namespace, Site
+from broker.namespaces import Held
 from broker.watch import Watch
 
 
@@ -165,7 +171,7 @@ def tried(world):
 def test_the_canary_is_refused_at_every_door_and_is_in_the_record(world, canary):
     before = len(tried(world))
     assert asyncio.run(canary.doors()) == ""
-    assert tried(world)[before:] == ["must-deny.invalid:443", "must-deny.invalid", "must-deny.invalid:443"]
+    assert tried(world)[before:] == ["must-deny.invalid:443", "must-deny.invalid", "must-deny.invalid"]
     assert asyncio.run(canary.configuration()) == ""
     assert not any(upstream.seen for upstream in world.upstreams)
 
@@ -174,6 +180,80 @@ def test_a_door_that_lets_it_pass_is_told(world, canary):
     # A plain server that answers everybody.
     canary._site = Site(canary._site.proxy, ("127.0.0.1", world.plain.port), (), canary._site.admin_socket, "")
     assert asyncio.run(canary.doors()) == "the base-url door answers 200 to what nobody may do"
+
+
+# Namespaces: a host stands for one, with doors that are played.
+
+FORBIDDEN, PASSED = b"HTTP/1.1 403 Forbidden\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"
+SHUT = {1001: FORBIDDEN, 80: FORBIDDEN, 443: b""}
+
+
+@pytest.fixture
+def inside(tmp_path):
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
+    host = Host(tmp_path)
+    with open(f"/proc/{host.pid}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
+        held = Held(Namespace("1", "coder", ""), 1, namespace.fileno(), -1, Written((), (), ()))
+        yield SimpleNamespace(host=host, held=held, answers=dict(SHUT), asked={})
+    host.close()
+
+
+def open_doors(inside):
+    """Listen at the ports of its doors, and answer as `answers` says by then; what came to each is in `asked`."""
+
+    class Door(socketserver.BaseRequestHandler):
+        def handle(self):
+            port = self.server.server_address[1]
+            inside.asked.setdefault(port, []).append(self.request.recv(4096))
+            self.request.sendall(inside.answers[port])
+
+    for port in SHUT:
+        server = inside.host.inside(lambda port=port: socketserver.TCPServer(("127.0.0.1", port), Door))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("port", "answer", "told"),
+    [
+        (1001, PASSED, "answers 200"),
+        (80, PASSED, "answers 200"),
+        (80, b"", "answers nothing"),
+        (80, b"SSH-2.0-x\r\n", "answers without a status"),
+        (443, b"\x16\x03\x03", "answers without a status"),
+        (443, PASSED, "answers 200"),
+    ],
+)
+def test_a_door_inside_a_namespace_that_lets_it_pass_is_told_until_it_is_shut(canary, inside, port, answer, told):
+    servers, given = [*open_doors(inside)], []
+    canary._in_turn = lambda: given.append(inside.held) or given[-1]
+    try:
+        inside.answers[port] = answer
+        said = f"port {port} of a namespace of coder's {told} to what nobody may do"
+        assert asyncio.run(canary.doors()) == said
+        assert asyncio.run(canary.doors()) == said
+        assert len(given) == 1, "another was tried before this one was shut"
+        inside.answers |= SHUT
+        assert [asyncio.run(canary.doors()) for _ in range(2)] == ["", ""]
+        assert len(given) == 2
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+    lines = [each.split(b" HTTP/1.1")[0] for each in inside.asked[1001]]
+    assert {b"CONNECT must-deny.invalid:443", b"GET http://must-deny.invalid/"} >= set(lines)
+    if port != 1001:
+        assert b"\r\nhost: must-deny.invalid\r\n" in inside.asked[80][-1]
+        assert b"must-deny.invalid" in inside.asked[443][-1]
+
+
+def test_a_namespace_whose_doors_are_gone_is_told_unless_it_has_ended(canary, inside):
+    canary._in_turn = lambda: inside.held
+    with pytest.raises(ConnectionRefusedError):
+        asyncio.run(canary.doors())
+    inside.held.ended = True
+    assert asyncio.run(canary.doors()) == ""
 
 
 @pytest.mark.parametrize("shut", ["a door", "Envoy's own account"])

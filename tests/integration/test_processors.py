@@ -1,13 +1,16 @@
 """Several processors behind one Envoy: one dies, hangs, is upgraded or cut off, and only calls in flight on it fail, closed."""
 
 import shutil
+import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import stack
 from processors import Fleet
+from streams import Events, Listener
 
 import broker
 
@@ -16,6 +19,8 @@ pytestmark = [pytest.mark.envoy, pytest.mark.slow]
 NAMES = ("one", "two", "three")
 CALLERS = 6
 LIMIT = 400
+CUT_S = 6.0  # three seconds, on a machine that does much else
+LOOPBACK = {"addresses": ["127.0.0.0/8"]}
 LIST = {"match": {"method": "GET", "path": "/items"}, "effect": "read"}
 FOUND = {"match": {"method": "GET", "path": "/items/{id}"}, "effect": "read"}
 NOTICED_S = 2.5  # a second and a half, on a machine that does much else
@@ -30,21 +35,30 @@ def upstream():
     server.close()
 
 
+@pytest.fixture(scope="module")
+def events():
+    server = Events()
+    yield server
+    server.close()
+
+
 def tool(upstream, **operations):
     address = f"http://127.0.0.1:{upstream.port}"
-    return stack.tool("plain", address, {"items.list": LIST, **operations}, upstream={"addresses": ["127.0.0.0/8"]})
+    return stack.tool("plain", address, {"items.list": LIST, **operations}, upstream=LOOPBACK)
 
 
 def agent(*operations, **limits):
     granted = {name: {} for name in ("items.list", *operations)}
-    return stack.agent("caller", {"plain": {"operations": granted}}, limits=limits)
+    tools = {"plain": {"operations": granted}, **({} if limits else {"events": {"operations": {"items.list": {}}}})}
+    return stack.agent("caller", tools, limits=limits)
 
 
 @pytest.fixture(scope="module")
-def running(upstream):
+def running(upstream, events):
     # What a busy machine does to Redis is not the subject here.
     reads_pass = stack.platform(ledger={"unsafe_reads_without_redis": True})
-    fleet = Fleet(*NAMES, documents=[tool(upstream), agent(), reads_pass])
+    streamed = stack.tool("events", f"http://127.0.0.1:{events.port}", {"items.list": LIST}, upstream=LOOPBACK)
+    fleet = Fleet(*NAMES, documents=[tool(upstream), streamed, agent(), reads_pass])
     yield fleet
     fleet.close()
 
@@ -98,6 +112,44 @@ def test_of_one_that_hangs_only_the_calls_in_flight_fail_and_closed_and_it_serve
     assert len(load.failed) <= 2 * CALLERS
     assert {answer.status_code for _, _, answer in load.failed} <= CLOSED
     assert len(upstream.seen) <= len(load.answers)
+
+
+@pytest.fixture
+def streams(fleet, events):
+    """Streams that are open, spread over the processors."""
+    with ExitStack() as held:
+        opened = []
+        for number in range(9):
+            head = f"GET /events/items?{number} HTTP/1.1\r\nhost: x\r\nx-broker-token: {fleet.token}\r\n\r\n"
+            connection = socket.create_connection(("127.0.0.1", fleet.base_url), timeout=10)
+            opened.append(Listener(connection, head.encode()))
+            held.callback(opened[-1].close)
+            assert opened[-1].began.wait(10)
+            assert opened[-1].answer.startswith(b"HTTP/1.1 200"), opened[-1].answer
+        yield opened
+
+
+def test_what_is_open_on_one_that_hangs_is_cut_and_nothing_else(fleet, streams):
+    hung = fleet.processors[1]
+    hung.freeze()
+    try:
+        stack.until(lambda: any(each.ended.is_set() for each in streams), CUT_S, "what it held is cut")
+        ended = sum(each.ended.is_set() for each in streams)
+        assert ended < len(streams)
+    finally:
+        hung.thaw()
+
+
+def test_a_revocation_at_one_cuts_what_is_open_on_each(fleet, streams):
+    fleet.verb("agents", "revoke", "caller", "--reason", "it lies")
+    began = time.monotonic()
+    for each in streams:
+        assert each.ended.wait(max(0.0, began + 2 - time.monotonic()))
+    with fleet.client() as client:
+        assert {client.get("/plain/items").json()["code"] for _ in range(12)} == {"agent_revoked"}
+    fleet.verb("agents", "release", "caller", "--reason", "a test")
+    fleet.token = fleet.verb("token", "caller")
+    stack.until(lambda: [fleet.call().status_code for _ in range(9)] == [200] * 9, 10, "it is served again")
 
 
 def version(folder: Path) -> Path:
@@ -171,37 +223,33 @@ def _serve(fleet, folder, name, redis):
     subprocess.run([*command, *options], capture_output=True, text=True, timeout=30, check=True)
 
 
-def test_one_that_is_cut_off_from_the_ledger_judges_nothing_and_the_limit_holds(upstream):
+@pytest.fixture
+def counting(upstream):
+    """One whose limit is soon spent, and without reads that pass uncounted."""
     upstream.seen.clear()
     fleet = Fleet(*NAMES, documents=[tool(upstream), agent(calls=f"{LIMIT}/day")])
-    try:
-        with fleet.load(CALLERS) as load:
-            fleet.link.cut()
-            stack.until(lambda: load.statuses[429] > 100, 30, "nothing is left to spend")
-            assert not fleet.processors[2].health()["ready"]
-        assert load.statuses[200] <= LIMIT
-        assert len(upstream.seen) <= LIMIT
-        # It denied what came in the second until Envoy had asked it; the others served.
-        assert load.statuses[200] > LIMIT * 0.8, load.statuses
-        fleet.link.mend()
-        fleet.processors[2].until_ready()
-        with fleet.load(CALLERS) as after:
-            after.more(100)
-        assert len(upstream.seen) <= LIMIT
-        assert fleet.processors[2].decided
-    finally:
-        fleet.close()
+    yield fleet
+    fleet.close()
 
 
-def test_while_the_ledger_is_away_from_all_of_them_nothing_that_counts_passes(upstream):
-    fleet = Fleet(*NAMES, documents=[tool(upstream), agent(calls=f"{LIMIT}/day")])
-    try:
-        fleet.redis.stop()
-        upstream.seen.clear()
-        with fleet.client() as client:
-            answers = [client.get("/plain/items") for _ in range(30)]
-        assert {answer.status_code for answer in answers} == {503}
-        assert {answer.json()["code"] for answer in answers} == {"ledger_unavailable"}
-        assert upstream.seen == []
-    finally:
-        fleet.close()
+def test_one_that_is_cut_off_from_the_ledger_judges_nothing_and_the_limit_holds(counting, upstream):
+    cut_off = counting.processors[2]
+    with counting.load(CALLERS) as load:
+        counting.link.cut()
+        stack.until(lambda: load.statuses[429] > 100, 30, "nothing is left to spend")
+        assert not cut_off.health()["ready"]
+    assert load.statuses[200] <= LIMIT
+    # It denied what came until Envoy had asked it; then the others served.
+    assert load.statuses[200] > LIMIT * 0.8, load.statuses
+    counting.link.mend()
+    cut_off.until_ready()
+    known = cut_off.decided
+    with counting.load(CALLERS) as after:
+        stack.until(lambda: cut_off.decided > known + 20, 10, "it judges again")
+    assert after.statuses[200] == 0
+    counting.redis.stop()
+    with counting.client() as client:
+        answers = [client.get("/plain/items") for _ in range(30)]
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json()["code"] for answer in answers} == {"ledger_unavailable"}
+    assert len(upstream.seen) <= LIMIT

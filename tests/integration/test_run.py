@@ -1,5 +1,6 @@
 """`broker run`: unchanged programs are governed, whatever they heed; nothing else gets out; all ends together."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,16 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
-from host import METADATA, WHY_NOT, WORLD4, WORLD6, Host, Run, verb
+from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, inside, verb
 from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
+from broker.canary import Canary
+from broker.dataplane.compile import Written
+from broker.dataplane.site import Namespace, Site
+from broker.namespaces import Held
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
@@ -48,7 +55,7 @@ def place() -> Iterator[SimpleNamespace]:
         stack.agent("coder", {"api": GRANTED, "wiki": GRANTED}),
         stack.agent("other", {"wiki": GRANTED}),
         stack.agent("leaver", {"api": GRANTED}),
-        stack.agent("learner", {"api": GRANTED}),
+        *(stack.agent(name, {"api": GRANTED}) for name in ("learner", "resolver", "flooder")),
     )
     (manifests / "ca.pem").write_text(ca.pem)
     broker = stack.Broker(manifests, folder / "state", within=host.within)
@@ -190,75 +197,58 @@ def test_only_the_names_of_the_agents_own_tools_resolve_and_new_ones_without_a_r
         running.close()
 
 
-# No way out.
-
-PROBE = r"""
-import socket, struct, sys
-WORLD4, WORLD6, METADATA, ICMP = sys.argv[1:5]
-def reach(family, kind, address, protocol=0, data=b"x"):
-    try:
-        with socket.socket(family, kind, protocol) as s:
-            s.settimeout(1)
-            if kind != socket.SOCK_STREAM: s.sendto(data, address)
-            else:
-                s.connect(address)
-                s.recv(1)
-    except OSError: pass
-reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 8080))
-reach(socket.AF_INET6, socket.SOCK_STREAM, (WORLD6, 8080))
-reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 22))
-reach(socket.AF_INET, socket.SOCK_DGRAM, (WORLD4, 443))
-reach(socket.AF_INET6, socket.SOCK_DGRAM, (WORLD6, 443))
-reach(socket.AF_INET, socket.SOCK_DGRAM, (WORLD4, 53))
-reach(socket.AF_INET, socket.SOCK_STREAM, (WORLD4, 53))
-reach(socket.AF_INET, socket.SOCK_STREAM, (METADATA, 8081))
-reach(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 7777))
-reach(socket.AF_INET, socket.SOCK_RAW, (WORLD4, 0), socket.IPPROTO_ICMP, bytes.fromhex(ICMP))
-reach(socket.AF_UNIX, socket.SOCK_STREAM, "\0broker-test")
-for path in sys.argv[5:]: reach(socket.AF_UNIX, socket.SOCK_STREAM, path)
-print("probed")
+QUESTIONS = r"""
+import socket, sys
+def ask(name, kind=1, tcp=False):
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    made = socket.socket(type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+    made.settimeout(5)
+    made.connect(("192.0.2.53", 53))
+    made.send(bytes.fromhex("627201000001000000000000") + labels + b"\0" + bytes([0, kind, 0, 1]))
+    return made.recv(512)[3] & 15
 """
-ECHO = "0800f7ff00000000"
 
 
-@pytest.fixture(scope="module")
-def sinks(place) -> Iterator[SimpleNamespace]:
-    listen = place.host.listen
-    listen("IPv4", WORLD4, 8080)
-    listen("IPv6", WORLD6, 8080)
-    listen("another port", WORLD4, 22)
-    listen("UDP 443", WORLD4, 443, socket.SOCK_DGRAM)
-    listen("UDP 443 over IPv6", WORLD6, 443, socket.SOCK_DGRAM)
-    listen("DNS", WORLD4, 53, socket.SOCK_DGRAM)
-    listen("DNS over TCP", WORLD4, 53)
-    listen("metadata", METADATA, 8081)
-    listen("the host's loopback", "127.0.0.1", 7777)
-    place.host.listen_icmp("ICMP")
-    place.host.listen_unix("abstract socket", "\0broker-test")
-    places = {"in /tmp": place.folder, "in /run": Path("/run"), "in /dev/shm": Path("/dev/shm"), "elsewhere": Path("/var/lib")}
-    paths = {name: str(folder / f"broker-test-{os.getpid()}.sock") for name, folder in places.items()}
-    for name, path in paths.items():
-        place.host.listen_unix(name, path)
-    arguments = [PYTHON, "-c", PROBE, WORLD4, WORLD6, METADATA, ECHO, *paths.values()]
-    every = {"IPv4", "IPv6", "another port", "UDP 443", "UDP 443 over IPv6", "DNS", "DNS over TCP", "metadata",
-             "the host's loopback", "ICMP", "abstract socket", *paths}  # fmt: skip
-    yield SimpleNamespace(arguments=arguments, every=every)
-    for path in paths.values():
-        Path(path).unlink()
+def asked_in_vain(place: SimpleNamespace, agent: str) -> list[dict[str, Any]]:
+    found = place.broker.decisions(code="host_not_declared")
+    return [each for each in found if each["agent"].get("name") == agent and each["detail"].startswith("DNS was asked")]
 
 
-def test_each_probe_gets_out_of_the_host_and_none_out_of_a_namespace(place, sinks):
-    reached = place.host.reached
-    reached.clear()
-    assert place.host.run(*sinks.arguments).stdout == "probed\n"
-    stack.until(lambda: set(reached) == sinks.every, why=str(reached))
-    reached.clear()
-    before = place.host.packets()
-    done = run(place, *sinks.arguments)
-    assert done.stdout == "probed\n", done.stderr
-    assert reached == {}
-    # Not a packet passed the host's interfaces, for whomever it was.
-    assert place.host.packets() == before
+def test_a_name_that_is_asked_of_dns_and_not_declared_stands_in_the_record_and_among_the_denials(place):
+    names = f"for name in ('c2VjcmV0.evil.test', 'C2VjcmV0.EVIL.test', '{API}', '{LATER}'):\n"
+    done = run(place, PYTHON, "-c", f"{QUESTIONS}{names}  for kind in (1, 28, 16): print(ask(name, kind))", agent="resolver")
+    # The codes 3 (no such name) and 4 (no such kind of question), at any address.
+    assert done.stdout.split() == ["3", "3", "4"] * 2 + ["0", "0", "4"] + ["3", "3", "4"], done.stderr
+    stack.until(lambda: len(asked_in_vain(place, "resolver")) == 2)
+    first, second = asked_in_vain(place, "resolver")
+    assert (first["host"], second["host"], first["door"]) == ("c2vjcmv0.evil.test", LATER, "namespace")
+    assert first["detail"] == "DNS was asked for 'c2vjcmv0.evil.test', which is not declared"
+    command = [*stack.BROKER, "denials", "--agent", "resolver", "--state", str(place.broker.state)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "c2vjcmv0.evil.test" in shown.stdout
+
+
+def test_a_flood_of_names_is_a_few_records_and_one_that_says_that_there_are_more(place):
+    flood = "for number in range(5000): ask(f'{number}.evil.test')"
+    assert run(place, PYTHON, "-c", f"{QUESTIONS}{flood}", agent="flooder").returncode == 0
+    found = stack.until(lambda: [each for each in asked_in_vain(place, "flooder") if not each["host"]])
+    assert found[0]["detail"] == "DNS was asked for more than 20 such names within a minute"
+    # Others are not kept from theirs, and a flood may go on into another minute.
+    assert run(place, "getent", "hosts", "other.evil.test", agent="resolver").returncode == 2
+    stack.until(lambda: asked_in_vain(place, "resolver")[-1]["host"] == "other.evil.test")
+    assert 21 <= len(asked_in_vain(place, "flooder")) <= 42
+
+
+def test_dns_over_tcp_is_refused_at_once(place):
+    began = time.monotonic()
+    done = run(place, PYTHON, "-c", f"{QUESTIONS}ask('{API}', tcp=True)")
+    assert "ConnectionRefusedError" in done.stderr
+    done = run(place, "sh", "-c", f"RES_OPTIONS=use-vc getent hosts {API}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert time.monotonic() - began < 4, "a resolver would wait 5 s for an answer"
+
+
+# No way out.
 
 
 def test_from_inside_nothing_of_the_brokers_can_be_seen(place):
@@ -323,7 +313,7 @@ def test_a_credential_of_the_callers_is_left_out_and_told_unless_it_is_kept(plac
     done = run(place, "env", env=secrets, options=("--keep", "GH_TOKEN"))
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert (found.get("GH_TOKEN"), found.get("EDITOR")) == ("t", "vi")
-    assert not {"OPENAI_API_KEY", "DATABASE_URL"} & set(found)
+    assert ("DATABASE_URL" in found, found["OPENAI_API_KEY"]) == (False, "the-broker-has-it")
     [line] = [line for line in done.stderr.splitlines() if "credential" in line]
     assert "DATABASE_URL" in line
     assert "OPENAI_API_KEY" in line
@@ -342,12 +332,12 @@ def test_two_agents_side_by_side_have_each_its_own_doors_and_see_nothing_of_the_
         for each, name in ((one, "coder"), (two, "other"), (one, "coder")):
             assert each.ask("/items") == '{"path": "/items"}'
             assert place.broker.decisions(verdict="allow")[-1]["agent"]["name"] == name
-        first, second = (_first_process(each) for each in (one, two))
+        first, second = (each.first_process for each in (one, two))
         namespaces = {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in (first, second, "self")}
         assert len(namespaces) == 3
         # What one listens on, the other does not reach; nor does the host reach a door.
         assert run(place, "sh", "-c", "ls /proc | grep -c '^[0-9]'").stdout.strip() < "9"
-        assert place.host.run("curl", "-s", "-m", "2", "http://127.0.0.1:15001/").returncode == 7
+        assert place.host.run("curl", "-s", "-m", "2", "http://127.0.0.1:1001/").returncode == 7
         with pytest.raises(Refused, match="is coder's already"):
             ask(place.broker.state / "run/control.sock", "POST", "/namespaces", {"agent": "other", "pid": first})
     finally:
@@ -365,6 +355,32 @@ def test_the_brokers_own_namespace_is_nobodys(place):
         )
 
 
+def test_what_must_be_denied_is_denied_at_every_door_of_a_namespace_and_in_no_reviewers_way(place):
+    running = Run(place.host, place.broker, "learner", "cat")
+    assert running.ask("ready") == "ready"
+    try:
+        with open(f"/proc/{running.first_process}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
+            held = Held(Namespace("1", "learner", ""), 1, namespace.fileno(), -1, Written((), (), ()))
+            canary = Canary(Site(("", 0), ("", 0), "", "", ""), lambda: held)
+            assert asyncio.run(canary._namespace()) == ""
+
+        def tried() -> list[dict[str, Any]]:
+            found = place.broker.records(canary=True)
+            return [
+                each for each in found if each.get("host", "").startswith("must-deny") and each["agent"].get("name") == "learner"
+            ]
+
+        assert {each["host"] for each in stack.until(lambda: len(tried()) == 4 and tried())} == {
+            "must-deny.invalid:443",
+            "must-deny.invalid",
+        }
+        assert {each["code"] for each in tried()} == {"host_not_declared"}
+        command = [*stack.BROKER, "denials", "--state", str(place.broker.state), "--json"]
+        assert "must-deny" not in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    finally:
+        running.close()
+
+
 def test_a_namespace_is_never_taken_over_tcp(place):
     token = subprocess.run(
         [*stack.BROKER, "token", "o", "--operator", "--state", str(place.broker.state)],
@@ -380,24 +396,66 @@ def test_a_namespace_is_never_taken_over_tcp(place):
 # Faults.
 
 
-@pytest.mark.parametrize("child", ["envoy", "processor"])
-def test_while_a_part_of_the_broker_hangs_nothing_gets_out(place, sinks, child):
-    running = Run(place.host, place.broker, "coder", "sh", "-c", ASKING)
+TAKING = r"""
+import errno, os, socket, sys, urllib.parse
+for _ in sys.stdin:
+    for port in (urllib.parse.urlsplit(os.environ["HTTPS_PROXY"]).port, 80, 443, 53):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            try: socket.socket(type=kind).bind(("", port))
+            except OSError as error: print(errno.errorcode[error.errno], end=" ")
+            else: print(port, end=" ")
+    print(flush=True)
+"""
+
+
+@contextmanager
+def without_envoy(broker: stack.Broker) -> Iterator[None]:
+    """While the body runs there is none, or until it lets the supervisor go on."""
+    os.kill(broker.process.pid, signal.SIGSTOP)
+    envoy = broker.child("envoy")
+    os.kill(envoy, signal.SIGKILL)
+    stack.until(lambda: has_ended(envoy) and len([*Path(f"/proc/{envoy}/task").iterdir()]) == 1)  # its threads hold its sockets
     try:
-        assert running.ask("/items") == '{"path": "/items"}'
-        place.plain.seen.clear()
-        place.host.reached.clear()
-        pid = place.broker.child(child)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            assert '"path"' not in running.ask("/items")
-            assert place.plain.seen == []
-            assert place.host.reached == {}
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        stack.until(lambda: running.ask("/items") == '{"path": "/items"}')
+        yield
+    finally:
+        os.kill(broker.process.pid, signal.SIGCONT)
+
+
+def where_envoy_is(broker: stack.Broker) -> set[int]:
+    """The network namespaces of its threads."""
+    return {path.stat().st_ino for path in Path(f"/proc/{broker.child('envoy')}/task").glob("*/ns/net")}
+
+
+def test_an_agent_can_not_take_the_places_of_its_doors_while_envoy_is_away(place):
+    # What can't be bound Envoy would be left in: it would look for the tools of all agents there.
+    running = Run(place.host, place.broker, "coder", PYTHON, "-c", TAKING)
+    try:
+        assert running.ask("ready")
+        with without_envoy(place.broker):
+            assert set(running.ask("now").split()) == {"EACCES"}
+        stack.until(lambda: run(place, "curl", "-s", f"http://{WIKI}/items", agent="other").stdout == '{"path": "/items"}', 20)
     finally:
         running.close()
+
+
+def test_an_envoy_that_is_left_in_a_namespace_is_ended_and_the_namespace_stays_shut(place):
+    taken = Run(place.host, place.broker, "coder", "sh", "-c", ASKING)
+    other = Run(place.host, place.broker, "other", "sh", "-c", ASKING)
+    expected = '{"path": "/items"}'
+    try:
+        assert (taken.ask("/items"), other.ask("/items")) == (expected, expected)
+        with without_envoy(place.broker), inside(taken.first_process, lambda: socket.create_server(("127.0.0.1", 443))):
+            os.kill(place.broker.process.pid, signal.SIGCONT)
+            stack.until(lambda: "is left in the namespace" in place.broker.log(), 20)
+            stack.until(lambda: other.ask("/items") == expected, 20)
+            assert where_envoy_is(place.broker) == {Path(f"/proc/{place.host.pid}/ns/net").stat().st_ino}
+            assert run(place, "curl", "-s", f"http://{WIKI}/items", agent="other").stdout.strip() == expected
+            assert taken.ask("/items") == "failed"
+            assert json.loads(place.host.run("curl", "-s", f"{place.broker.admin}/readyz").stdout)["ready"]
+    finally:
+        taken.close()
+        other.close()
+    assert run(place, "curl", "-s", f"http://{WIKI}/items").stdout.strip() == expected
 
 
 @pytest.mark.parametrize("child", ["envoy", "processor"])
@@ -419,36 +477,6 @@ def test_a_part_of_the_broker_that_is_killed_lets_nothing_out_and_once_back_has_
         running.close()
 
 
-def test_when_the_whole_broker_is_killed_nothing_gets_out_any_more():
-    folder = stack.short_folder()
-    host = Host(folder, WIKI)
-    plain = host.inside(lambda: stack.Upstream(port=80))
-    manifests = stack.write_manifests(
-        folder / "manifests",
-        stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
-        stack.agent("coder", {"wiki": GRANTED}),
-    )
-    broker = stack.Broker(manifests, folder / "state", within=host.within)
-    running = Run(host, broker, "coder", "sh", "-c", ASKING)
-    try:
-        assert running.ask("/items") == '{"path": "/items"}'
-        plain.seen.clear()
-        envoy = broker.child("envoy")
-        broker.process.kill()
-        broker.process.wait()
-        stack.until(lambda: not Path(f"/proc/{envoy}").exists() or _state(envoy) == "Z")
-        stack.until(host.quiet)
-        before = host.packets()
-        assert "failed" in running.ask("/items")
-        assert plain.seen == []
-        assert host.packets() == before
-    finally:
-        running.close()
-        broker.stop()
-        host.close()
-        plain.close()
-
-
 # The end.
 
 LINGERING = "setsid sh -c 'setsid sleep 1000 & sleep 1000' & echo started; sleep 1000"
@@ -457,7 +485,7 @@ LINGERING = "setsid sh -c 'setsid sleep 1000 & sleep 1000' & echo started; sleep
 def test_when_it_is_killed_all_that_it_started_and_its_namespace_are_gone(place):
     running = Run(place.host, place.broker, "coder", "sh", "-c", LINGERING)
     assert running.line() == "started"
-    inode = Path(f"/proc/{_first_process(running)}/ns/net").stat().st_ino
+    inode = Path(f"/proc/{running.first_process}/ns/net").stat().st_ino
     assert len(_in_namespace(inode)) >= 4
     assert _doors(place)
     running.process.kill()
@@ -593,30 +621,15 @@ def test_wrong_usage_says_what_to_do(place, tmp_path):
     assert (done.returncode, "install the package iproute2" in done.stderr) == (2, True)
 
 
-def _first_process(running: Run) -> int:
-    """Process 1 of its namespaces, by its number out here: `broker run` has `unshare` as its child, and that has it."""
-    pid = running.process.pid
-    for _ in range(2):
-        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-    return pid
-
-
 def _in_namespace(inode: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/ns/net"):
         try:
-            if path.stat().st_ino == inode and _state(int(path.parts[2])) != "Z":
+            if path.stat().st_ino == inode and not has_ended(int(path.parts[2])):
                 found.append(int(path.parts[2]))
         except OSError:
             continue
     return found
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
 
 
 def _doors(place: SimpleNamespace) -> bool:

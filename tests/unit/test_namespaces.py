@@ -1,9 +1,11 @@
 """Whose namespaces are whose, and what Envoy is told of them; with real namespaces' processes, and an Envoy that is played."""
 
 import asyncio
+import fcntl
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import stack
@@ -36,6 +38,12 @@ def snapshot(tmp_path):
 
 @pytest.fixture
 def process():
+    with apart() as made:
+        yield made
+
+
+@contextmanager
+def apart():
     """A process in a network namespace of its own."""
     command = ["unshare", "--net", "--", sys.executable, "-c", "print('in', flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as made:
@@ -82,6 +90,36 @@ def test_it_is_held_until_its_process_ends_and_then_let_go(tmp_path, snapshot, p
         assert envoy.told[-1] == 0
         assert list(envoy.folder.iterdir()) == []
         assert envoy.recorded == [f"namespace {answer['namespace']} is coder's"]
+
+    asyncio.run(script())
+
+
+def test_each_is_entered_in_its_turn_once_its_doors_are_open_and_until_it_ends(tmp_path, snapshot, process, monkeypatch):
+    monkeypatch.setattr("broker.namespaces._SETTLED_S", 0.0)
+
+    async def script():
+        envoy = Played(tmp_path, snapshot)
+        held = envoy.namespaces.in_turn
+        await envoy.namespaces.use(snapshot, CERTIFICATES, envoy.base)
+        assert held() is None
+        with apart() as other:
+            await envoy.join("coder", process.pid)
+            await envoy.join("other", other.pid)
+            found = [held() for _ in range(4)]
+            assert [each.namespace.agent for each in found] == ["coder", "other"] * 2
+            for each, within in zip(found, (process, other), strict=False):
+                with each.socket() as made:
+                    # SIOCGSKNS (Linux, include/uapi/linux/sockios.h): the namespace that a socket is in.
+                    descriptor = fcntl.ioctl(made.fileno(), 0x894C)
+                assert os.fstat(descriptor).st_ino == os.stat(f"/proc/{within.pid}/ns/net").st_ino  # noqa: PTH116
+                os.close(descriptor)
+        while not found[1].ended:  # noqa: ASYNC110 - the loop's own event brings it
+            await asyncio.sleep(0.01)
+        assert [held().namespace.agent for _ in range(2)] == ["coder"] * 2
+        with pytest.raises(OSError, match="can't be entered"):
+            found[1].socket()
+        monkeypatch.setattr("broker.namespaces._SETTLED_S", 60.0)
+        assert held() is None
 
     asyncio.run(script())
 

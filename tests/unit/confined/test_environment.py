@@ -2,13 +2,13 @@
 
 import pytest
 
-from broker.confined.environment import CA, environment
+from broker.confined.environment import CA, PLACEHOLDER, environment
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE",
+        "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE",
         "GITHUB_TOKEN", "GH_TOKEN", "STRIPE_KEY", "SLACK_WEBHOOK", "NPM_TOKEN", "CLIENT_SECRET", "DB_PASSWORD", "PGPASSWORD",
         "TOKEN", "password", "GOOGLE_APPLICATION_CREDENTIALS", "SSH_PRIVATE_KEY", "SIGNING_KEY_PASSPHRASE", "API_TOKEN_FILE",
         "BROKER_REDIS_URL", "GITLAB_PAT",
@@ -19,6 +19,13 @@ def test_a_variable_that_is_named_like_a_credential_is_left_out_and_told(name):
     assert made.cleared == [name]
     assert name not in made.variables
     assert made.variables["EDITOR"] == "vi"
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "ANTHROPIC_API_KEY", "api_key", "X_APIKEY"])
+def test_an_api_key_is_told_and_replaced_since_clients_do_not_start_without_one(name):
+    made = environment({name: "sk-1"})
+    assert (made.cleared, made.variables[name]) == ([name], PLACEHOLDER)
+    assert environment({name: "sk-1"}, keep=[name]).variables[name] == "sk-1"
 
 
 @pytest.mark.parametrize("value", ["postgres://u:p@db/x", "see redis://:pw@h:6379/0", "https://bot:tok@git.example/x.git"])
@@ -58,7 +65,7 @@ def test_every_runtime_is_led_to_the_door_and_to_our_ca_whatever_the_caller_says
     }
     found = environment(theirs).variables
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        assert found[name] == "http://127.0.0.1:15001"
+        assert found[name] == "http://127.0.0.1:1001"
     assert (found["NO_PROXY"], found["no_proxy"], found["NODE_USE_ENV_PROXY"]) == ("", "", "1")
     for name in (
         "SSL_CERT_FILE",

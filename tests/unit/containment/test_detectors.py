@@ -72,6 +72,12 @@ def test_a_denial_is_counted_where_it_is_the_agents_doing(code):
     assert call(on, 0, decision=deny(code, "")) == [name for name, fires in expected.items() if fires]
 
 
+def test_what_the_broker_itself_tries_in_an_agents_place_is_not_the_agents_doing():
+    on = watching(*(rule(each) for each in (Detector.DENIED_BURST, Detector.PROBING, Detector.UNDECLARED_HOST)))
+    assert call(on, 0, decision=HOST, tool="", operation="", host="must-deny.invalid:443") == []
+    assert call(on, 0, decision=DENIAL, host="must-deny.invalid") == ["denied_burst"]
+
+
 @pytest.mark.parametrize(
     ("known", "decision", "fires"),
     [

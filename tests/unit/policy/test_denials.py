@@ -3,7 +3,7 @@
 import pytest
 
 from broker.policy import denials
-from broker.policy.denials import KIND_OF, DenialKind
+from broker.policy.denials import KIND_OF, DenialKind, by_canary
 from broker.policy.types import Code
 
 
@@ -27,3 +27,17 @@ def test_each_code_has_exactly_one_kind():
 )
 def test_a_code_is_of_the_kind_whose_move_it_is(code, kind):
     assert KIND_OF[Code(code)] is DenialKind(kind)
+
+
+@pytest.mark.parametrize(
+    ("host", "code", "said"),
+    [
+        pytest.param("must-deny.invalid", "host_not_declared", True, id="the canary"),
+        pytest.param("must-deny.invalid:443", "host_not_declared", True, id="and its tunnel"),
+        pytest.param("must-deny.invalid", None, False, id="a call that passes under its name"),
+        pytest.param("must-deny.invalid", "params_invalid", False, id="a call of a tool under its name"),
+        pytest.param("x.must-deny.invalid", "host_not_declared", False, id="another name"),
+    ],
+)
+def test_of_the_canarys_denials_none_is_its_agents(host, code, said):
+    assert by_canary(host, code) is said

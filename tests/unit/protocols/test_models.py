@@ -318,7 +318,7 @@ def test_a_denial_holds_the_whole_problem_and_says_whether_to_try_again(adapter,
     assert reply.status == about["status"]
     error = json.loads(reply.body)["error"]
     assert {**about, "type": error["type"]}.items() <= error.items()
-    assert error["message"] == "not now"
+    assert error["message"] == f"not now ({code}, decision d1)"
     headers = dict(reply.headers)
     assert (headers["content-type"], headers["x-broker-decision-id"]) == ("application/json", "d1")
     assert headers.get("x-should-retry") == (None if retry else "false")

@@ -296,3 +296,9 @@ def test_what_would_have_been_denied_comes_in_the_logs_order(log):
         log.decide(decision, agent, **SEARCH)
     assert [record["decision_id"] for record in shadowed(log.open(), "a")] == ["d-1", "d-4"]
     assert orjson.dumps(list(shadowed(log.index, "nobody"))) == b"[]"
+
+
+def test_what_the_canary_tries_is_in_nobodys_way(log):
+    log.decide(UNKNOWN_HOST, host="must-deny.invalid:443")
+    log.decide(UNDECLARED, host="must-deny.invalid", tool="shop")
+    assert [each.code for each in clusters(log.open(), NOW)] == ["operation_not_declared"]
