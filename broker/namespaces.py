@@ -2,7 +2,8 @@
 
 Laws: the broker's own namespace is nobody's, and no namespace is two agents'. It is held open here by a descriptor, so that no
 other can stand in its place, and let go when the process that brought it ends; a broker that starts knows of none. Whoever brings
-one is answered when Envoy listens in it, or has said why not. An Envoy that can't listen somewhere stays in that namespace with
+one is answered when Envoy listens in it, or has said why not. One that others made (`identity.namespace`) is found by its name,
+and let go when that name is gone or another's. An Envoy that can't listen somewhere stays in that namespace with
 what it does next (as of 1.40), and would look for tools there: it is ended, and the namespace gets no doors any more.
 """
 
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from broker.admin.api import Act
@@ -32,23 +33,33 @@ _AS_ROOT = "run `broker up` as root, on the same machine"
 _PATIENCE_S = 4.0  # less than who asks waits; Envoy answers within milliseconds, or a second while it is started again
 
 
+NAMED = Path("/run/netns")
+"""Where ip-netns(8) keeps them, by name."""
+_LOOK_S = 1.0
+
+_NOTHING = Written((), (), ())
 _CLONE_NEWNET = 0x40000000
 _SETTLED_S = 1.0  # Envoy has taken the doors' configuration; milliseconds later it listens
 
 
+class _NoAnswerError(BrokerError):
+    """Envoy says nothing."""
+
+
 @dataclass(slots=True)
 class Held:
-    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it; `process` is the pidfd of its bringer.
+    """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it.
 
-    `joined` is when Envoy took its doors, by the loop's clock, 0 before; `shut` says that it gets none any more, `ended` that it
-    has been let go.
+    A process brought it, whose pidfd is `process`, or it is found by a name, `named`. `joined` is when Envoy took its doors, by
+    the loop's clock, 0 before; `shut` says that it gets none any more, `ended` that it has been let go.
     """
 
     namespace: Namespace
     inode: int
     descriptor: int
-    process: int
-    doors: Written
+    process: int | None
+    named: str
+    doors: Written = _NOTHING
     joined: float = 0.0
     shut: bool = False
     ended: bool = False
@@ -85,6 +96,8 @@ class Namespaces:
             left.unlink()
         self._changing = asyncio.Lock()
         self._verdict: asyncio.Future[str | None] | None = None
+        self._envoy = False  # whether there was one
+        self._refused: dict[str, int] = {}  # the inodes of those, by name, that are not tried again
 
     async def use(self, snapshot: PolicySnapshot, certificates: Certificates, base: Written) -> None:
         """Make this the configuration, with each namespace's doors as it has them."""
@@ -98,6 +111,7 @@ class Namespaces:
 
     def heard(self, error: str | None) -> None:
         """Envoy has taken the newest configuration, or refused one in these words."""
+        self._envoy = self._envoy or error is None
         if error and self._held:
             self._end_stray_envoy()
         if self._verdict and not self._verdict.done():
@@ -135,24 +149,77 @@ class Namespaces:
         if agent not in self._snapshot.agents:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
         async with self._changing:
-            held = self._hold(agent, pid if isinstance(pid, int) else 0)
+            held = self._brought(agent, pid if isinstance(pid, int) else 0)
             if held.shut:
                 raise ValueError("Envoy could not listen in this namespace before, so it stays shut")
-            if held.joined:
-                return self._told(held)
-            asyncio.get_running_loop().add_reader(held.process, self._release, held)
-            if error := await self._opened(held):
-                self._release(held)
-                raise BrokerError(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
-            held.joined = asyncio.get_running_loop().time()
-        log.info("namespace %s is %s's", held.namespace.key, agent)
-        self._record(f"namespace {held.namespace.key} is {agent}'s")
+            if not held.joined:
+                await self._open(held)
         return self._told(held)
+
+    async def _open(self, held: Held) -> None:
+        kind: type[BrokerError] = BrokerError
+        try:
+            error = await self._opened(held)
+        except TimeoutError:
+            kind, error = _NoAnswerError, f"no answer within {_PATIENCE_S:.0f} s"
+        if error:
+            self._release(held)
+            raise kind(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
+        held.joined = asyncio.get_running_loop().time()
+        what = f"namespace {held.named or held.namespace.key} is {held.namespace.agent}'s"
+        log.info(what)
+        self._record(what)
+
+    async def watch(self) -> None:
+        """Look for ever for the namespaces that agents have by name."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self.look()
+            except Exception:  # a fault of ours: the next look must follow
+                log.exception("the namespaces in %s could not be looked at", NAMED)
+
+    async def look(self) -> None:
+        """Open doors in the namespaces that agents have by name, and let go of those that are gone or another's."""
+        if not self._envoy:
+            return
+        async with self._changing:
+            wanted = {agent.namespace: agent.name for agent in self._snapshot.agents.values() if agent.namespace}
+            there = {name: inode for name in wanted if (inode := _inode(NAMED / name))}
+            self._refused = {name: inode for name, inode in self._refused.items() if there.get(name) == inode}
+            for held in [held for held in self._held.values() if held.named]:
+                if there.get(held.named) != held.inode:
+                    self._release(held)
+                elif wanted[held.named] != held.namespace.agent:
+                    await self._pass_on(held, wanted[held.named])
+            known = {held.named for held in self._held.values()} | self._refused.keys()
+            for name in sorted(there.keys() - known):
+                await self._find(name, wanted[name], there[name])
+
+    async def _pass_on(self, held: Held, agent: str) -> None:
+        """The same doors, by the same path: Envoy can't open others where it still lets these go."""
+        held.namespace = replace(held.namespace, agent=agent)
+        await self._open(held)
+
+    async def _find(self, name: str, agent: str, inode: int) -> None:
+        try:
+            with contextlib.ExitStack() as opened:
+                descriptor = _kept(opened, os.open(NAMED / name, os.O_RDONLY | os.O_CLOEXEC))
+                held = self._hold(agent, descriptor, named=name)
+                opened.pop_all()
+            await self._open(held)
+        except _NoAnswerError:
+            return  # it is started again, maybe; the next look tries once more
+        except (OSError, ValueError, BrokerError) as error:
+            self._refused[name] = inode
+            what = f"namespace {name} of {agent}'s gets no doors: {error}"
+            log.error("%s", what)  # noqa: TRY400 - it says all there is
+            self._record(what)
 
     def _told(self, held: Held) -> dict[str, str]:
         return {"namespace": held.namespace.key, "manifests": self._manifests}
 
-    def _hold(self, agent: str, pid: int) -> Held:
+    def _brought(self, agent: str, pid: int) -> Held:
         with contextlib.ExitStack() as opened:
             try:
                 process = _kept(opened, os.pidfd_open(pid))
@@ -160,44 +227,49 @@ class Namespaces:
                 signal.pidfd_send_signal(process, 0)  # so both are the same process's: a number is used again
             except (OSError, OverflowError) as error:
                 raise UsageError(f"the namespace of process {pid} can't be opened ({error})", _AS_ROOT) from error
-            inode = os.fstat(descriptor).st_ino
-            if inode == Path("/proc/self/ns/net").stat().st_ino:
-                raise ValueError("this is the broker's own network namespace; an agent needs one of its own")
-            if known := self._held.get(inode):
-                if known.namespace.agent == agent:
-                    return known
-                raise ValueError(f"this namespace is {known.namespace.agent}'s already")
-            key = secrets.token_hex(4)
-            # A path that no other namespace had before: Envoy takes over the sockets of a listener that ended, by their address.
-            path = self._folder / f"{_LINK}{key}"
-            path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-            namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
-            held = Held(namespace, inode, descriptor, process, Written.of(doors_of(self._snapshot, namespace)))
+            known = self._held.get(os.fstat(descriptor).st_ino)
+            if known and known.namespace.agent == agent:
+                return known
+            held = self._hold(agent, descriptor, process)
             opened.pop_all()
+        asyncio.get_running_loop().add_reader(process, self._release, held)
+        return held
+
+    def _hold(self, agent: str, descriptor: int, process: int | None = None, named: str = "") -> Held:
+        inode = os.fstat(descriptor).st_ino
+        if inode == Path("/proc/self/ns/net").stat().st_ino:
+            raise ValueError("this is the broker's own network namespace; an agent needs one of its own")
+        if known := self._held.get(inode):
+            raise ValueError(f"this namespace is {known.namespace.agent}'s already")
+        key = secrets.token_hex(4)
+        # A path that no other namespace had before: Envoy takes over the sockets of a listener that ended, by their address.
+        path = self._folder / f"{_LINK}{key}"
+        path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+        namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
+        held = Held(namespace, inode, descriptor, process, named)
         self._held[inode] = held
         return held
 
     async def _opened(self, held: Held) -> str | None:
-        """Have Envoy open the doors; its words where it does not."""
+        """Have Envoy open the doors; its words where it does not. Raises `TimeoutError` where it says nothing."""
         if self._shared is _NOTHING:
             self._shared = await _shared(self._snapshot, self._certificates)
+        held.doors = Written.of(doors_of(self._snapshot, held.namespace))
         self._verdict = asyncio.get_running_loop().create_future()
         self._publish_all()
-        try:
-            refused = await asyncio.wait_for(self._verdict, _PATIENCE_S)
-        except TimeoutError:
-            return f"no answer within {_PATIENCE_S:.0f} s"
+        refused = await asyncio.wait_for(self._verdict, _PATIENCE_S)
         return refused if held.inode in self._held else "its process has ended"
 
     def _release(self, held: Held) -> None:
-        """The process that brought it has ended, and with it all that was in it (or Envoy refused it)."""
+        """The process that brought it has ended, and with it all that was in it; or its name is gone; or Envoy refused it."""
         if self._held.pop(held.inode, None) is None:
             return
         held.ended = True
-        asyncio.get_running_loop().remove_reader(held.process)
         self._publish_all()
         Path(held.namespace.path).unlink(missing_ok=True)
-        os.close(held.process)
+        if held.process is not None:
+            asyncio.get_running_loop().remove_reader(held.process)
+            os.close(held.process)
         os.close(held.descriptor)
         log.info("namespace %s has ended", held.namespace.key)
 
@@ -212,7 +284,13 @@ class Namespaces:
                 yield held.doors
 
 
-_NOTHING = Written((), (), ())
+def _inode(path: Path) -> int:
+    """0 where nothing is."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino
+    return 0
+
+
 _LINK = "namespace-"
 
 

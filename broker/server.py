@@ -173,15 +173,8 @@ class Server:
         ]
         control = api.acting({**acts, **self._namespaces.acts}, local)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            work = (
-                self._watch(),
-                self._sync(),
-                self._keep(),
-                self._take_back(),
-                self._alerts.run(),
-                self._self_test.run(),
-                self._canary.run(),
-            )
+            own = (self._watch(), self._sync(), self._keep(), self._take_back())
+            work = (*own, self._alerts.run(), self._self_test.run(), self._canary.run(), self._namespaces.watch())
             background = [asyncio.create_task(each) for each in work]
             self._announce("listening", self._snapshot.revision)
             await stop.wait()

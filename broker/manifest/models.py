@@ -198,7 +198,7 @@ class Identity(Model):
         None, description="The SPIFFE ID in its client certificate.", examples=["spiffe://a.example/bot"]
     )
     token: bool = Field(default=False, description="Whether broker token may issue tokens for it.")
-    namespace: Name | None = Field(None, description="The network namespace that its calls come from.")
+    namespace: Name | None = Field(None, description="The network namespace that its calls come from, by its name in /run/netns.")
 
     @model_validator(mode="after")
     def _any(self) -> "Identity":
