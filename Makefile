@@ -3,7 +3,11 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test packages lint bench docs lock clean
+# Compose v2, or Debian's: make compose-demo COMPOSE=docker-compose
+COMPOSE ?= docker compose
+STACK = $(COMPOSE) --file compose/compose.yaml
+
+.PHONY: run test packages lint bench docs lock clean compose-demo
 
 run: .venv/run ## the broker on the sample organisation
 	.venv/bin/broker up
@@ -15,9 +19,11 @@ test: .venv/test packages lint ## every check and every test
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
-	@( for each in openssl redis-server git curl nft ip tcpdump; do command -v $$each || exit 1; done ) >/dev/null || \
+	@( for each in openssl redis-server git curl nft ip tcpdump dockerd docker-compose debootstrap slirp4netns; do \
+	     command -v $$each || exit 1; done ) >/dev/null || \
 	  test "$$(id -u)" != 0 || \
-	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump; }
+	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump \
+	    docker.io docker-compose debootstrap slirp4netns; }
 
 lint: .venv/test
 	.venv/bin/ruff check .
@@ -26,6 +32,17 @@ lint: .venv/test
 	.venv/bin/lint-imports
 	.venv/bin/python -m broker.manifest.schemas --check
 	.venv/bin/python -m docs.generate --check
+
+compose-demo: ## an agent in a container, whose only neighbour is Envoy, and all that stands behind it
+	@echo "building the image, and starting Envoy, three processors, Redis, two tools, Prometheus and Grafana …"
+	@$(STACK) build --quiet keys
+	@$(STACK) up --detach --quiet-pull
+	@echo && echo "The agent, on a network with Envoy and nobody else:" && echo
+	@$(STACK) run --rm agent
+	@echo && echo "What reached the tools, and with which credential, which the agent never had:" && echo
+	@$(STACK) logs --no-log-prefix tools
+	@echo && echo "Grafana:    http://127.0.0.1:$${GRAFANA_PORT:-3000}" && echo "Prometheus: http://127.0.0.1:$${PROMETHEUS_PORT:-9090}"
+	@echo "Once more:  $(STACK) run --rm agent" && echo "To the end: $(STACK) down --volumes"
 
 bench: .venv/test ## the table of benchmarks/README.md
 	.venv/bin/python -m benchmarks.run

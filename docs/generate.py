@@ -1,4 +1,4 @@
-"""Writes what can be read off the code: docs/reference/*.md and the golden configurations in envoy/ and netpol/.
+"""Writes what can be read off the code: docs/reference/*.md and the golden configurations in envoy/, netpol/ and compose/.
 
 `python -m docs.generate [--check]`, from the repository's root. With `--check` nothing is written: each file that differs is
 named on stderr, and the exit code is 1.
@@ -29,8 +29,10 @@ from broker.cli.main import cli
 from broker.cli.render import IMAGE, base, placeholders, rendered
 from broker.containment.detectors import span
 from broker.credentials import ISSUERS
+from broker.dataplane.compile import bootstrap
 from broker.dataplane.kubernetes import Cluster
 from broker.dataplane.nftables import ruleset
+from broker.dataplane.proto import in_json
 from broker.dataplane.site import Site
 from broker.ledger.base import Balance
 from broker.manifest.findings import Finding
@@ -63,6 +65,7 @@ def files() -> Mapping[str, str]:
         "envoy/minimal.yaml": lambda: _golden("tests/golden/minimal"),
         "envoy/spire.yaml": lambda: _golden("tests/golden/spire"),
         "netpol/nftables.nft": _nftables,
+        "compose/envoy.yaml": _compose,
     }
     return {path: make() for path, make in made.items()} | _kubernetes()
 
@@ -94,6 +97,16 @@ def _golden(directory: str) -> str:
     site = Site(*doors, (f"{run}/processor.sock",), f"{run}/envoy-admin.sock", options.ROOTS[0])
     text: str = yaml.safe_dump(rendered(snapshot, site, placeholders(snapshot)), sort_keys=False, width=120)
     return f"# broker render envoy {directory}\n{text}"
+
+
+def _compose() -> str:
+    services = yaml.safe_load(Path("compose/compose.yaml").read_text(encoding="utf-8"))["services"]
+    names, run = [name for name in services if name.startswith("processor-")], "/run/broker"
+    doors = ("0.0.0.0", 15001), ("0.0.0.0", 15002)  # noqa: S104 - a container's networks, which compose.yaml draws
+    site = Site(*doors, tuple(f"{run}/{name}.sock" for name in names), f"{run}/envoy-admin.sock", options.ROOTS[0])
+    text: str = yaml.safe_dump(in_json(bootstrap(site)), sort_keys=False, width=120)
+    command = f"broker render envoy {' '.join(f'--processor {name}' for name in names)}"
+    return f"# The bootstrap of: {command}\n{text}"
 
 
 # -------------------------------------------------------------------------------------------------------------------- kinds
