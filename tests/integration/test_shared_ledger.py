@@ -168,6 +168,9 @@ def test_where_the_platform_says_so_reads_pass_while_redis_is_away_counted_recor
         assert degraded == [False, True, True, False]
         alerts = [record["detail"] for record in broker.records() if record["event"] == "alert"]
         assert [detail for detail in alerts if "reads pass on this broker's own limits" in detail]
+        # To be stopped is no alarm.
+        assert broker.stop() == 0
+        assert alerts == [record["detail"] for record in broker.records() if record["event"] == "alert"]
     finally:
         broker.stop()
         upstream.close()
