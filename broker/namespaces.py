@@ -3,8 +3,10 @@
 Laws: the broker's own namespace is nobody's, and no namespace is two agents'. It is held open here by a descriptor, so that no
 other can stand in its place, and let go when the process that brought it ends; a broker that starts knows of none. Whoever brings
 one is answered when Envoy listens in it, or has said why not. One that others made (`identity.namespace`) is found by its name,
-and let go when that name is gone or another's. An Envoy that can't listen somewhere stays in that namespace with
-what it does next (as of 1.40), and would look for tools there: it is ended, and the namespace gets no doors any more.
+and let go when that name is gone or another's.
+
+An Envoy that can't listen somewhere stays in that namespace with what it does next (as of 1.40), and would look for tools there:
+it is ended, and the namespace gets no doors any more.
 """
 
 import asyncio
