@@ -393,7 +393,8 @@ def test_a_sink_that_hangs_holds_up_no_other(desk, monkeypatch):
         async with running(desk):
             for number in range(10):
                 desk.send(high(number), low(number))
-                await until(lambda sent=number + 1: len(desk.hook.payloads) == sent, "chat is told at once")
+                await until(lambda sent=number + 1: desk.alerts.delivered["chat"] == sent, "chat is told at once")
+        assert len(desk.hook.payloads) == 10
         assert desk.alerts.delivered == {"chat": 10}
 
     asyncio.run(scenario())
