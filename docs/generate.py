@@ -105,8 +105,8 @@ def _compose() -> str:
     doors = ("0.0.0.0", 15001), ("0.0.0.0", 15002)  # noqa: S104 - a container's networks, which compose.yaml draws
     site = Site(*doors, tuple(f"{run}/{name}.sock" for name in names), f"{run}/envoy-admin.sock", options.ROOTS[0])
     text: str = yaml.safe_dump(in_json(bootstrap(site)), sort_keys=False, width=120)
-    command = f"broker render envoy {' '.join(f'--processor {name}' for name in names)}"
-    return f"# The bootstrap of: {command}\n{text}"
+    command = f"broker render envoy --bootstrap {' '.join(f'--processor {name}' for name in names)}"
+    return f"# {command}\n{text}"
 
 
 # -------------------------------------------------------------------------------------------------------------------- kinds

@@ -19,7 +19,6 @@ from typing import Any
 
 import httpx
 import stack
-import yaml
 from redis_server import RedisServer
 
 from broker import clock
@@ -148,12 +147,10 @@ class Fleet:
         stack.until(lambda: self.call().status_code == 200, 30, "calls are served")
 
     def _bootstrap(self, names: tuple[str, ...]) -> Path:
-        doors = ["--proxy", f"127.0.0.1:{self.proxy}", "--base-url", f"127.0.0.1:{self.base_url}"]
         named = [word for name in names for word in ("--processor", name)]
-        command = [*stack.BROKER, "render", "envoy", str(self.manifests), *doors, "--run", str(self.run), *named]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [*stack.BROKER, "render", "envoy", "--bootstrap", str(self.manifests), "--run", str(self.run), *named]
         path = self.folder / "envoy.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(printed)["bootstrap"]))
+        path.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         return path
 
     def verb(self, *words: str) -> str:

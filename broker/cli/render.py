@@ -49,7 +49,10 @@ def render() -> None:
     metavar="NAME",
     help="A processor's name; once for each of several.",
 )
-def envoy(*, manifests: Path, proxy: options.Address, base_url: options.Address, folder: str, names: tuple[str, ...]) -> None:
+@click.option("--bootstrap", "alone", is_flag=True, help="The bootstrap alone: the file that Envoy is started with.")
+def envoy(
+    *, manifests: Path, proxy: options.Address, base_url: options.Address, folder: str, names: tuple[str, ...], alone: bool
+) -> None:
     """Print Envoy's bootstrap and the resources that the broker serves over ADS, as YAML.
 
     Certificates and their keys are made by the broker at run time; here a placeholder stands for each.
@@ -57,7 +60,8 @@ def envoy(*, manifests: Path, proxy: options.Address, base_url: options.Address,
     snapshot = options.snapshot(manifests)
     processors = tuple(f"{folder}/{name}.sock" for name in names or ("processor",))
     site = Site(proxy, base_url, processors, f"{folder}/envoy-admin.sock", options.ROOTS[0])
-    click.echo(yaml.safe_dump(rendered(snapshot, site, placeholders(snapshot)), sort_keys=False, width=120), nl=False)
+    made = in_json(bootstrap(site)) if alone else rendered(snapshot, site, placeholders(snapshot))
+    click.echo(yaml.safe_dump(made, sort_keys=False, width=120), nl=False)
 
 
 def rendered(snapshot: PolicySnapshot, site: Site, certificates: Certificates) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def serve(
     reached_at: str,
     **doors: options.Address,
 ) -> None:
-    """Run a processor without Envoy. What `broker render envoy` prints under `bootstrap:` leads an Envoy to it.
+    """Run a processor without Envoy. What `broker render envoy --bootstrap` prints leads an Envoy to it.
 
     Several of them, each with a state folder of its own, can be behind one Envoy.
     """
