@@ -49,7 +49,7 @@ from broker.processor.self_test import SelfTest
 from broker.processor.xds import Ads
 from broker.protocols.registry import ADAPTERS
 from broker.state import State
-from broker.watch import Watch
+from broker.watch import Watch, alive
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Server:
         ]
         control = api.acting({**acts, **self._namespaces.acts}, local)
         async with api.serving(public, host=host, port=port), api.serving(control, uds=str(self._state.control_socket)):
-            own = (self._watch(), self._sync(), self._keep(), self._take_back())
+            own = (self._watch(), self._sync(), self._keep(), self._take_back(), alive(self._state.root / "hung.txt"))
             work = (*own, self._alerts.run(), self._self_test.run(), self._canary.run(), self._namespaces.watch())
             background = [asyncio.create_task(each) for each in work]
             self._announce("listening", self._snapshot.revision)

@@ -6,6 +6,7 @@
     STATE/review.db           an index of the record, and reviewers' labels; made again from the record where it is missing
     STATE/ledger.json         what was spent, as of a moment ago; made again from the record where it is missing
     STATE/outbox              credentials that are to be taken back at their issuers, sealed
+    STATE/hung.txt            where a processor was that hung, and was ended
     STATE/run/                sockets and Envoy's bootstrap, gone with the broker
 
 Law: the folders are 0700. A Unix socket's path must fit 107 bytes (unix(7)); where STATE is too deep, `run` lies in the system's

@@ -1,8 +1,10 @@
 """What is tested again and again while the broker runs, and who is told when the result changes."""
 
 import asyncio
+import faulthandler
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -31,3 +33,20 @@ class Watch:
             before, self.failure = self.failure, failure
             if failure != before:
                 self._on_change(failure)
+
+
+HUNG_S = 30.0
+
+
+async def alive(picture: Path) -> None:
+    """End this process where its event loop stands still so long, with a picture of where each thread was, without any value.
+
+    What hangs can neither be asked nor cut what an agent has open. Whoever keeps it running starts it again.
+    """
+    with picture.open("a", encoding="utf-8") as file:
+        try:
+            while True:
+                faulthandler.dump_traceback_later(HUNG_S, exit=True, file=file)
+                await asyncio.sleep(HUNG_S / 4)
+        finally:
+            faulthandler.cancel_dump_traceback_later()

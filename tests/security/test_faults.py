@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -298,6 +299,35 @@ def test_an_envoy_whose_processor_has_no_configuration_opens_no_door_until_there
                 (place.manifests / ".draft").rename(place.manifests / "tool-plain.yaml")
                 stack.until(lambda: _status(url) == 401, 20, "the door opens")
                 assert place.plain.seen == []
+
+
+# On a signal its one thread of Python does nothing else any more.
+_HANGS = """
+import signal, time
+import broker.watch
+from broker.cli.main import main
+broker.watch.HUNG_S = 1.0
+signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))
+main()
+"""
+
+
+def test_a_processor_whose_event_loop_stands_still_ends_itself_and_says_where_it_was():
+    with _place() as place:
+        admin = f"127.0.0.1:{stack.free_port()}"
+        options = ["--manifests", str(place.manifests), "--state", str(place.state), "--admin", admin]
+        with (place.folder / "serve.log").open("wb") as log:
+            processor = subprocess.Popen([sys.executable, "-c", _HANGS, "serve", *options], stdout=log, stderr=log)
+        try:
+            stack.until(lambda: _status(f"http://{admin}/healthz") == 200, 30, "the processor serves")
+            time.sleep(2)  # longer than it may hang
+            assert processor.poll() is None
+            processor.send_signal(signal.SIGUSR1)
+            assert processor.wait(20) == 1
+        finally:
+            processor.kill()
+            processor.wait()
+        assert "in <lambda>" in (place.state / "hung.txt").read_text()
 
 
 def _status(url: str) -> int | None:
