@@ -1,6 +1,6 @@
 # The broker and its Envoy in one image: `broker serve` is the processor, `envoy` the data plane, each in a container of its own.
 #
-#     docker build --tag envoy-tool-broker .
+#     docker build --tag envoy-tool-broker:0.1.0 .
 #
 # The base is Debian 13.7 of 2026-09-18, named by the digest of the index of all its architectures: a tag may be moved, this may not.
 # Instructions are those that BuildKit and the builder before it both take.

@@ -36,9 +36,9 @@ lint: .venv/test
 compose-demo: ## an agent in a container, whose only neighbour is Envoy, and all that stands behind it
 	@echo "building the image, and starting Envoy, three processors, Redis, two tools, Prometheus and Grafana …"
 	@$(STACK) build --quiet keys
-	@$(STACK) up --detach --quiet-pull
+	@$(STACK) up --detach --quiet-pull || { echo "see: $(STACK) logs; to the end: $(STACK) down --volumes"; exit 1; }
 	@echo && echo "The agent, on a network with Envoy and nobody else:" && echo
-	@$(STACK) run --rm agent
+	@$(STACK) run --rm agent || { echo "see: $(STACK) logs; to the end: $(STACK) down --volumes"; exit 1; }
 	@echo && echo "What reached the tools, and with which credential, which the agent never had:" && echo
 	@$(STACK) logs --no-log-prefix tools
 	@echo && echo "Grafana:    http://127.0.0.1:$${GRAFANA_PORT:-3000}" && echo "Prometheus: http://127.0.0.1:$${PROMETHEUS_PORT:-9090}"

@@ -76,6 +76,11 @@ class PlatformCA:
         if self.certificate.public_key() != self._root.key.public_key():
             raise KeyFileError(f"{certificate} is not the certificate of {key}", "move both away to have new ones made")
 
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the certificate, in hex."""
+        return self.certificate.fingerprint(hashes.SHA256()).hex()
+
     def certify(self, snapshot: PolicySnapshot, door_hosts: Iterable[str], now: float) -> Certificates:
         """Leaves for every declared HTTPS host, under a fresh intermediate that can certify nothing else."""
         names, addresses = declared_hosts(snapshot)

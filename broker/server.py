@@ -27,7 +27,7 @@ from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
 from broker.dataplane.compile import Written, resources
 from broker.dataplane.site import Site
-from broker.errors import BrokerError, UsageError, counted
+from broker.errors import BrokerError, counted
 from broker.events import Services
 from broker.identity import TokenAuthority
 from broker.keys import ed25519, fernet, public_pem, write_private
@@ -95,13 +95,14 @@ class Server:
         self._drain_s = _UNASKED_S if one_of_several else 0.0
         self._draining = False
         self._certified: object = None
-        audit_key, jwt_key = ed25519(state.keys / "audit.key"), ed25519(state.keys / "jwt.key")
+        audit_key, jwt_key, tokens_key = (ed25519(state.keys / f"{name}.key") for name in ("audit", "jwt", "tokens"))
         (state.keys / "audit.pub.pem").write_bytes(public_pem(audit_key))
         self._ca = PlatformCA(state.keys / "ca.key", state.ca, now)
         self._audit = AuditLog(state.audit, audit_key, now, clock.mono_ns())
         self._own = MemoryLedger()
         self._shared = RedisLedger(redis, key_id(audit_key), self._own, on_change=self._ledger_changed) if redis else None
         self._ledger: Ledger = self._shared or self._own
+        self._keys = " ".join((self._ca.fingerprint, key_id(jwt_key), key_id(tokens_key)))
         seal = fernet(state.keys / "outbox.key")
         self._outbox = Outbox(state.outbox, seal)
         self._alerts = Alerts(state.alerts, seal, lambda: self._snapshot.alerting)
@@ -114,7 +115,7 @@ class Server:
             issuers=issuers(jwt_key, self._outbox.put),
             audit=self._audit,
             ledger=self._ledger,
-            tokens=TokenAuthority(ed25519(state.keys / "tokens.key")),
+            tokens=TokenAuthority(tokens_key),
             containment=self._containment,
             now=clock.now,
             steady=clock.steady,
@@ -155,14 +156,16 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with contextlib.AsyncExitStack() as self._joined:
-            await self._reload()
-            await self._serve(stop)
+            try:
+                await self._reload()
+                await self._serve(stop)
+            finally:
+                self._draining = True
         await self._checkpoint()
         self._audit.close()
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        if await asyncio.to_thread(self._state.served):
-            raise UsageError(f"another processor serves at {self._state.processor_socket}", "name each by --processor")
+        await asyncio.to_thread(self._state.join, self._keys)
         health = Health(self._faults, clock.steady)
         server = await listening(self._services, self._ads, health, self._state.processor_socket)
         host, port = self._admin

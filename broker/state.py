@@ -21,7 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker.errors import BrokerError
+from broker.errors import BrokerError, UsageError
+from broker.keys import write_private
 
 _SOCKET_BYTES = 107
 _PROBE_S = 1.0
@@ -71,10 +72,24 @@ class State:
             raise BrokerError(f"{too_long} is too long for a socket, by its {_SOCKET_BYTES} bytes", "name a folder less deep")
         return state
 
-    def served(self) -> bool:
-        """Whether somebody serves at the processor's socket."""
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_PROBE_S)
-            probe.connect(str(self.processor_socket))
-            return True
-        return False
+    def join(self, keys: str) -> None:
+        """Take this processor's place among those behind one Envoy; `keys` names the keys that all of them must have.
+
+        Raises `UsageError` where another serves in its place, or where those beside it have other keys.
+        """
+        if _served(self.processor_socket):
+            raise UsageError(f"another processor serves at {self.processor_socket}", "name each by --processor")
+        folder, told = self.processor_socket.parent, self.processor_socket.with_name("keys")
+        beside = [path for path in folder.glob("*.sock") if path != self.envoy_admin_socket and _served(path)]
+        if beside and told.exists() and told.read_text() != keys:
+            what = "ca.pem and keys/ca.key, keys/jwt.key and keys/tokens.key"
+            raise UsageError(f"this processor has other keys than {beside[0].stem}, which serves beside it", f"copy its {what}")
+        write_private(told, keys.encode())
+
+
+def _served(path: Path) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        probe.connect(str(path))
+        return True
+    return False

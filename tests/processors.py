@@ -37,7 +37,7 @@ class Processor:
         self.state = fleet.folder / name
         self.manifests = fleet.manifests
         self.redis = fleet.redis.url
-        self._port = stack.free_port()
+        self.admin = f"127.0.0.1:{stack.free_port()}"
         shutil.copytree(fleet.keys, self.state / "keys")
         shutil.copy(fleet.ca, self.state / "ca.pem")
 
@@ -45,7 +45,7 @@ class Processor:
         """With another version of the code, if so."""
         command = [
             *(*stack.BROKER, "serve", "--manifests", str(self.manifests), "--state", str(self.state), "--redis", self.redis),
-            *("--run", str(self._fleet.run), "--processor", self.name, "--admin", f"127.0.0.1:{self._port}"),
+            *("--run", str(self._fleet.run), "--processor", self.name, "--admin", self.admin),
             *("--proxy", f"127.0.0.1:{self._fleet.proxy}", "--base-url", f"127.0.0.1:{self._fleet.base_url}"),
         ]
         path = {"PYTHONPATH": str(code)} if code else {}
@@ -59,7 +59,7 @@ class Processor:
     def health(self) -> dict[str, Any]:
         """What /readyz says."""
         with suppress(httpx.TransportError):
-            found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self._port}/readyz", timeout=2).json()
+            found: dict[str, Any] = httpx.get(f"http://{self.admin}/readyz", timeout=2).json()
             return found
         return {}
 

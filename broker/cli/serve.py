@@ -16,7 +16,7 @@ from broker.cli.folders import FOLDER
 from broker.errors import UsageError
 from broker.server import Server
 from broker.state import State
-from broker.supervisor import without_core_dumps
+from broker.supervisor import refuse_taken, without_core_dumps
 
 
 @click.command()
@@ -49,6 +49,7 @@ def serve(
     """
     if name and not redis:
         raise UsageError("processors that share an Envoy must count together", "name their ledger with --redis")
+    refuse_taken({"--admin": doors["admin"]})
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("grpc").setLevel(logging.ERROR)
     without_core_dumps()

@@ -211,15 +211,34 @@ def test_a_name_is_one_processors_alone(fleet, tmp_path):
     assert fleet.call().status_code == 200
 
 
+def test_one_with_other_keys_than_those_beside_it_does_not_start(fleet, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _serve(fleet, tmp_path, "four", fleet.redis.url)
+    assert "this processor has other keys than" in refused.value.stderr
+    assert "copy its ca.pem and keys/ca.key, keys/jwt.key and keys/tokens.key" in refused.value.stderr
+    assert "limits can't be checked" not in refused.value.stderr  # it ends before it began, and that is no alarm
+    assert fleet.call().status_code == 200
+
+
+def test_a_taken_admin_port_is_said_in_one_line(fleet, tmp_path):
+    taken = fleet.processors[0].admin
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _serve(fleet, tmp_path, "four", fleet.redis.url, taken)
+    assert refused.value.returncode == 2
+    assert refused.value.stderr.splitlines() == [
+        f"broker: {taken} can't be used (Address already in use); choose another with --admin HOST:PORT"
+    ]
+
+
 def test_processors_of_one_envoy_must_count_together(fleet, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         _serve(fleet, tmp_path, "four", "")
     assert "must count together; name their ledger with --redis" in refused.value.stderr
 
 
-def _serve(fleet, folder, name, redis):
+def _serve(fleet, folder, name, redis, admin=""):
     command = [*stack.BROKER, "serve", "--manifests", fleet.manifests, "--state", folder / "s", "--run", fleet.run]
-    options = ["--processor", name, "--admin", f"127.0.0.1:{stack.free_port()}", "--redis", redis]
+    options = ["--processor", name, "--admin", admin or f"127.0.0.1:{stack.free_port()}", "--redis", redis]
     subprocess.run([*command, *options], capture_output=True, text=True, timeout=30, check=True)
 
 
