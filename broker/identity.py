@@ -125,13 +125,14 @@ class Evidence:
     """What a request brings to prove who sends it, by the door it came through. Only Envoy fills `peer_uri` and `carried`.
 
     `peer_uri` is the URI SAN of a verified client certificate, `peer_times` when that ends (if known), as in `Principal.decode`.
-    `carried` is `(agent, times)` from the tunnel's or the namespace's filter state.
+    `carried` is `(agent, times)` from the tunnel's or the namespace's filter state, `namespace` that one's name if it has one.
     """
 
     door: Door
     peer_uri: str = ""
     peer_times: str = ""
     carried: tuple[str, str] | None = None
+    namespace: str = ""
     proxy_authorization: str | None = None
     token: str | None = None
 
@@ -141,12 +142,16 @@ def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthorit
 
     First that applies:
 
-    1. inside a tunnel: the identity that opened it, while its token or certificate lasts; in a namespace: its agent
+    1. inside a tunnel: the identity that opened it, while its token or certificate lasts; in a namespace: its agent, while that
+       one's manifest names it
     2. a verified client certificate, while it lasts: the agent with that SPIFFE ID
     3. a token in the door's own header, for an agent whose manifest takes tokens
     4. nobody → `agent_unknown`
     """
     if evidence.carried is not None:
+        agent = snapshot.agents.get(evidence.carried[0])
+        if evidence.namespace and agent and agent.namespace != evidence.namespace:
+            return _unknown(f"the namespace {evidence.namespace} is this agent's no longer")
         return _lasting(Principal.decode(*evidence.carried), now)
     if evidence.peer_uri:
         agent = snapshot.by_spiffe.get(evidence.peer_uri)

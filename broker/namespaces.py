@@ -52,7 +52,7 @@ class _NoAnswerError(BrokerError):
 class Held:
     """A namespace by its `inode`, which no two have at a time. `descriptor` keeps it.
 
-    A process brought it, whose pidfd is `process`, or it is found by a name, `named`. `joined` is when Envoy took its doors, by
+    A process brought it, whose pidfd is `process`, or it is found by its name. `joined` is when Envoy took its doors, by
     the loop's clock, 0 before; `shut` says that it gets none any more, `ended` that it has been let go.
     """
 
@@ -60,7 +60,6 @@ class Held:
     inode: int
     descriptor: int
     process: int | None
-    named: str
     doors: Written = _NOTHING
     joined: float = 0.0
     shut: bool = False
@@ -86,11 +85,15 @@ class Held:
 class Namespaces:
     """The namespaces there are. `publish` has Envoy told of all of its configuration, `record` writes down what was done.
 
-    `folder` is where Envoy finds them, `manifests` what those inside must not change.
+    `folder` is where Envoy finds them, `manifests` what those inside must not change. `envoy` is the socket of Envoy's admin API;
+    where Envoy has other processors too, None, and then there are no namespaces: only one of them would know.
     """
 
-    def __init__(self, folder: Path, manifests: Path, publish: Callable[[Written], None], record: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, manifests: Path, envoy: Path | None, publish: Callable[[Written], None], record: Callable[[str], None]
+    ) -> None:
         self._folder, self._manifests, self._publish, self._record = folder, str(manifests.resolve()), publish, record
+        self._admin = envoy
         self._snapshot, self._certificates = EMPTY, Certificates({}, None, Leaf("", ""))
         self._base = self._shared = _NOTHING
         self._held: dict[int, Held] = {}
@@ -121,7 +124,7 @@ class Namespaces:
 
     def _end_stray_envoy(self) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:  # it has ended by itself
-            admin.connect(str(self._folder / "envoy-admin.sock"))
+            admin.connect(str(self._admin))
             pid = int.from_bytes(admin.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
             there = {path.stat().st_ino for path in Path(f"/proc/{pid}/task").glob("*/ns/net")}
             if not (strayed := there & self._held.keys()):
@@ -148,6 +151,8 @@ class Namespaces:
 
     async def _join(self, _path: Mapping[str, str], said: Mapping[str, object], _who: object) -> dict[str, str]:
         agent, pid = str(said.get("agent")), said.get("pid")
+        if self._admin is None:
+            raise ValueError("this Envoy has other processors too, which would not know of it; use a broker of `broker up`")
         if agent not in self._snapshot.agents:
             raise UsageError(f"no manifest names an agent {agent!r}", "see `broker agents list`")
         async with self._changing:
@@ -168,7 +173,7 @@ class Namespaces:
             self._release(held)
             raise kind(f"Envoy does not listen in this namespace: {' '.join(error.split())}", _AS_ROOT)
         held.joined = asyncio.get_running_loop().time()
-        what = f"namespace {held.named or held.namespace.key} is {held.namespace.agent}'s"
+        what = f"namespace {held.namespace.name or held.namespace.key} is {held.namespace.agent}'s"
         log.info(what)
         self._record(what)
 
@@ -183,18 +188,18 @@ class Namespaces:
 
     async def look(self) -> None:
         """Open doors in the namespaces that agents have by name, and let go of those that are gone or another's."""
-        if not self._envoy:
+        if self._admin is None or not self._envoy:
             return
         async with self._changing:
             wanted = {agent.namespace: agent.name for agent in self._snapshot.agents.values() if agent.namespace}
             there = {name: inode for name in wanted if (inode := _inode(NAMED / name))}
             self._refused = {name: inode for name, inode in self._refused.items() if there.get(name) == inode}
-            for held in [held for held in self._held.values() if held.named]:
-                if there.get(held.named) != held.inode:
+            for held in [held for held in self._held.values() if held.namespace.name]:
+                if there.get(held.namespace.name) != held.inode:
                     self._release(held)
-                elif wanted[held.named] != held.namespace.agent:
-                    await self._pass_on(held, wanted[held.named])
-            known = {held.named for held in self._held.values()} | self._refused.keys()
+                elif wanted[held.namespace.name] != held.namespace.agent:
+                    await self._pass_on(held, wanted[held.namespace.name])
+            known = {held.namespace.name for held in self._held.values()} | self._refused.keys()
             for name in sorted(there.keys() - known):
                 await self._find(name, wanted[name], there[name])
 
@@ -247,8 +252,8 @@ class Namespaces:
         # A path that no other namespace had before: Envoy takes over the sockets of a listener that ended, by their address.
         path = self._folder / f"{_LINK}{key}"
         path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        namespace = Namespace(key, agent, str(path), ipv6=Path("/proc/net/if_inet6").exists())
-        held = Held(namespace, inode, descriptor, process, named)
+        namespace = Namespace(key, agent, str(path), name=named, ipv6=Path("/proc/net/if_inet6").exists())
+        held = Held(namespace, inode, descriptor, process)
         self._held[inode] = held
         return held
 

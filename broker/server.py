@@ -58,9 +58,9 @@ _WATCH_S = 0.25
 _SYNC_S = 1.0
 _RECERTIFY_S = 86_400.0
 _GRACE_S = 5.0
+_BALANCES_AT_ONCE = 1000  # a millisecond
 # In which an Envoy that can choose has asked once more, and sends its calls elsewhere.
 _UNASKED_S = 1.0
-_BALANCES_AT_ONCE = 1000  # a millisecond
 
 Announce = Callable[[str, str], None]
 
@@ -92,7 +92,7 @@ class Server:
         self._loaded: Loaded | None = None
         # Of several, one has Envoy's ear; what the others would hear, the canary sees.
         self._refused: str | None = None if one_of_several else "Envoy has not asked for its configuration yet"
-        self._drain_s = _UNASKED_S if one_of_several else 0.0
+        self._one_of_several = one_of_several
         self._draining = False
         self._certified: object = None
         audit_key, jwt_key, tokens_key = (ed25519(state.keys / f"{name}.key") for name in ("audit", "jwt", "tokens"))
@@ -126,9 +126,8 @@ class Server:
         self._self_test = Watch("the self-test", SelfTest(self._services, str(state.processor_socket)).test, self._tested)
         self._jwks = jwks(jwt_key)
         self._ads = Ads(self._heard)
-        self._namespaces = Namespaces(
-            state.run, manifests, self._ads.publish, lambda what: self._record(what, self._snapshot.revision)
-        )
+        envoy = None if one_of_several else state.envoy_admin_socket
+        self._namespaces = Namespaces(state.run, manifests, envoy, self._ads.publish, self._note)
         self._canary = Watch("the canary", Canary(site, self._namespaces.in_turn).test, self._tried)
 
     def _contained(self) -> Containment:
@@ -182,7 +181,7 @@ class Server:
             self._announce("listening", self._snapshot.revision)
             await stop.wait()
             self._draining = True
-            await asyncio.sleep(self._drain_s)
+            await asyncio.sleep(_UNASKED_S if self._one_of_several else 0)
             for task in background:
                 task.cancel()
             await server.stop(_GRACE_S)
@@ -255,7 +254,7 @@ class Server:
     def _report(self, what: str) -> None:
         self._broken = True
         log.error("%s; revision %s stays in force", what, self._snapshot.revision)
-        self._record(f"refused: {what}", self._snapshot.revision)
+        self._note(f"refused: {what}")
 
     def _compile(self, snapshot: PolicySnapshot) -> Written:
         wanted = (declared_hosts(snapshot), _day())
@@ -271,7 +270,7 @@ class Server:
         if error is None:
             self._announce("accepted", self._snapshot.revision)
         else:
-            self._record(f"Envoy refused: {error}", self._snapshot.revision)
+            self._note(f"Envoy refused: {error}")
 
     # The rest.
 
@@ -280,6 +279,8 @@ class Server:
         reasons = ["it ends"] if self._draining else []
         if self._snapshot is EMPTY:
             reasons.append("no configuration is in force")
+        if not self._audit.writable:
+            reasons.append("the record can't be written")
         if self._shared and self._shared.away:
             reasons.append(f"the shared ledger: {self._shared.away}")
         if self._self_test.failure:
@@ -288,7 +289,7 @@ class Server:
 
     def _readiness(self) -> tuple[list[str], str]:
         reasons = self._faults()
-        if self._refused:
+        if self._refused and (self._ads.connected or not self._one_of_several):
             reasons.append(f"Envoy: {self._refused}")
         if self._canary.failure:
             reasons.append(f"the must-deny canary: {self._canary.failure}")
@@ -311,12 +312,11 @@ class Server:
 
     async def _own_balances(self) -> list[Balance]:
         """Of the windows that something was spent in; calls are served meanwhile."""
-        # The ledger's own last word on the time, at most RENEW_S old: where it is shared, its clock is not ours.
-        now = self._own.now
-        found = list[Balance]()
         spent_of = [self._budgets[key] for key in self._own.windows if key in self._budgets]
+        found = list[Balance]()
         for start in range(0, len(spent_of), _BALANCES_AT_ONCE):
-            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), now)
+            # The ledger's own last word on the time, at most RENEW_S old: where it is shared, its clock is not ours.
+            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), self._own.now)
             await asyncio.sleep(0)
         return found
 
@@ -333,6 +333,8 @@ class Server:
     async def _sync(self) -> None:
         while True:
             await asyncio.sleep(_SYNC_S)
+            if not self._audit.writable:  # where calls go to another processor, none tries it
+                self._note("the record can be written again")
             try:
                 await asyncio.to_thread(self._audit.sync, clock.now())
             except AuditUnavailable as error:
@@ -382,6 +384,9 @@ class Server:
                 await asyncio.to_thread(write_private, self._state.ledger, picture)
             except OSError as error:
                 log.warning("the ledger can't be saved (%s); a restart will take longer", error.strerror)
+
+    def _note(self, what: str) -> None:
+        self._record(what, self._snapshot.revision)
 
     def _record(self, what: str, revision: str) -> None:
         try:

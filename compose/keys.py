@@ -9,6 +9,7 @@ everything here runs as.
 import os
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from broker import clock
@@ -43,7 +44,8 @@ def lay(volumes: Path, now: float) -> None:
     write_private(volumes / "agent/ca.pem", (first / "ca.pem").read_bytes())
     write_private(volumes / "agent/token", tokens.mint(AGENT, now).encode())
     for path in volumes.rglob("*"):
-        os.chown(path, USER, USER)
+        with suppress(FileNotFoundError):  # a processor that runs writes there, by drafts that it renames
+            os.chown(path, USER, USER, follow_symlinks=False)
 
 
 if __name__ == "__main__":

@@ -213,12 +213,12 @@ def _datagrams() -> socket.socket:
     return made
 
 
-def inside(pid: int | str, make: Callable[[], Made]) -> Made:
-    """What `make` gives, with the sockets that it makes in the network namespace of this process."""
+def inside(where: int | str | Path, make: Callable[[], Made]) -> Made:
+    """What `make` gives, with the sockets that it makes in the network namespace of this process, or that this path opens."""
     made: list[Made] = []
 
     def work() -> None:
-        with open(f"/proc/{pid}/ns/net") as namespace:  # noqa: PTH123 - its descriptor is needed
+        with (where if isinstance(where, Path) else Path(f"/proc/{where}/ns/net")).open() as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), _CLONE_NEWNET) == 0
         made.append(make())
 

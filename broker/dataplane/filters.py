@@ -64,15 +64,15 @@ def call_filters(*openers: rbac.Principal) -> list[HttpFilter]:
     return [_ext_proc(), gate, router]
 
 
-def proxy_filters(agent: str = "") -> list[HttpFilter]:
+def proxy_filters(within: site.Namespace | None = None) -> list[HttpFilter]:
     """For an explicit proxy, where CONNECT opens a tunnel: identity for tunnels, then as for calls.
 
-    With an `agent`, whoever comes through is that one.
+    `within` a namespace, whoever comes through is its agent.
     """
     connect = rbac.Principal(header=HeaderMatcher(name=":method", string_match=matcher.StringMatcher(exact="CONNECT")))
     opener = rbac.Principal(and_ids=rbac.PrincipalSet(ids=[connect, _proof(site.EXT_AUTHZ)]))
-    if agent:
-        return [_owner(agent), _ext_authz([site.NAMESPACE_METADATA]), _owner_state(agent), *call_filters(opener)]
+    if within:
+        return [_owner(within), _ext_authz([site.NAMESPACE_METADATA]), _owner_state(within), *call_filters(opener)]
     return [_ext_authz(), _identity_state(), *call_filters(opener)]
 
 
@@ -135,15 +135,20 @@ def _identity_state() -> HttpFilter:
     return http_filter("set_filter_state", SetFilterState(on_request_headers=carried(values)))
 
 
-def _owner(agent: str) -> HttpFilter:
+def _owner(within: site.Namespace) -> HttpFilter:
     # ext_authz is told no filter state. Metadata, like it, comes from filters alone: no header can set it.
-    value = Struct.from_dict({"agent": agent})
+    value = Struct.from_dict({"agent": within.agent, "name": within.name})
     return http_filter("set_metadata", SetMetadata(metadata=[Metadata(metadata_namespace=site.NAMESPACE_METADATA, value=value)]))
 
 
-def _owner_state(agent: str) -> HttpFilter:
-    state = carried({site.STATE_AGENT: literal(agent), site.STATE_CONNECT_HOST: "%REQ(:AUTHORITY)%"})
-    return http_filter("set_filter_state", SetFilterState(on_request_headers=state))
+def _owner_state(within: site.Namespace) -> HttpFilter:
+    return http_filter("set_filter_state", SetFilterState(on_request_headers=owned(within, "%REQ(:AUTHORITY)%")))
+
+
+def owned(within: site.Namespace, host: str) -> list[filter_state.FilterStateValue]:
+    """What goes along with what comes from a namespace; `host`, a format string, is where it wants to."""
+    named = {site.STATE_TOKEN: literal(within.name)} if within.name else {}
+    return carried({site.STATE_AGENT: literal(within.agent), **named, site.STATE_CONNECT_HOST: host})
 
 
 def literal(text: str) -> str:

@@ -17,7 +17,7 @@ from broker.dataplane import site
 from broker.dataplane.filters import call_filters, connection_access_log, http_access_log, proxy_filters
 from broker.dataplane.proto import ADS, extension, inline, sds, seconds, socket
 from broker.dataplane.routes import IDLE_S, INNER_OF
-from broker.dataplane.site import Certificates, Leaf, Site
+from broker.dataplane.site import Certificates, Leaf, Namespace, Site
 from broker.policy.snapshot import PolicySnapshot, Spire
 
 # Memory a peer can make Envoy hold per connection; a route raises it to what its tool's operations take.
@@ -87,15 +87,17 @@ def on(transport: str, made: listener_v3.FilterChain, names: Sequence[str] = ())
     return made
 
 
-def chain(name: str, routes: str, transport: core.TransportSocket | None = None, agent: str = "") -> listener_v3.FilterChain:
-    """HTTP, led by these routes; with an `agent`, whoever comes to an explicit proxy is that one."""
+def chain(
+    name: str, routes: str, transport: core.TransportSocket | None = None, within: Namespace | None = None
+) -> listener_v3.FilterChain:
+    """HTTP, led by these routes; `within` a namespace, whoever comes is its agent."""
     connect = routes in INNER_OF
     codec = hcm.HttpConnectionManagerCodecType.AUTO if transport and not connect else hcm.HttpConnectionManagerCodecType.HTTP1
     manager = hcm.HttpConnectionManager(
         codec_type=codec,
         stat_prefix=f"{routes}-{name}",
         rds=hcm.Rds(config_source=ADS, route_config_name=routes),
-        http_filters=proxy_filters(agent) if connect else call_filters(),
+        http_filters=proxy_filters(within) if connect else call_filters(),
         access_log=[http_access_log()],
         common_http_protocol_options=core.HttpProtocolOptions(idle_timeout=seconds(IDLE_S), max_headers_count=100),
         # Python before 3.12 (urllib, requests) sends its CONNECT as HTTP/1.0; any other such request is refused by the exchange.

@@ -12,7 +12,7 @@ from envoy_data_plane.envoy.extensions.filters.network.set_filter_state.v3 impor
 from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy
 
 from broker.dataplane import listeners, routes, site
-from broker.dataplane.filters import carried, dns_access_log, literal
+from broker.dataplane.filters import dns_access_log, owned
 from broker.dataplane.proto import extension, seconds, socket
 from broker.dataplane.site import Namespace
 from broker.policy.agreement import is_address
@@ -26,8 +26,8 @@ def doors(namespace: Namespace) -> listener_v3.Listener:
     first, *rest = [
         socket((host, port), namespace.path) for port in (site.DOOR_PORT, *site.TRANSPARENT_PORTS) for host in _any(namespace)
     ]
-    http = listeners.chain("plain", site.NAMESPACE_PROXY, agent=namespace.agent)
-    chains = [listeners.on(listeners.PLAIN, http), listeners.on(listeners.TLS, _captured(namespace.agent))]
+    http = listeners.chain("plain", site.NAMESPACE_PROXY, within=namespace)
+    chains = [listeners.on(listeners.PLAIN, http), listeners.on(listeners.TLS, _captured(namespace))]
     return listeners.listener(f"namespace/{namespace.key}", chains, first, *rest)
 
 
@@ -65,9 +65,9 @@ def hosts(snapshot: PolicySnapshot, agent: str) -> list[str]:
     return sorted(name for name in names if not is_address(name))
 
 
-def _captured(agent: str) -> listener_v3.FilterChain:
+def _captured(namespace: Namespace) -> listener_v3.FilterChain:
     """Where TLS leads: into a tunnel to the name that it asks for, as if CONNECT had opened one."""
-    state = {site.STATE_AGENT: literal(agent), site.STATE_CONNECT_HOST: "%REQUESTED_SERVER_NAME%:%DOWNSTREAM_LOCAL_PORT%"}
+    state = owned(namespace, "%REQUESTED_SERVER_NAME%:%DOWNSTREAM_LOCAL_PORT%")
     through = TcpProxy(
         stat_prefix="namespace-captured",
         cluster=site.NAMESPACE,
@@ -75,7 +75,7 @@ def _captured(agent: str) -> listener_v3.FilterChain:
         max_downstream_connection_duration=seconds(routes.MAX_STREAM_S),
     )
     filters = [
-        extension(listener_v3.Filter, "envoy.filters.network.set_filter_state", SetFilterState(on_new_connection=carried(state))),
+        extension(listener_v3.Filter, "envoy.filters.network.set_filter_state", SetFilterState(on_new_connection=state)),
         extension(listener_v3.Filter, "envoy.filters.network.tcp_proxy", through),
     ]
     return listener_v3.FilterChain(name="tls", filters=filters)

@@ -18,7 +18,8 @@ PROCESSOR = "processor"
 
 # Filter state that carries identity from the CONNECT request to the calls inside its tunnel.
 STATE_AGENT = "broker.agent"
-STATE_TOKEN = "broker.token"  # noqa: S105 - the name of a key; its value is the times of a token or certificate, never the token
+# The name of a key: its value is the times of a token or certificate, never the token. In a namespace it is that one's name.
+STATE_TOKEN = "broker.token"  # noqa: S105
 STATE_CONNECT_HOST = "broker.connect_host"
 
 # Dynamic metadata by which the processor proves to the gate that it decided.
@@ -80,11 +81,15 @@ ASKING, ASKED = "agent", "asked"
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A network namespace whose processes are the agent's. `key` is in no other's name, `path` opens it for Envoy."""
+    """A network namespace whose processes are the agent's. `key` is in no other's name, `path` opens it for Envoy.
+
+    `name` is that by which the agent's manifest names it, empty where a process brought it.
+    """
 
     key: str
     agent: str
     path: str
+    name: str = ""
     ipv6: bool = True
 
 

@@ -97,8 +97,9 @@ def _request_head(message: Any) -> RequestHead:
         door=door,
         peer_uri="" if inside else attributes.get("connection.uri_san_peer_certificate", ""),
         peer_times=token,
-        # The doors of a namespace carry its agent themselves.
-        carried=(agent, token) if inside or door is Door.NAMESPACE else None,
+        # The doors of a namespace carry its agent and its name themselves.
+        carried=(agent, "") if door is Door.NAMESPACE else (agent, token) if inside else None,
+        namespace=token if door is Door.NAMESPACE else "",
         proxy_authorization=request.only("proxy-authorization"),
         token=request.only(site.TOKEN_HEADER),
     )

@@ -32,7 +32,8 @@ class ExtAuthz(AuthorizationServicer):  # type: ignore[misc]  # generated withou
 def _evidence(attributes: Any) -> Evidence:
     told = attributes.metadata_context.filter_metadata
     if site.NAMESPACE_METADATA in told:  # a namespace is its agent's: what a request says beside it counts for nothing
-        return Evidence(Door.NAMESPACE, carried=(told[site.NAMESPACE_METADATA]["agent"], ""))
+        owner = told[site.NAMESPACE_METADATA]
+        return Evidence(Door.NAMESPACE, carried=(owner["agent"], ""), namespace=owner["name"])
     return Evidence(
         door=Door.PROXY,
         # Filled by Envoy from a verified client certificate only; a plain connection has none.

@@ -44,12 +44,16 @@ class _Subscription:
 
 
 class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generated without types
-    """Serves the newest configuration. `on_verdict(error)` hears each answer: None when Envoy has accepted all of the newest."""
+    """Serves the newest configuration, to as many Envoys as are `connected`.
+
+    `on_verdict(error)` hears each answer: None when Envoy has accepted all of the newest.
+    """
 
     def __init__(self, on_verdict: Callable[[str | None], None]) -> None:
         self._on_verdict = on_verdict
         self._answers: dict[str, Any] = {}
         self._changed = asyncio.Event()
+        self.connected = 0
 
     def publish(self, resources: Resources | Written) -> None:
         """Make this the configuration. Types whose content is the same are not sent again."""
@@ -64,11 +68,13 @@ class Ads(AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generate
         """One Envoy, for as long as it stays."""
         subscription = _Subscription()
         pusher = asyncio.create_task(self._push(subscription, context))
+        self.connected += 1
         try:
             async for request in request_iterator:
                 if self._hear(subscription, request):
                     await self._send(subscription, request.type_url, context)
         finally:
+            self.connected -= 1
             pusher.cancel()
 
     async def _push(self, subscription: _Subscription, context: grpc.aio.ServicerContext[Any, Any]) -> None:

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import socket
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
-from host import WHY_NOT, Host
+from host import WHY_NOT, Host, inside
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
@@ -59,6 +62,17 @@ class Place:
         curl = ("curl", "-sS", "--max-time", "5", "--cacert", self.broker.ca, "--resolve", f"{API}:443:198.18.0.1", *words)
         return self.host.run(*within, *curl).stdout
 
+    @contextmanager
+    def tunnel(self):
+        """Opened in the namespace; what is given sends one more call through it, for its status."""
+        there = Path(f"/proc/{self.host.pid}/root/run/netns/tenant-1")
+        with inside(there, lambda: socket.create_connection(("127.0.0.1", 1001), 5)) as door:
+            head = f"CONNECT {API}:443 HTTP/1.1\r\nhost: {API}:443\r\n\r\n"
+            assert stack.exchange_bytes(door, head.encode()).startswith(b"HTTP/1.1 200")
+            with stack.tls(door, self.broker, API) as secure:
+                get = f"GET /items HTTP/1.1\r\nhost: {API}\r\n\r\n".encode()
+                yield lambda: int(stack.exchange_bytes(secure, get)[9:12])
+
     def served(self):
         return self.curl(f"https://{API}/items") == '{"path": "/items"}'
 
@@ -81,9 +95,14 @@ def test_whoever_is_in_it_is_the_agent_and_all_ends_with_the_name(place):
     place.make("tenant-1")
     stack.until(place.served, 10, "the one that has its name now has doors")
 
-    stack.write_manifest(place.broker.manifests, agent("tenant", "elsewhere"))
-    stack.write_manifest(place.broker.manifests, agent("heir"))
-    stack.until(lambda: place.served() and place.broker.decisions()[-1]["agent"]["name"] == "heir", 10, "it is the other's")
+    with place.tunnel() as call:
+        assert call() == 200
+        stack.write_manifest(place.broker.manifests, agent("tenant", "elsewhere"))
+        stack.write_manifest(place.broker.manifests, agent("heir"))
+        stack.until(lambda: place.served() and place.broker.decisions()[-1]["agent"]["name"] == "heir", 10, "it is the other's")
+        # What was opened as the former agent is nobody's now.
+        assert call() == 401
+    assert place.broker.decisions()[-1]["detail"] == "the namespace tenant-1 is this agent's no longer"
 
 
 def test_the_brokers_own_namespace_gets_no_doors_by_any_name(place):

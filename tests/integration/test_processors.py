@@ -1,5 +1,6 @@
 """Several processors behind one Envoy: one dies, hangs, is upgraded or cut off, and only calls in flight on it fail, closed."""
 
+import resource
 import shutil
 import socket
 import subprocess
@@ -150,6 +151,21 @@ def test_a_revocation_at_one_cuts_what_is_open_on_each(fleet, streams):
     fleet.verb("agents", "release", "caller", "--reason", "a test")
     fleet.token = fleet.verb("token", "caller")
     stack.until(lambda: [fleet.call().status_code for _ in range(9)] == [200] * 9, 10, "it is served again")
+
+
+def test_one_that_can_not_write_its_record_gets_no_calls_until_it_can(fleet):
+    full = fleet.processors[1]
+    [segment] = (full.state / "audit").glob("*.jsonl")
+    resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (segment.stat().st_size, resource.RLIM_INFINITY))
+    with fleet.load(CALLERS) as load:
+        stack.until(lambda: "the record can't be written" in full.health().get("reasons", ()), 10, "it says so")
+        noticed = time.monotonic()
+        load.more(500)
+        assert all(began < noticed + NOTICED_S for began, _, _ in load.failed), load.statuses
+        resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        full.until_ready()
+        known = full.decided
+        stack.until(lambda: full.decided > known + 20, 10, "it serves again")
 
 
 def version(folder: Path) -> Path:

@@ -16,7 +16,10 @@ KEY = Ed25519PrivateKey.generate()
 AUTHORITY = TokenAuthority(KEY)
 BOT = Agent("bot", "team", "primary", "a#", {}, spiffe="spiffe://acme.example/bot", token=True)
 MUTUAL = Agent("mutual", "team", "primary", "m#", {}, spiffe="spiffe://acme.example/mutual")
-SNAPSHOT = PolicySnapshot("1", {"bot": BOT, "mutual": MUTUAL}, {}, {}, {agent.spiffe: agent for agent in (BOT, MUTUAL)})
+TENANT = Agent("tenant", "team", "primary", "t#", {}, namespace="build-7")
+SNAPSHOT = PolicySnapshot(
+    "1", {"bot": BOT, "mutual": MUTUAL, "tenant": TENANT}, {}, {}, {agent.spiffe: agent for agent in (BOT, MUTUAL)}
+)
 
 
 def basic(name, token):
@@ -84,6 +87,8 @@ def test_what_is_no_token(token):
         ),
         pytest.param(Evidence(Door.PROXY, carried=("bot", f"{NOW:.0f}/{NOW + 60:.0f}")), "bot", id="inside a tunnel"),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", "")), "mutual", id="inside a tunnel opened by certificate"),
+        pytest.param(Evidence(Door.NAMESPACE, carried=("bot", "")), "bot", id="in a namespace that a process brought"),
+        pytest.param(Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="build-7"), "tenant", id="in one by its name"),
     ],
 )
 def test_who_is_proven(evidence, agent):
@@ -113,6 +118,9 @@ def test_who_is_proven(evidence, agent):
             id="a connection that outlives its certificate",
         ),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", f"/{NOW:.0f}")), "has ended", id="a tunnel that does"),
+        pytest.param(
+            Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="build-8"), "no longer", id="a namespace that it had"
+        ),
         pytest.param(
             Evidence(Door.PROXY, carried=("bot", f"{NOW - 60:.0f}/{NOW:.0f}")), "has ended", id="a tunnel that outlives its token"
         ),

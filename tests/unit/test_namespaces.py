@@ -55,10 +55,12 @@ def apart():
 class Played:
     """An Envoy that gives `verdict` to each configuration, or none where it is `...`; `told` are the names of its listeners."""
 
-    def __init__(self, tmp_path, snapshot, verdict=None):
+    def __init__(self, tmp_path, snapshot, verdict=None, admin="envoy"):
         (tmp_path / "run").mkdir()
         self.folder, self.verdict, self.told, self.recorded = tmp_path / "run", verdict, [], []
-        self.namespaces = Namespaces(self.folder, tmp_path / "manifests", self._publish, self.recorded.append)
+        self.namespaces = Namespaces(
+            self.folder, tmp_path / "manifests", admin and tmp_path / admin, self._publish, self.recorded.append
+        )
         site = Site(("127.0.0.1", 1), ("127.0.0.1", 2), ("/p",), "/a", "/r")
         self.base = Written.of(resources(snapshot, site, CERTIFICATES))
 
@@ -90,6 +92,18 @@ def test_it_is_held_until_its_process_ends_and_then_let_go(tmp_path, snapshot, p
         assert envoy.told[-1] == 0
         assert list(envoy.folder.iterdir()) == []
         assert envoy.recorded == [f"namespace {answer['namespace']} is coder's"]
+
+    asyncio.run(script())
+
+
+def test_where_envoy_has_other_processors_there_are_none(tmp_path, snapshot, process):
+    async def script():
+        envoy = Played(tmp_path, snapshot, admin=None)
+        await envoy.namespaces.use(snapshot, CERTIFICATES, envoy.base)
+        with pytest.raises(ValueError, match="this Envoy has other processors too"):
+            await envoy.join("coder", process.pid)
+        await envoy.namespaces.look()
+        assert envoy.told == [0]
 
     asyncio.run(script())
 
@@ -162,6 +176,6 @@ def test_what_is_no_agents_to_have_is_refused(tmp_path, snapshot, process):
 def test_what_a_killed_broker_left_is_removed_at_the_start(tmp_path, snapshot):
     (tmp_path / "left").mkdir()
     (tmp_path / "left/namespace-0").symlink_to("/proc/1/fd/99999")
-    Namespaces(tmp_path / "left", tmp_path, lambda _: None, print)
+    Namespaces(tmp_path / "left", tmp_path, tmp_path / "envoy", lambda _: None, print)
     assert list((tmp_path / "left").iterdir()) == []
     assert Written.of(Resources([], [], [])) == Written((), (), ())

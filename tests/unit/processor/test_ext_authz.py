@@ -59,7 +59,7 @@ def asked(target="api.example:443", peer=SPIFFE, namespace=None, headers=(), **c
         attributes={"source": {"principal": peer}, "request": {"http": {"host": target, "headers": dict(headers)}}}
     )
     if namespace is not None:
-        question.attributes.metadata_context.filter_metadata["broker.namespace"]["agent"] = namespace
+        question.attributes.metadata_context.filter_metadata["broker.namespace"].update({"agent": namespace, "name": ""})
     return asyncio.run(ExtAuthz(services).Check(question, None)), services.audit
 
 
