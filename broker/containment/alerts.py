@@ -241,7 +241,8 @@ class Alerts:
             if self._fall(each, alerting.fallback):
                 self._remove(each)
         except (CredentialUnavailable, TimeoutError) as error:
-            log.warning("%s is not told yet, and tried again: %s", each.sink, str(error) or "no answer")
+            level = logging.DEBUG if each.sink in self._away else logging.WARNING  # once, until it is told again
+            log.log(level, "%s is not told yet, and tried again: %s", each.sink, str(error) or "no answer")
             self._again(each)
             self._away.add(each.sink)
         except Exception as error:  # noqa: BLE001 - its text and traceback could hold a secret

@@ -386,6 +386,14 @@ async def until(condition, what):
     assert condition(), what
 
 
+def test_that_a_sink_is_away_is_logged_once_until_it_is_told_again(desk, monkeypatch, caplog):
+    unset(desk, monkeypatch)
+    for number in range(3):
+        desk.send(high(number))
+        desk.tell()
+    assert caplog.text.count("pagerduty is not told yet") == 1
+
+
 def test_a_sink_that_hangs_holds_up_no_other(desk, monkeypatch):
     desk.pager.hangs.set()
 
