@@ -102,7 +102,7 @@ class Server:
         self._own = MemoryLedger()
         self._shared = RedisLedger(redis, key_id(audit_key), self._own, on_change=self._ledger_changed) if redis else None
         self._ledger: Ledger = self._shared or self._own
-        self._keys = " ".join((self._ca.fingerprint, key_id(jwt_key), key_id(tokens_key)))
+        self._keys = f"{self._ca.fingerprint} {key_id(jwt_key)} {key_id(tokens_key)}", key_id(audit_key)
         seal = fernet(state.keys / "outbox.key")
         self._outbox = Outbox(state.outbox, seal)
         self._alerts = Alerts(state.alerts, seal, lambda: self._snapshot.alerting)
@@ -164,7 +164,7 @@ class Server:
         self._audit.close()
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        await asyncio.to_thread(self._state.join, self._keys)
+        await asyncio.to_thread(self._state.join, *self._keys)
         health = Health(self._faults, clock.steady)
         server = await listening(self._services, self._ads, health, self._state.processor_socket)
         host, port = self._admin

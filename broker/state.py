@@ -72,19 +72,30 @@ class State:
             raise BrokerError(f"{too_long} is too long for a socket, by its {_SOCKET_BYTES} bytes", "name a folder less deep")
         return state
 
-    def join(self, keys: str) -> None:
-        """Take this processor's place among those behind one Envoy; `keys` names the keys that all of them must have.
+    def join(self, keys: str, own: str) -> None:
+        """Take this processor's place among those behind one Envoy.
 
-        Raises `UsageError` where another serves in its place, or where those beside it have other keys.
+        `keys` names the keys that all of them must have, `own` the one of its record, which no other may have. Raises
+        `UsageError` where another serves in its place, or those beside it have other keys, or its own.
         """
         if _served(self.processor_socket):
             raise UsageError(f"another processor serves at {self.processor_socket}", "name each by --processor")
         folder, told = self.processor_socket.parent, self.processor_socket.with_name("keys")
         beside = [path for path in folder.glob("*.sock") if path != self.envoy_admin_socket and _served(path)]
-        if beside and told.exists() and told.read_text() != keys:
+        if beside and _read(told) not in ("", keys):
             what = "ca.pem and keys/ca.key, keys/jwt.key and keys/tokens.key"
             raise UsageError(f"this processor has other keys than {beside[0].stem}, which serves beside it", f"copy its {what}")
+        if twin := next((path for path in beside if _read(path.with_suffix(".id")) == own), None):
+            advice = "give each a keys/audit.key of its own: it makes one where there is none"
+            raise UsageError(f"this processor has the record's key of {twin.stem}, which serves beside it", advice)
         write_private(told, keys.encode())
+        write_private(self.processor_socket.with_suffix(".id"), own.encode())
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 def _served(path: Path) -> bool:

@@ -236,6 +236,17 @@ def test_one_with_other_keys_than_those_beside_it_does_not_start(fleet, tmp_path
     assert fleet.call().status_code == 200
 
 
+def test_one_with_the_records_key_of_another_does_not_start(fleet, tmp_path):
+    shutil.copytree(fleet.processors[0].state / "keys", tmp_path / "s" / "keys")
+    shutil.copy(fleet.processors[0].state / "ca.pem", tmp_path / "s")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _serve(fleet, tmp_path, "four", fleet.redis.url)
+    assert (
+        "this processor has the record's key of one, which serves beside it; give each a keys/audit.key" in refused.value.stderr
+    )
+    assert fleet.call().status_code == 200
+
+
 def test_a_taken_admin_port_is_said_in_one_line(fleet, tmp_path):
     taken = fleet.processors[0].admin
     with pytest.raises(subprocess.CalledProcessError) as refused:
