@@ -103,8 +103,10 @@ def test_of_one_that_hangs_only_the_calls_in_flight_fail_and_closed_and_it_serve
     with fleet.load(CALLERS) as load:
         hung.freeze()
         frozen = time.monotonic()
-        stack.until(lambda: time.monotonic() > frozen + 4 and load.more(300) is None, 20, "calls go on")
-        hung.thaw()
+        try:
+            stack.until(lambda: time.monotonic() > frozen + 4 and load.more(300) is None, 20, "calls go on")
+        finally:
+            hung.thaw()
         known = hung.decided
         stack.until(lambda: hung.decided > known + 20, 10, "it serves again")
     assert all(began < frozen + NOTICED_S for began, _, _ in load.failed), [
@@ -143,14 +145,23 @@ def test_what_is_open_on_one_that_hangs_is_cut_and_nothing_else(fleet, streams):
 
 def test_a_revocation_at_one_cuts_what_is_open_on_each(fleet, streams):
     fleet.verb("agents", "revoke", "caller", "--reason", "it lies")
-    began = time.monotonic()
-    for each in streams:
-        assert each.ended.wait(max(0.0, began + 2 - time.monotonic()))
-    with fleet.client() as client:
-        assert {client.get("/plain/items").json()["code"] for _ in range(12)} == {"agent_revoked"}
-    fleet.verb("agents", "release", "caller", "--reason", "a test")
-    fleet.token = fleet.verb("token", "caller")
+    end = time.monotonic() + 2
+    try:
+        for each in streams:
+            assert each.ended.wait(max(0.0, end - time.monotonic()))
+        # One that held no stream may be a moment later, within the same two seconds.
+        stack.until(lambda: all(_revoked(fleet)), end - time.monotonic(), "all know")
+        assert all(_revoked(fleet))
+    finally:
+        fleet.verb("agents", "release", "caller", "--reason", "a test")
+        fleet.token = fleet.verb("token", "caller")
     stack.until(lambda: [fleet.call().status_code for _ in range(9)] == [200] * 9, 10, "it is served again")
+
+
+def _revoked(fleet):
+    """More calls than there are processors, and whether each is refused for that."""
+    with fleet.client() as client:
+        return [client.get("/plain/items").json().get("code") == "agent_revoked" for _ in range(12)]
 
 
 def test_one_that_can_not_write_its_record_gets_no_calls_until_it_can(fleet):
@@ -207,10 +218,12 @@ def test_whichever_are_left_bring_a_change_to_envoy_and_those_that_come_later_ag
     assert fleet.call(path="/plain/items/1").status_code == 403
     one.kill()
     two.freeze()
-    stack.write_manifest(fleet.manifests, tool(upstream, **{"items.get": FOUND}))
-    stack.write_manifest(fleet.manifests, agent("items.get"))
-    stack.until(lambda: fleet.call(path="/plain/items/1").status_code == 200, 20, "the change is in force")
-    two.thaw()
+    try:
+        stack.write_manifest(fleet.manifests, tool(upstream, **{"items.get": FOUND}))
+        stack.write_manifest(fleet.manifests, agent("items.get"))
+        stack.until(lambda: fleet.call(path="/plain/items/1").status_code == 200, 20, "the change is in force")
+    finally:
+        two.thaw()
     one.start()
     one.until_ready()
     stack.until(lambda: len({each.health().get("revision") for each in fleet.processors}) == 1, 10, "all have one revision")
