@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -25,15 +26,16 @@ Row = tuple[str, str, str]  # what is tried, what must come of it, what came
 
 
 def call(method: str, url: str, body: object = None, headers: dict[str, str] | None = None) -> str:
-    """`allowed`, or the code of the denial; of a refused tunnel no more than its status is seen."""
+    """`allowed`, or the code of the denial; of a refused tunnel, and where nobody decided, no more than the status is seen."""
     content = json.dumps(body).encode() if body else None
     sent = Request(url, content, {"content-type": "application/json", **(headers or {})}, method=method)  # noqa: S310 - written below
     try:
         with urlopen(sent, timeout=10) as answer:  # noqa: S310 - the same
             return verdict(answer.read())
     except HTTPError as denied:
-        return str(json.loads(denied.read())["code"])
-    except (URLError, OSError) as failed:
+        said = denied.read()
+        return str(json.loads(said)["code"]) if said else f"HTTP {denied.code}"
+    except (URLError, OSError, HTTPException) as failed:
         return str(getattr(failed, "reason", failed))
 
 
