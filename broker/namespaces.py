@@ -197,7 +197,7 @@ class Namespaces:
             for held in [held for held in self._held.values() if held.namespace.name]:
                 if there.get(held.namespace.name) != held.inode:
                     self._release(held)
-                elif wanted[held.namespace.name] != held.namespace.agent:
+                elif wanted[held.namespace.name] != held.namespace.agent and not held.shut:
                     await self._pass_on(held, wanted[held.namespace.name])
             known = {held.namespace.name for held in self._held.values()} | self._refused.keys()
             for name in sorted(there.keys() - known):

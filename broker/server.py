@@ -312,11 +312,12 @@ class Server:
 
     async def _own_balances(self) -> list[Balance]:
         """Of the windows that something was spent in; calls are served meanwhile."""
-        spent_of = [self._budgets[key] for key in self._own.windows if key in self._budgets]
+        # The ledger's own last word on the time, at most RENEW_S old: where it is shared, its clock is not ours.
+        now = self._own.now
         found = list[Balance]()
+        spent_of = [self._budgets[key] for key in self._own.windows if key in self._budgets]
         for start in range(0, len(spent_of), _BALANCES_AT_ONCE):
-            # The ledger's own last word on the time, at most RENEW_S old: where it is shared, its clock is not ours.
-            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), self._own.now)
+            found += await self._own.balances(tuple(spent_of[start : start + _BALANCES_AT_ONCE]), now)
             await asyncio.sleep(0)
         return found
 

@@ -153,6 +153,32 @@ def test_where_envoy_does_not_listen_nothing_stays(tmp_path, snapshot, process, 
     asyncio.run(script())
 
 
+def test_one_that_is_shut_stays_so_whoever_it_is_given_to(tmp_path, process, monkeypatch):
+    (tmp_path / "netns").mkdir()
+    (tmp_path / "netns" / "build-7").symlink_to(f"/proc/{process.pid}/ns/net")
+    monkeypatch.setattr("broker.namespaces.NAMED", tmp_path / "netns")
+    tool = stack.tool("api", "https://api.example", OPERATIONS)
+    granted = {"api": {"operations": {"items.list": {}}}}
+    before, after = (
+        load(stack.write_manifests(tmp_path / name, tool, stack.agent(name, granted, identity={"namespace": "build-7"}))).snapshot
+        for name in ("coder", "other")
+    )
+
+    async def script():
+        envoy = Played(tmp_path, before)
+        await envoy.namespaces.use(before, CERTIFICATES, envoy.base)
+        await asyncio.sleep(0)
+        await envoy.namespaces.look()
+        assert envoy.told == [0, 3]
+        [held] = envoy.namespaces._held.values()
+        held.shut = True
+        await envoy.namespaces.use(after, CERTIFICATES, envoy.base)
+        await envoy.namespaces.look()
+        assert envoy.told == [0, 3, 1]
+
+    asyncio.run(script())
+
+
 def test_what_is_no_agents_to_have_is_refused(tmp_path, snapshot, process):
     async def script():
         envoy = Played(tmp_path, snapshot)
