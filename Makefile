@@ -22,8 +22,8 @@ packages:
 	@( for each in openssl redis-server git curl nft ip tcpdump dockerd docker-compose debootstrap slirp4netns; do \
 	     command -v $$each || exit 1; done ) >/dev/null || \
 	  test "$$(id -u)" != 0 || \
-	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump \
-	    docker.io docker-compose debootstrap slirp4netns; }
+	  { apt-get update -qq && apt-get install -qq -y openssl redis-server git curl nftables iproute2 tcpdump && \
+	    apt-get install -qq -y --no-install-recommends docker.io iptables docker-compose debootstrap slirp4netns; }
 
 lint: .venv/test
 	.venv/bin/ruff check .
