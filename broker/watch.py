@@ -3,6 +3,7 @@
 import asyncio
 import faulthandler
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -43,7 +44,8 @@ async def alive(picture: Path) -> None:
 
     What hangs can neither be asked nor cut what an agent has open. Whoever keeps it running starts it again.
     """
-    with picture.open("a", encoding="utf-8") as file:
+    descriptor = os.open(picture, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
         try:
             while True:
                 faulthandler.dump_traceback_later(HUNG_S, exit=True, file=file)

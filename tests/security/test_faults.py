@@ -327,7 +327,9 @@ def test_a_processor_whose_event_loop_stands_still_ends_itself_and_says_where_it
         finally:
             processor.kill()
             processor.wait()
-        assert "in <lambda>" in (place.state / "hung.txt").read_text()
+        picture = place.state / "hung.txt"
+        assert "in <lambda>" in picture.read_text()
+        assert picture.stat().st_mode & 0o777 == 0o600
 
 
 def _status(url: str) -> int | None:
