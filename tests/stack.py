@@ -255,6 +255,10 @@ def write_manifest(folder: Path, document: dict[str, Any]) -> None:
 
 # The broker.
 
+# Where threads share a client, httpcore 1.0 may close a connection above its limit of idle ones that it has just given to a
+# call, which then hears nothing until its timeout (httpcore's issue 1110). Without that limit it closes none.
+_ALL_KEPT = httpx.Limits(max_keepalive_connections=None)
+
 
 class Broker:
     """A running `broker up`."""
@@ -325,11 +329,12 @@ class Broker:
     def client(self, name: str, **options: Any) -> httpx.Client:
         """An unchanged HTTP client that was told the proxy and the CA, as by environment variables."""
         context = ssl.create_default_context(cafile=self.ca)
-        return httpx.Client(proxy=self.proxy_url(name), verify=context, timeout=10, **options)
+        return httpx.Client(proxy=self.proxy_url(name), verify=context, timeout=10, limits=_ALL_KEPT, **options)
 
     def direct(self, name: str) -> httpx.Client:
         """A client at the base-url door, which is plain HTTP: no trust roots are read."""
-        return httpx.Client(base_url=self.base_url, headers={"x-broker-token": self.token(name)}, timeout=10, verify=False)
+        headers = {"x-broker-token": self.token(name)}
+        return httpx.Client(base_url=self.base_url, headers=headers, timeout=10, limits=_ALL_KEPT, verify=False)
 
     def records(self, *, canary: bool = False) -> list[dict[str, Any]]:
         """What is in the log, but for what the broker itself tries every few minutes."""
