@@ -1,12 +1,16 @@
 """One broker with a few tools and agents, shared by the tests that only send calls."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import stack
 from redis_server import RedisServer
+
+# A shell that starts the tests in the background makes them ignore SIGINT, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SECRET = "sk_live_upstream-secret-0123456789"
 

@@ -164,9 +164,9 @@ def test_looking_for_a_credential_takes_no_longer_where_a_request_is_made_of_its
     value = "eyJhbGciOiJSUzI1NiJ9." + "x" * 800
     credential = Scrubber((value, f"Bearer {value}"))
     body = b"eyJhbGci" * 524_288
-    began = time.perf_counter()
+    began = time.process_time()
     assert not credential.shown(body)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
     assert credential.shown(body + value.encode())
 
 

@@ -43,6 +43,6 @@ def test_without_decoys_there_are_secrets():
 @pytest.mark.parametrize("hostile", [b"-eyJ", b" sk-", b"decoy/4f", b"-----BEGIN ", b"A", b"AKIA"])
 def test_a_hostile_megabyte_takes_no_time_to_speak_of(hostile):
     text = (hostile * 1_048_576)[:1_048_576]
-    began = time.perf_counter()
+    began = time.process_time()
     WITH.seen([text])
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
