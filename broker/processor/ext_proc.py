@@ -28,20 +28,22 @@ class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated wit
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: N802
         """One HTTP request, from its headers to the end of its answer."""
-        task = self._own_task()
-        exchange = Exchange(self._services, task.cancel if task else lambda: None)
+        stream = _Stream(context, self._own_task())
+        exchange = Exchange(self._services, stream.wake)
         try:
             async for message in request_iterator:
                 event = event_of(message)
                 if event is None:
-                    await context.write(unchanged(message))
+                    await stream.write(unchanged(message))
                     continue
                 command: Command = exchange.handle(event)
                 while isinstance(command, Reserve | Issue):
                     command = exchange.handle(await (_reserved(command) if isinstance(command, Reserve) else _issued(command)))
                 if isinstance(command, Cut):
                     await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
-                await context.write(response_of(command, message))
+                await stream.write(response_of(command, message))
+                if exchange.revoked:
+                    await context.abort(grpc.StatusCode.ABORTED, "the agent is revoked")
         except asyncio.CancelledError:
             # An idle stream sends no messages: what waits for one is woken when the agent is revoked. Else Envoy has hung up.
             if not exchange.revoked:
@@ -49,6 +51,22 @@ class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated wit
             await context.abort(grpc.StatusCode.ABORTED, "the agent is revoked")
         finally:
             exchange.close()
+
+
+class _Stream:
+    """What is written, and what wakes its task from all other waits: gRPC can't end a stream while a message is on its way."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], task: "asyncio.Task[Any] | None") -> None:
+        self._context, self._task, self._writing = context, task, False
+
+    async def write(self, message: Any) -> None:
+        self._writing = True
+        await self._context.write(message)
+        self._writing = False
+
+    def wake(self) -> None:
+        if self._task and not self._writing:
+            self._task.cancel()
 
 
 async def _reserved(command: Reserve) -> Reserved:

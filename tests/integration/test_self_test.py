@@ -9,9 +9,10 @@ import stack
 from envoy.service.ext_proc.v3.external_processor_pb2_grpc import add_ExternalProcessorServicer_to_server
 from unit.test_exchange import services
 
-from broker.containment.standing import OpenCalls, Standing
+from broker.containment.standing import OpenCalls, Restriction, Standing
+from broker.policy.containment import Action
 from broker.policy.evaluate import View
-from broker.processor import self_test
+from broker.processor import ext_proc, self_test
 from broker.processor.ext_proc import ExtProc
 from broker.processor.self_test import CANARY, SelfTest
 from broker.watch import Watch
@@ -41,6 +42,18 @@ def test_it_passes_and_leaves_nothing_behind():
     assert outside.containment.standing.view(CANARY, None) == View()
     assert outside.audit == []
     assert outcome(outside) == ""
+
+
+def test_what_is_revoked_while_a_message_to_it_is_on_its_way_is_cut(monkeypatch):
+    outside, answered = services(), ext_proc.response_of
+    revocation = Restriction(CANARY, Action.REVOKE_AGENT, CANARY, None, "a test", "jo", 0)
+
+    def revoked_meanwhile(*of):
+        asyncio.get_running_loop().call_soon(outside.containment.open.cut, revocation)  # the write waits for gRPC by then
+        return answered(*of)
+
+    monkeypatch.setattr(ext_proc, "response_of", revoked_meanwhile)
+    assert [outcome(outside) for _ in range(10)] == [""] * 10
 
 
 class Deaf(OpenCalls):
