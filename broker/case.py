@@ -51,7 +51,16 @@ class Case:
         about = self.attempt
         known = self.snapshot.tools[about.tool].operations if about.tool else {}
         operation = about.operation if about.operation in known else ""
-        self.note(args_hash=args_hash(about.params), params={}, path="[redacted]", operation=operation)
+        host = "[redacted]" if self._must_not_show(about.host) else about.host
+        self.note(withheld=True, args_hash=about.args_hash or args_hash(about.params), params={}, operation=operation, host=host)
+
+    def look_where_it_went(self) -> None:
+        """Of a call that is denied for who sends it nothing else is looked through, but its record says where it went."""
+        if self._must_not_show(f"{self.attempt.host}\n{self.attempt.path}"):
+            self.withhold()
+
+    def _must_not_show(self, text: str) -> bool:
+        return self.services.containment.must_not_show(self.attempt, text.encode("latin-1", "replace"))
 
     def identify(self, evidence: Evidence) -> tuple[Principal, Agent] | Decision:
         """Who calls and by which manifest, or why nobody may."""

@@ -48,7 +48,6 @@ from broker.events import (
 from broker.ledger.base import Granted, LedgerUnavailable, Refused, Spend
 from broker.ledger.spending import refused, reserved
 from broker.policy.agreement import destination
-from broker.policy.containment import Detector
 from broker.policy.evaluate import effect_of, evaluate
 from broker.policy.limits import Measure, bound, called, unpriced
 from broker.policy.snapshot import DEFAULT_MAX_BODY, Agent, PolicySnapshot, Tool
@@ -165,6 +164,7 @@ class Exchange:
         # identify
         who = case.identify(head.evidence)
         if isinstance(who, Decision):
+            case.look_where_it_went()
             return _Denied(who)
         _, agent = who
         self._enter(agent.name, case.attempt.run_id)
@@ -251,11 +251,12 @@ class Exchange:
         """Look through all that the request holds, as it was sent; the denial, if it revokes its own agent."""
         request, case = head.request, self._case
         said = (f"{name}: {value}" for name, value in request.headers if name not in _PROOFS)
-        whole = "\n".join((request.path, request.query, *said)).encode("latin-1", "replace")
-        if not (findings := case.services.containment.inspect(case.attempt, whole, body)):
-            return None
-        if any(finding.rule.detector is not Detector.SECRET_IN_REQUEST for finding in findings):
+        whole = "\n".join((case.attempt.host, request.path, request.query, *said)).encode("latin-1", "replace")
+        withheld, findings = case.services.containment.inspect(case.attempt, whole, body)
+        if withheld:
             case.withhold()
+        if not findings:
+            return None
         # Its own fate is decided here: it must not be cut by what it sets off.
         self._leave()
         case.services.containment.act(findings)

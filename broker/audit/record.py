@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import orjson
 
 from broker.audit import AuditUnavailable
-from broker.policy.types import Decision, Json, Usage
+from broker.policy.types import Code, Decision, Json, Usage
 from broker.redaction import SHAPE
 
 SCHEMA = "broker.audit/v1"
@@ -66,7 +66,7 @@ class Attempt:
 
     `agent` holds `name`, `spiffe`, `owner`, `oncall`. `path` is raw and without query. `data` are the operation's data classes.
     `limits` is what was reserved, or which limit refused. `model` and what follows are those of a model call. `approval` is the
-    one that the call waits for, or that it used.
+    one that the call waits for, or that it used. `withheld` is of what the request holds that must not stand in the record.
     """
 
     decision_id: str
@@ -90,6 +90,7 @@ class Attempt:
     provider: str = ""
     prompt_hash: str = ""
     approval: str = ""
+    withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +129,23 @@ def decision_record(
         "data": list(attempt.data),
         "method": _text(attempt.method),
         "host": _text(attempt.host, _MAX_NAME),
-        "path": _path(attempt),
+        "path": _REDACTED if attempt.withheld else _path(attempt),
         "args": redact(_without_prompt(attempt) if attempt.model else attempt.params, attempt.data),
         "args_hash": attempt.args_hash or args_hash(attempt.params),
         "limits": dict(attempt.limits) or None,
         "verdict": str(decision.verdict),
         "code": str(decision.code) if decision.code else None,
         "rule": decision.rule or None,
-        "detail": _text(decision.detail, _MAX_NAME) or None,
+        "detail": _detail(attempt, decision) or None,
         # A pointer holds names that the agent chose.
-        "violations": [{"pointer": _text(v.pointer), "rule": v.rule, "message": _text(v.message, _MAX_NAME)} for v in violations],
+        "violations": [
+            {
+                "pointer": _REDACTED if attempt.withheld else _text(v.pointer),
+                "rule": v.rule,
+                "message": _text(v.message, _MAX_NAME),
+            }
+            for v in violations
+        ],
         "credential": dict(credential) if credential else None,
         "approval": attempt.approval or None,
     }
@@ -225,6 +233,12 @@ def _call(attempt: Attempt) -> dict[str, Any]:
     }
 
 
+def _detail(attempt: Attempt, decision: Decision) -> str:
+    """Of a revocation it says what the agent did, of all else in words that may be the agent's."""
+    spoken = attempt.withheld and decision.detail and decision.code is not Code.AGENT_REVOKED
+    return _REDACTED if spoken else _text(decision.detail, _MAX_NAME)
+
+
 def _path(attempt: Attempt) -> str:
     """The path, without those segments that are parameters of a sensitive operation."""
     kind = _sensitive(attempt.data)
@@ -291,13 +305,17 @@ def _names_credential(key: str) -> bool:
 def _text(text: str, limit: int = _MAX_TEXT) -> str:
     """Text as it may be recorded; always encodable, however it was decoded from the wire."""
     head = text[: max(limit, _SEARCHED)]
-    if _is_marked(head) and _SECRET.search(head):
+    if _is_secret(head) or ("%" in head and _is_secret(unquote(head))):
         return _REDACTED
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(text) > limit:
         return f"[{len(text)} chars sha256:{hashlib.sha256(text.encode()).hexdigest()}]"
     return text
+
+
+def _is_secret(text: str) -> bool:
+    return _is_marked(text) and _SECRET.search(text) is not None
 
 
 def _is_marked(text: str) -> bool:

@@ -114,16 +114,27 @@ class Containment:
             self._injected[agent] = [credential, *known[: _INJECTED - 1]]
         return new
 
-    def inspect(self, about: Attempt, head: bytes, body: bytes) -> tuple[Finding, ...]:
-        """What a request holds that it should not: in its `head` (path, query, headers) or `body`."""
-        ours = self._injected.get(about.agent["name"], ())
+    def inspect(self, about: Attempt, head: bytes, body: bytes) -> tuple[bool, tuple[Finding, ...]]:
+        """What a request holds that it should not, in its `head` (path, query, headers) or `body`.
+
+        Whether that is a decoy or what was injected, which no record may show, whoever is told of it and how often; and findings.
+        """
         for where, text in (("its path, query or headers", head), ("its body", body)):
-            shown = any(each.shown(text) for each in ours)
-            seen = Detector.CREDENTIAL_IN_REQUEST if shown else self._standards.contents.seen((text,))
+            seen = self._holds(about, text)
             # A head often holds a credential of the agent's own, which is taken off.
             if seen and (text is body or seen is not Detector.SECRET_IN_REQUEST):
-                return self._standards.detectors.content(about, seen, where, self._around.steady())
-        return ()
+                findings = self._standards.detectors.content(about, seen, where, self._around.steady())
+                return seen is not Detector.SECRET_IN_REQUEST, findings
+        return False, ()
+
+    def must_not_show(self, about: Attempt, text: bytes) -> bool:
+        """Whether a text holds a decoy or what was injected into the agent's calls."""
+        return self._holds(about, text) in {Detector.HONEYTOKEN, Detector.CREDENTIAL_IN_REQUEST}
+
+    def _holds(self, about: Attempt, text: bytes) -> Detector | None:
+        ours = self._injected.get(about.agent.get("name", ""), ())
+        shown = any(each.shown(text) for each in ours)
+        return Detector.CREDENTIAL_IN_REQUEST if shown else self._standards.contents.seen((text,))
 
     def _soon(self, findings: tuple[Finding, ...]) -> None:
         # After the step in which it was found: the answer to the call that showed it goes out as it was decided.
@@ -266,10 +277,9 @@ class Containment:
                 self._standards.detectors.forget(agent)
 
     def _disarm(self, agent: str) -> None:
-        """Its credentials are dropped, and taken back where their issuers do that."""
+        """Its credentials are dropped, and taken back where their issuers do that. Their looks stay known: they may leak."""
         for name in self._standards.snapshot.agents if agent == EVERYONE else (agent,):
             self._around.drop_leases(name)
-            self._injected.pop(name, None)
 
     def _record(self, notice: Notice, more: str = "") -> None:
         words = recorded(notice)

@@ -46,10 +46,10 @@ def document(kind, name, **spec):
     return json.dumps({"apiVersion": "broker/v1", "kind": kind, "metadata": metadata, "spec": spec}).encode()
 
 
-def broker(flow=(), granted=GRANTED):
+def broker(flow=(), granted=GRANTED, containment=None):
     loaded = load_texts(
         {
-            "p.yaml": document("Platform", "acme", flow=list(flow)),
+            "p.yaml": document("Platform", "acme", flow=list(flow), containment=containment or {}),
             "t.yaml": document("Tool", "bank", protocol="rest", endpoint=BANK, operations=OPERATIONS, upstream=LOCAL),
             "a.yaml": document("Agent", "bot", identity={"token": True}, tools={"bank": {"operations": granted}}),
         },
@@ -57,7 +57,7 @@ def broker(flow=(), granted=GRANTED):
     )
     assert loaded.snapshot, loaded.findings
     ids, records = count(1), []
-    audit = SimpleNamespace(append=records.append)
+    audit = SimpleNamespace(append=records.append, records=records)
     around = Surroundings(audit, lambda: NOW, lambda: NOW, lambda: 1, lambda: f"n{next(ids)}")
     held = Containment(around)
     held.apply_policy(loaded.snapshot, ("decoy-0123456789abcdef",))
@@ -170,6 +170,25 @@ def test_looking_for_a_credential_takes_no_longer_where_a_request_is_made_of_its
     assert credential.shown(body + value.encode())
 
 
+SHOWN = {"a decoy": "decoy-0123456789abcdef", "what was injected": "injected-0123456789abcdef"}
+ALERTS = {name: {"action": "alert"} for name in ("honeytoken", "credential_in_request")}
+
+
+@pytest.mark.parametrize(
+    "rules", [{}, ALERTS, {"credential_in_request": []}], ids=["that revoke", "that tell", "of which one is off"]
+)
+@pytest.mark.parametrize("value", SHOWN.values(), ids=SHOWN)
+def test_what_no_record_may_show_is_in_none_however_often_it_is_sent_and_whatever_is_done_about_it(value, rules):
+    services = broker(containment=rules)
+    services.containment.injected("bot", Scrubber((SHOWN["what was injected"],)))
+    for _ in range(2):
+        call(services, "POST", "/bank/refunds", body=json.dumps({"note": value, value: 1}).encode())
+        call(services, "GET", f"/bank/{value}")
+        call(services, "GET", f"/nothing/{value}")
+    assert len([each for each in services.audit.records if each["event"] == "decision"]) == 6
+    assert value not in json.dumps(services.audit.records)
+
+
 def test_a_credential_that_is_made_anew_pushes_no_other_out():
     held = broker().containment
     assert held.injected("bot", Scrubber(["of-one-tool-0123456789"]))
@@ -177,7 +196,7 @@ def test_a_credential_that_is_made_anew_pushes_no_other_out():
     for _ in range(20):
         assert not held.injected("bot", Scrubber(["of-another-0123456789"]))
     about = Attempt("d", "rev", {"name": "bot"})
-    [finding] = held.inspect(about, b"", b"of-one-tool-0123456789")
+    _, (finding,) = held.inspect(about, b"", b"of-one-tool-0123456789")
     assert finding.rule.detector is Detector.CREDENTIAL_IN_REQUEST
 
 

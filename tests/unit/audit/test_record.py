@@ -71,6 +71,11 @@ json_values = st.recursive(
         pytest.param({"a": "eyJhbGciOiJ.eyJzdWIi.c2ln"}, {"a": "[redacted]"}, id="a JWT"),
         pytest.param({"a": "-----BEGIN PRIVATE KEY-----\n" + "A" * 2000}, {"a": "[redacted]"}, id="a PEM block"),
         pytest.param({"a": "Bearer abcdefgh12345"}, {"a": "[redacted]"}, id="an authorization value"),
+        pytest.param({"a": "/x/gh%70%5F0123456789abcdef"}, {"a": "[redacted]"}, id="a token that is percent-encoded"),
+        pytest.param(
+            {"a": "-----BEGIN%20RSA%20PRIVATE%20KEY"}, {"a": "[redacted]"}, id="the beginning of a key, percent-encoded"
+        ),
+        pytest.param({"a": "100%25 sk"}, {"a": "100%25 sk"}, id="other percent signs"),
         pytest.param({"ghp_0123456789abcdef": 1}, {"[redacted]": 1}, id="a secret that is itself a key"),
         pytest.param({"a": [{"b": {"secret": "x"}}]}, {"a": [{"b": {"secret": "[redacted]"}}]}, id="at any depth"),
         pytest.param(

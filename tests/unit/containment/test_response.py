@@ -204,7 +204,7 @@ def test_a_request_is_looked_through_for_decoys_secrets_and_what_was_injected():
     broker, about = Broker(), Attempt("d1", "rev", {"name": "bot"})
 
     def seen(head=b"", body=b""):
-        return [each.rule.detector for each in broker.held.inspect(about, head, body)]
+        return [each.rule.detector for each in broker.held.inspect(about, head, body)[1]]
 
     assert seen(b"/items", b"{}") == []
     assert seen(b"x decoy-0123456789abcdef") == [Detector.HONEYTOKEN]
@@ -215,7 +215,8 @@ def test_a_request_is_looked_through_for_decoys_secrets_and_what_was_injected():
     assert not broker.held.injected("bot", scrubber)
     assert seen(body=b"x=injected%2Fvalue%2B0123456789") == [Detector.CREDENTIAL_IN_REQUEST]
     other = Attempt("d1", "rev", {"name": "other"})
-    assert broker.held.inspect(other, b"", b"injected/value+0123456789") == ()
+    assert broker.held.inspect(other, b"", b"injected/value+0123456789") == (False, ())
+    assert broker.held.inspect(about, b"", b"injected/value+0123456789") == (True, ()), "told once, and never shown"
 
 
 # Approvals.
