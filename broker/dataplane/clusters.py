@@ -28,18 +28,18 @@ from broker.dataplane.site import PROCESSOR
 from broker.policy.agreement import is_address
 from broker.policy.snapshot import Tool
 
-# Not globally reachable by the IANA special-purpose registries (RFC 6890), plus every IPv6 form that embeds an IPv4 address.
+# Not globally reachable by the IANA special-purpose registries (RFC 6890), plus every IPv6 prefix whose addresses embed an IPv4
+# address, the site-local addresses of old (RFC 3879), and the one by which each of Azure's machines reaches its host.
 NOT_PUBLIC = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
-    "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-    "::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "fc00::/7",
-    "fe80::/10", "ff00::/8",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/4", "240.0.0.0/4", "::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23",
+    "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
 )  # fmt: skip
 
 _H1, _H2 = core.Http1ProtocolOptions(), core.Http2ProtocolOptions()
 _EXPLICIT = upstream_http.HttpProtocolOptionsExplicitHttpConfig
 _HTTP1 = {"explicit_http_config": _EXPLICIT(http_protocol_options=_H1)}
-_HTTP2 = {"explicit_http_config": _EXPLICIT(http2_protocol_options=_H2)}
 _BY_ALPN = {"auto_config": upstream_http.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=_H1, http2_protocol_options=_H2)}
 
 OPEN_S = 5.0
@@ -76,11 +76,11 @@ _TOOL_BOUNDS = cluster_v3.CircuitBreakersThresholds(
     # Nothing repeats a call but the agent: routes have no retry policy, and if one had, nothing would come of it.
     max_retries=0,
 )
-# Of several processors: each is asked twice a second, by gRPC's own protocol (grpc.health.v1), and what does not answer within
-# a second gets no new calls: before the first that it took have timed out (MESSAGE_TIMEOUT_S). The pings end what is open on one
-# that hangs, which could not be cut by it: so it fails closed.
+# The pings end what is open on a processor that hangs, which could not be cut by it: so it fails closed.
 _PINGS = core.KeepaliveSettings(interval=seconds(1), timeout=seconds(2))
 _HTTP2_ALIVE = {"explicit_http_config": _EXPLICIT(http2_protocol_options=core.Http2ProtocolOptions(connection_keepalive=_PINGS))}
+# Of several processors: each is asked twice a second, by gRPC's own protocol (grpc.health.v1), and what does not answer within
+# a second gets no new calls: before the first that it took have timed out (MESSAGE_TIMEOUT_S).
 _ALIVE = core.HealthCheck(
     grpc_health_check=core.HealthCheckGrpcHealthCheck(),
     timeout=seconds(1),
@@ -124,10 +124,9 @@ def tool(entry: Tool, system_roots: str) -> cluster_v3.Cluster:
 def processor(paths: tuple[str, ...]) -> cluster_v3.Cluster:
     """The processors' sockets. Of several, each call goes to one that answers and has the fewest open."""
     made = _static(PROCESSOR, *(core.Address(pipe=core.Pipe(path=path)) for path in paths))
-    made.typed_extension_protocol_options = _http(_HTTP2, [])
+    made.typed_extension_protocol_options = _http(_HTTP2_ALIVE, [])
     made.circuit_breakers = cluster_v3.CircuitBreakers(thresholds=[replace(_OWN_BOUNDS, max_retries=_UNBOUNDED)])
     if len(paths) > 1:
-        made.typed_extension_protocol_options = _http(_HTTP2_ALIVE, [])
         made.lb_policy = cluster_v3.ClusterLbPolicy.LEAST_REQUEST
         made.common_lb_config = _ANY_THAT_ANSWERS
         made.health_checks = [_ALIVE]

@@ -88,7 +88,8 @@ def _tunnel_mismatch(wire: Wire, tools: tuple[Tool, ...]) -> Decision | None:
     if wire.connect_host != f"{shown}:{port}":
         what = f"the request names {wire.authority!r}, but its tunnel was opened to {wire.connect_host!r}"
         return deny(Code.AUTHORITY_MISMATCH, what)
-    if wire.scheme == "https" and wire.sni != host and not (wire.sni == "" and tools and is_address(host)):
+    nameless = wire.sni == "" and (wire.scheme != "https" or (tools and is_address(host)))
+    if wire.sni != host and not nameless:
         return deny(Code.AUTHORITY_MISMATCH, f"the request names {wire.authority!r}, but TLS was opened to {wire.sni!r}")
     return None
 

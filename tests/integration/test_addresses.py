@@ -25,6 +25,7 @@ REFUSED = {
     "loopback-far": "127.9.9.9",
     "link-local": "169.254.7.7",
     "metadata": "169.254.169.254",
+    "azure": "168.63.129.16",
     "cgnat": "100.64.1.1",
     "this-host": "0.0.0.0",
     "benchmark": "198.18.0.9",
@@ -36,6 +37,9 @@ REFUSED = {
     "teredo": "2001:0:a01:203::1",
     "unique-local": "fd00::9",
     "link-local-v6": "fe80::9",
+    "site-local": "fec0::9",
+    "documentation": "3fff::9",
+    "segment-routing": "5f00::9",
     "metadata-v6": "fd00:ec2::254",
 }
 

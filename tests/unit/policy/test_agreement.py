@@ -114,6 +114,11 @@ def test_what_agrees_leads_to_one_tool_and_the_path_below_it(request_, tool, pat
             tunnel("evil.example", "api.example:443", "api.example"), Code.AUTHORITY_MISMATCH, id="an undeclared host in a tunnel"
         ),
         pytest.param(tunnel("api.example", "api.example:443", "both.example"), Code.AUTHORITY_MISMATCH, id="SNI names another"),
+        pytest.param(
+            tunnel("127.0.0.1:8080", "127.0.0.1:8080", "api.example", scheme="http"),
+            Code.AUTHORITY_MISMATCH,
+            id="SNI names another, and the request says that it is plain",
+        ),
         pytest.param(tunnel("api.example", "api.example:443", ""), Code.AUTHORITY_MISMATCH, id="no SNI where a name has one"),
         pytest.param(tunnel("10.0.0.7", "10.0.0.7:443", "api.example"), Code.AUTHORITY_MISMATCH, id="SNI to an address"),
         pytest.param(
