@@ -151,9 +151,9 @@ class Answer:
         self._ending = replace(self._ending, code=code, detail=why)
         return self._case.reply(deny(code, why, retry_after=wait), self._adapter, self._call)
 
-    def revoke(self, why: str) -> None:
-        """The agent was revoked; the answer is cut."""
-        self._ending = replace(self._ending, code=Code.AGENT_REVOKED, detail=why)
+    def cut(self, why: str, code: Code) -> None:
+        """The answer ends here: its agent was revoked, or what let it pass no longer holds."""
+        self._ending = replace(self._ending, code=code, detail=why)
 
     def fault(self) -> None:
         """The broker failed on the answer, which is cut."""

@@ -74,8 +74,8 @@ class Exchange:
     def __init__(self, services: Services, interrupt: Callable[[], object] = lambda: None) -> None:
         self._case = Case(services)
         self._interrupt = interrupt
-        self.revoked = ""
-        """Why it must be cut, once the agent is revoked."""
+        self.cut = ""
+        """Why it must be cut, once it must."""
         self._opened: Opened | None = None
         self._reserved = False
         self._asking: Asking | None = None
@@ -85,7 +85,7 @@ class Exchange:
     def handle(self, event: Event) -> Command:
         """The next command. Never raises: a fault before the request left is a denial, after that a cut."""
         try:
-            if self.revoked:
+            if self.cut:
                 return Cut()
             if self._steps is not None:
                 return self._steps.send(event)
@@ -122,25 +122,26 @@ class Exchange:
             return Pass()
         if event.details == _VIA_UPSTREAM:
             self._enter(event.agent, None)
-            self.revoked = self._case.services.containment.standing.view(event.agent, None).revoked if event.agent else "nobody's"
-            return Cut() if self.revoked else Pass()
+            self.cut = self._case.services.containment.standing.view(event.agent, None).revoked if event.agent else "nobody's"
+            return Cut() if self.cut else Pass()
         named = any(name == _DECISION_HEADER for name, _ in event.headers)
         return Pass() if named else Mark(self._case.attempt.decision_id)
 
     def _enter(self, agent: str, run_id: str | None) -> None:
-        self._opened = self._case.services.containment.open.enter(Opened(agent, run_id, self._revoke))
+        opened = Opened(agent, run_id, self._cut, self._case.attempt.decision_id)
+        self._opened = self._case.services.containment.open.enter(opened)
 
     def _leave(self) -> None:
         if self._opened:
             self._case.services.containment.open.leave(self._opened)
 
-    def _revoke(self, why: str) -> None:
-        self.revoked = why
+    def _cut(self, why: str, code: Code = Code.AGENT_REVOKED) -> None:
+        self.cut = why
         self._interrupt()
         if self._answer:
-            self._answer.revoke(why)
+            self._answer.cut(why, code)
         elif self._steps:
-            self._case.record(deny(Code.AGENT_REVOKED, f"the agent was revoked while the call was decided on: {why}"))
+            self._case.record(deny(code, f"cut while the call was decided on: {why}"))
 
     def _run(self, head: RequestHead) -> Steps:
         verdict = yield from self._decide(head)

@@ -147,6 +147,7 @@ class Server:
         contained.replay(chain.notices(self._state.audit))
         if shared:
             shared.notices, shared.on_notices = lambda: contained.notices, contained.learn
+            shared.on_lapse = contained.open.cut_unkept
         return contained
 
     async def run(self) -> None:

@@ -6,13 +6,14 @@ an agent enters it here first and asks how the agent stands afterwards, so that 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from broker.identity import Principal
 from broker.policy.containment import Action
 from broker.policy.evaluate import View
+from broker.policy.types import Code
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,12 @@ _FIELDS = {Action.REVOKE_AGENT: "revoked", Action.REVOKE_RUN: "revoked", Action.
 
 @dataclass(slots=True, eq=False)
 class Opened:
-    """A call or tunnel that is open. `run_id` is None for a tunnel; `cut` ends it, hearing why."""
+    """A call or tunnel that is open. `run_id` is None for a tunnel; `cut` ends it, hearing why, and a code if none is revoked."""
 
     agent: str
     run_id: str | None
-    cut: Callable[[str], object]
+    cut: Callable[..., object]
+    decision_id: str = ""
 
 
 class OpenCalls:
@@ -151,10 +153,18 @@ class OpenCalls:
         """Cut what a revocation is about; how many these were."""
         named = list(self._open.values()) if restriction.agent == EVERYONE else [self._open.get(restriction.agent, set())]
         found = [each for known in named for each in known if restriction.run_id in (None, each.run_id)]
+        return self._cut(found, restriction.why)
+
+    def cut_unkept(self, decision_ids: Collection[str]) -> int:
+        """Cut the calls whose places among the open ones others may soon have; how many these were."""
+        found = [each for known in self._open.values() for each in known if each.decision_id in decision_ids]
+        return self._cut(found, "its place among the open calls can't be kept", Code.LEDGER_UNAVAILABLE)
+
+    def _cut(self, found: list[Opened], *why: str) -> int:
         for each in found:
             self.leave(each)
             try:
-                each.cut(restriction.why)
+                each.cut(*why)
             except Exception:  # the others must be cut, whatever is wrong with this one
                 log.exception("a call of %s could not be cut", each.agent)
         return len(found)

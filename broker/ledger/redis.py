@@ -11,7 +11,7 @@ purpose: a call is counted for its agent, its team and its environment in one at
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +31,9 @@ from broker.policy.limits import Kind, Limit, Measure
 
 GRACE_S = 3.0
 """For how long nobody is served after Redis lost its data, so that every broker can notice and say what it spent."""
+
+LAPSE_S = 10.0
+"""So long before others may have the place of a call that is open here it is cut, if Redis can't be told that it is."""
 
 _BEAT_S = 0.4  # well within the grace; and a notice is known everywhere after at most so long
 _CONNECT_S = 1.0
@@ -70,7 +73,8 @@ class RedisLedger:
     seconds.
 
     Beside what is spent, brokers share notices: documents by ID that all must know. `notices` gives this broker's, `on_notices`
-    hears those of all when there are new ones; nobody is served before it has heard them.
+    hears those of all when there are new ones; nobody is served before it has heard them. `on_lapse` hears of open calls (by
+    decision ID) that hold a place which can't be kept any longer, and must be cut.
     """
 
     def __init__(
@@ -91,6 +95,9 @@ class RedisLedger:
         self.unsafe_reads, self.callers_clock, self.grace = False, False, GRACE_S
         self.notices: Callable[[], Mapping[str, bytes]] = dict
         self.on_notices: Callable[[Mapping[str, bytes]], None] = lambda _notices: None
+        self.on_lapse: Callable[[Collection[str]], object] = lambda _decision_ids: None
+        self._kept = 0.0  # when all open calls surely had their places, by the event loop's clock
+        self._lapsing: asyncio.TimerHandle | None = None
         self._heard_of = b""  # the number of the last notice
         self._replica, self._token = f"@{replica}", ""
         self._healthy: bool | None = None
@@ -114,6 +121,8 @@ class RedisLedger:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        if self._lapsing:
+            self._lapsing.cancel()
 
     @property
     def away(self) -> str:
@@ -155,6 +164,9 @@ class RedisLedger:
         calls = ((key, ids) for key, known in self.own.open.items() if known for ids in pieces(list(known)))
         for items in chunks((key_of(key), "renew", LEASE_S, *ids) for key, ids in calls) if self._healthy else ():
             self._apply(items, None, now)
+        if self._healthy:
+            kept = partial(self._renewed, asyncio.get_running_loop().time())
+            self._queue.append(_Sent(self._said([]), kept))
 
     async def balances(self, limits: tuple[Limit, ...], now: float) -> list[Balance]:
         """See `Ledger.balances`."""
@@ -350,6 +362,7 @@ class RedisLedger:
             await asyncio.sleep(max(0.0, min(wait, _BEAT_S)))
             await self._hear_all(connection)
         self._tell(healthy=True, why="")
+        self.renew(self.own.now)
 
     async def _hear_all(self, connection: AbstractConnection) -> None:
         for notice_id in self._named((await round_trip(connection, [("HKEYS", NOTICES)]))[0]):
@@ -402,8 +415,22 @@ class RedisLedger:
         self._flying.clear()
         self._queue.clear()
 
+    def _renewed(self, at: float, answer: list[Any]) -> float:
+        self._kept = at
+        return self._beaten(answer)
+
+    def _lapse(self) -> None:
+        """Others may take the places of what is open here: it must end, but for reads that pass while Redis is away."""
+        held = {decision_id for known in self.own.open.values() for decision_id in known}
+        reads = {each for each, grant in self.own.grants.items() if grant.spend.read} if self.unsafe_reads else set()
+        self.on_lapse(held - reads)
+
     def _tell(self, *, healthy: bool, why: str) -> None:
         changed, self._healthy, self._why = healthy is not self._healthy, healthy, why
         self._tried.set()
         if changed:
+            if self._lapsing:
+                self._lapsing.cancel()
+            at = self._kept + LEASE_S - LAPSE_S
+            self._lapsing = None if healthy else asyncio.get_running_loop().call_at(at, self._lapse)
             self._on_change(healthy, why)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated without types
     """Feeds what Envoy sends to the exchange and writes what it commands. Holds no state between streams.
 
-    `own_task` gives the task that a stream is carried by, which is cancelled when its agent is revoked.
+    `own_task` gives the task that a stream is carried by, which is cancelled when it must be cut.
     """
 
     def __init__(self, services: Services, own_task: Callable[[], "asyncio.Task[Any] | None"] = asyncio.current_task) -> None:
@@ -42,13 +42,13 @@ class ExtProc(ExternalProcessorServicer):  # type: ignore[misc]  # generated wit
                 if isinstance(command, Cut):
                     await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
                 await stream.write(response_of(command, message))
-                if exchange.revoked:
-                    await context.abort(grpc.StatusCode.ABORTED, "the agent is revoked")
+                if exchange.cut:
+                    await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
         except asyncio.CancelledError:
-            # An idle stream sends no messages: what waits for one is woken when the agent is revoked. Else Envoy has hung up.
-            if not exchange.revoked:
+            # An idle stream sends no messages: what waits for one is woken when the call must be cut. Else Envoy has hung up.
+            if not exchange.cut:
                 raise
-            await context.abort(grpc.StatusCode.ABORTED, "the agent is revoked")
+            await context.abort(grpc.StatusCode.ABORTED, "cut by the broker")
         finally:
             exchange.close()
 

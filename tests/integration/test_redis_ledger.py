@@ -241,6 +241,45 @@ def test_a_broker_that_stands_still_itself_does_not_take_redis_for_slow(server):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("reads_pass", [False, True])
+def test_open_calls_whose_places_cannot_be_kept_are_named_before_others_may_have_them(server, monkeypatch, reads_pass):
+    async def run() -> None:
+        async with fleet(server.url, 1) as (ledger,):
+            lapsed = asyncio.get_running_loop().create_future()
+            ledger.on_lapse, ledger.unsafe_reads = lapsed.set_result, reads_pass
+            crowd = limit("concurrency", 5)
+            for name, read in (("writing", False), ("reading", True), ("over", False)):
+                await answered(ledger, spend(crowd, id=name, read=read), 0)
+            ledger.refund("over", 0)
+            await ledger.drained()
+            ledger.renew(0)
+            await ledger.drained()
+            began = asyncio.get_running_loop().time()
+            server.stop()
+            held = await asyncio.wait_for(lapsed, 20)
+            assert held == ({"writing"} if reads_pass else {"writing", "reading"})
+            assert asyncio.get_running_loop().time() - began < module.LEASE_S
+
+    monkeypatch.setattr(module, "LEASE_S", 12.0)
+    asyncio.run(run())
+
+
+def test_whoever_is_back_in_time_cuts_nothing(server):
+    async def run() -> None:
+        async with fleet(server.url, 1) as (ledger,):
+            lapsed = []
+            ledger.on_lapse = lapsed.append
+            await answered(ledger, spend(limit("concurrency", 5)), 0)
+            server.stop()
+            while not ledger._lapsing:  # noqa: ASYNC110 - what an event would say is what is tested
+                await asyncio.sleep(0.01)
+            server.start()
+            await healthy(ledger)
+            assert (lapsed, ledger._lapsing) == ([], None)
+
+    asyncio.run(run())
+
+
 class Delay:
     """A network between ledger and Redis that can keep what was sent, and deliver it long after its sender has gone."""
 

@@ -1257,12 +1257,24 @@ def test_an_exchange_whose_agent_is_revoked_asks_to_be_cut_and_says_so_in_the_re
     outside = services()
     exchange, woken, _ = carried(outside, *events)
     outside.containment.revoke("caller", None, "it lies", "jo")
-    assert (woken, exchange.revoked) == ([1], "it lies (by jo)")
+    assert (woken, exchange.cut) == ([1], "it lies (by jo)")
     exchange.close()
     found = [each for each in events_of(outside) if each[0] in ("decision", "outcome")]
     assert found == recorded
     assert len(outside.containment.open) == 0
     assert [r["code"] for r in outside.audit if r["event"] in ("decision", "outcome")][-1] == "agent_revoked"
+
+
+def test_a_call_whose_place_cannot_be_kept_is_cut_and_no_other():
+    outside = services()
+    kept, others, _ = carried(outside, POST, BODY, OK)
+    unkept, woken, _ = carried(outside, POST, BODY, OK)
+    [*_, last] = [r["decision_id"] for r in outside.audit if r["event"] == "decision"]
+    assert outside.containment.open.cut_unkept({last, "ended long ago"}) == 1
+    assert (woken, others, bool(unkept.cut), kept.cut) == ([1], [], True, "")
+    unkept.close()
+    assert events_of(outside)[-1] == ("outcome", "ledger_unavailable")
+    kept.close()
 
 
 def test_an_exchange_that_has_ended_or_been_denied_is_not_cut():
