@@ -65,6 +65,8 @@ class Case:
     def identify(self, evidence: Evidence) -> tuple[Principal, Agent] | Decision:
         """Who calls and by which manifest, or why nobody may."""
         services = self.services
+        if services.has_ended(evidence.namespace.partition("/")[0]):
+            return deny(Code.AGENT_UNKNOWN, "the namespace that this connection is from has ended")
         principal = identify(evidence, self.snapshot, services.tokens, services.now())
         if isinstance(principal, Decision):
             return principal

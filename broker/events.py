@@ -22,7 +22,7 @@ from broker.protocols.base import Adapter, Reply
 class Services:
     """The outside, as interfaces. `snapshot` gives the one in force now; `random_id` gives a new decision ID.
 
-    `steady` is the time that the ledger counts by: as `now`, but nobody sets it.
+    `steady` is the time that the ledger counts by: as `now`, but nobody sets it. `has_ended` knows namespaces by their keys.
     """
 
     snapshot: Callable[[], PolicySnapshot]
@@ -37,6 +37,7 @@ class Services:
     mono_ns: Callable[[], int]
     random_id: Callable[[], str]
     metrics: Metrics
+    has_ended: Callable[[str], bool] = lambda _namespace: False
 
 
 # Events.

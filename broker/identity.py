@@ -125,7 +125,8 @@ class Evidence:
     """What a request brings to prove who sends it, by the door it came through. Only Envoy fills `peer_uri` and `carried`.
 
     `peer_uri` is the URI SAN of a verified client certificate, `peer_times` when that ends (if known), as in `Principal.decode`.
-    `carried` is `(agent, times)` from the tunnel's or the namespace's filter state, `namespace` that one's name if it has one.
+    `carried` is `(agent, times)` from the tunnel's or the namespace's filter state, `namespace` that one's key, a slash, and its
+    name if it has one.
     """
 
     door: Door
@@ -150,8 +151,9 @@ def identify(evidence: Evidence, snapshot: PolicySnapshot, tokens: TokenAuthorit
     """
     if evidence.carried is not None:
         agent = snapshot.agents.get(evidence.carried[0])
-        if evidence.namespace and agent and agent.namespace != evidence.namespace:
-            return _unknown(f"the namespace {evidence.namespace} is this agent's no longer")
+        name = evidence.namespace.partition("/")[2]
+        if name and agent and agent.namespace != name:
+            return _unknown(f"the namespace {name} is this agent's no longer")
         return _lasting(Principal.decode(*evidence.carried), now)
     if evidence.peer_uri:
         agent = snapshot.by_spiffe.get(evidence.peer_uri)

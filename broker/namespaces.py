@@ -38,6 +38,7 @@ _PATIENCE_S = 4.0  # less than who asks waits; Envoy answers within milliseconds
 NAMED = Path("/run/netns")
 """Where ip-netns(8) keeps them, by name."""
 _LOOK_S = 1.0
+_DRAINED_S = 1200.0  # twice as long as Envoy keeps the connections of a listener that is gone
 
 _NOTHING = Written((), (), ())
 _CLONE_NEWNET = 0x40000000
@@ -103,6 +104,7 @@ class Namespaces:
         self._verdict: asyncio.Future[str | None] | None = None
         self._envoy = False  # whether there was one
         self._refused: dict[str, int] = {}  # the inodes of those, by name, that are not tried again
+        self._gone: dict[str, float] = {}  # when each ended, by its key and the loop's clock
 
     async def use(self, snapshot: PolicySnapshot, certificates: Certificates, base: Written) -> None:
         """Make this the configuration, with each namespace's doors as it has them."""
@@ -272,6 +274,8 @@ class Namespaces:
         if self._held.pop(held.inode, None) is None:
             return
         held.ended = True
+        now = asyncio.get_running_loop().time()
+        self._gone = {key: at for key, at in self._gone.items() if at > now - _DRAINED_S} | {held.namespace.key: now}
         self._publish_all()
         Path(held.namespace.path).unlink(missing_ok=True)
         if held.process is not None:
@@ -279,6 +283,10 @@ class Namespaces:
             os.close(held.process)
         os.close(held.descriptor)
         log.info("namespace %s has ended", held.namespace.key)
+
+    def has_ended(self, key: str) -> bool:
+        """Whether a namespace was let go. What was connected in it stays so for a while, for whoever got hold of a socket."""
+        return key in self._gone
 
     def _publish_all(self) -> None:
         self._publish(Written.all(*self._parts()))

@@ -109,6 +109,9 @@ class Server:
         self._metrics = Metrics()
         self._containment = self._contained()
         self._budgets = windows(EMPTY)
+        self._ads = Ads(self._heard)
+        envoy = None if one_of_several else state.envoy_admin_socket
+        self._namespaces = Namespaces(state.run, manifests, envoy, self._ads.publish, self._note)
         self._services = Services(
             snapshot=lambda: self._snapshot,
             adapters=ADAPTERS,
@@ -122,12 +125,10 @@ class Server:
             mono_ns=clock.mono_ns,
             random_id=_random_id,
             metrics=self._metrics,
+            has_ended=self._namespaces.has_ended,
         )
         self._self_test = Watch("the self-test", SelfTest(self._services, str(state.processor_socket)).test, self._tested)
         self._jwks = jwks(jwt_key)
-        self._ads = Ads(self._heard)
-        envoy = None if one_of_several else state.envoy_admin_socket
-        self._namespaces = Namespaces(state.run, manifests, envoy, self._ads.publish, self._note)
         self._canary = Watch("the canary", Canary(site, self._namespaces.in_turn).test, self._tried)
 
     def _contained(self) -> Containment:

@@ -137,7 +137,7 @@ def _identity_state() -> HttpFilter:
 
 def _owner(within: site.Namespace) -> HttpFilter:
     # ext_authz is told no filter state. Metadata, like it, comes from filters alone: no header can set it.
-    value = Struct.from_dict({"agent": within.agent, "name": within.name})
+    value = Struct.from_dict({"agent": within.agent, "namespace": within.carried})
     return http_filter("set_metadata", SetMetadata(metadata=[Metadata(metadata_namespace=site.NAMESPACE_METADATA, value=value)]))
 
 
@@ -147,8 +147,8 @@ def _owner_state(within: site.Namespace) -> HttpFilter:
 
 def owned(within: site.Namespace, host: str) -> list[filter_state.FilterStateValue]:
     """What goes along with what comes from a namespace; `host`, a format string, is where it wants to."""
-    named = {site.STATE_TOKEN: literal(within.name)} if within.name else {}
-    return carried({site.STATE_AGENT: literal(within.agent), **named, site.STATE_CONNECT_HOST: host})
+    known = {site.STATE_AGENT: literal(within.agent), site.STATE_TOKEN: literal(within.carried)}
+    return carried({**known, site.STATE_CONNECT_HOST: host})
 
 
 def literal(text: str) -> str:

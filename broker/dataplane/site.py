@@ -18,7 +18,7 @@ PROCESSOR = "processor"
 
 # Filter state that carries identity from the CONNECT request to the calls inside its tunnel.
 STATE_AGENT = "broker.agent"
-# The name of a key: its value is the times of a token or certificate, never the token. In a namespace it is that one's name.
+# The name of a key: its value is the times of a token or certificate, never the token. In a namespace it is `Namespace.carried`.
 STATE_TOKEN = "broker.token"  # noqa: S105
 STATE_CONNECT_HOST = "broker.connect_host"
 
@@ -91,6 +91,11 @@ class Namespace:
     path: str
     name: str = ""
     ipv6: bool = True
+
+    @property
+    def carried(self) -> str:
+        """What goes along with each call from it."""
+        return f"{self.key}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def _request_head(message: Any) -> RequestHead:
         door=door,
         peer_uri="" if inside else attributes.get("connection.uri_san_peer_certificate", ""),
         peer_times=token,
-        # The doors of a namespace carry its agent and its name themselves.
+        # The doors of a namespace carry its agent and which one it is themselves.
         carried=(agent, "") if door is Door.NAMESPACE else (agent, token) if inside else None,
         namespace=token if door is Door.NAMESPACE else "",
         proxy_authorization=request.only("proxy-authorization"),

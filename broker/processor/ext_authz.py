@@ -33,7 +33,7 @@ def _evidence(attributes: Any) -> Evidence:
     told = attributes.metadata_context.filter_metadata
     if site.NAMESPACE_METADATA in told:  # a namespace is its agent's: what a request says beside it counts for nothing
         owner = told[site.NAMESPACE_METADATA]
-        return Evidence(Door.NAMESPACE, carried=(owner["agent"], ""), namespace=owner["name"])
+        return Evidence(Door.NAMESPACE, carried=(owner["agent"], ""), namespace=owner["namespace"])
     return Evidence(
         door=Door.PROXY,
         # Filled by Envoy from a verified client certificate only; a plain connection has none.

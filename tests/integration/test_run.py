@@ -495,6 +495,26 @@ def test_when_it_is_killed_all_that_it_started_and_its_namespace_are_gone(place)
     running.close()
 
 
+def test_what_was_connected_in_it_is_nobodys_once_it_has_ended_whoever_got_hold_of_it(place):
+    running = Run(place.host, place.broker, "coder", "sh", "-c", LINGERING)
+    assert running.line() == "started"
+    handed_on, tunnel = inside(running.first_process, lambda: [socket.create_connection(("127.0.0.1", 1001)) for _ in range(2)])
+    plain = f"GET http://{WIKI}/items HTTP/1.1\r\nhost: {WIKI}\r\n\r\n".encode()
+    assert stack.exchange_bytes(tunnel, f"CONNECT {API}:443 HTTP/1.1\r\nhost: {API}:443\r\n\r\n".encode()).startswith(
+        b"HTTP/1.1 200"
+    )
+    within = f"GET /items HTTP/1.1\r\nhost: {API}\r\n\r\n".encode()
+    with handed_on, stack.tls(tunnel, place.broker, API) as tls:
+        for connection, call in ((handed_on, plain), (tls, within)):
+            assert stack.exchange_bytes(connection, call).startswith(b"HTTP/1.1 200")
+        running.process.kill()
+        running.process.wait()
+        stack.until(lambda: not _doors(place))
+        for connection, call in ((handed_on, plain), (tls, within)):
+            assert b"agent_unknown" in stack.exchange_bytes(connection, call)
+    running.close()
+
+
 def test_when_the_command_ends_so_does_what_it_left_in_the_background(place):
     done = run(place, "sh", "-c", "setsid sleep 1000 & readlink /proc/self/ns/net; exit 5")
     assert done.returncode == 5

@@ -88,7 +88,7 @@ def test_what_is_no_token(token):
         pytest.param(Evidence(Door.PROXY, carried=("bot", f"{NOW:.0f}/{NOW + 60:.0f}")), "bot", id="inside a tunnel"),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", "")), "mutual", id="inside a tunnel opened by certificate"),
         pytest.param(Evidence(Door.NAMESPACE, carried=("bot", "")), "bot", id="in a namespace that a process brought"),
-        pytest.param(Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="build-7"), "tenant", id="in one by its name"),
+        pytest.param(Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="k1/build-7"), "tenant", id="in one by its name"),
     ],
 )
 def test_who_is_proven(evidence, agent):
@@ -119,7 +119,7 @@ def test_who_is_proven(evidence, agent):
         ),
         pytest.param(Evidence(Door.PROXY, carried=("mutual", f"/{NOW:.0f}")), "has ended", id="a tunnel that does"),
         pytest.param(
-            Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="build-8"), "no longer", id="a namespace that it had"
+            Evidence(Door.NAMESPACE, carried=("tenant", ""), namespace="k1/build-8"), "no longer", id="a namespace that it had"
         ),
         pytest.param(
             Evidence(Door.PROXY, carried=("bot", f"{NOW - 60:.0f}/{NOW:.0f}")), "has ended", id="a tunnel that outlives its token"

@@ -92,6 +92,8 @@ def test_it_is_held_until_its_process_ends_and_then_let_go(tmp_path, snapshot, p
         assert envoy.told[-1] == 0
         assert list(envoy.folder.iterdir()) == []
         assert envoy.recorded == [f"namespace {answer['namespace']} is coder's"]
+        assert envoy.namespaces.has_ended(answer["namespace"])
+        assert not envoy.namespaces.has_ended("another")
 
     asyncio.run(script())
 

@@ -59,7 +59,7 @@ def asked(target="api.example:443", peer=SPIFFE, namespace=None, headers=(), **c
         attributes={"source": {"principal": peer}, "request": {"http": {"host": target, "headers": dict(headers)}}}
     )
     if namespace is not None:
-        question.attributes.metadata_context.filter_metadata["broker.namespace"].update({"agent": namespace, "name": ""})
+        question.attributes.metadata_context.filter_metadata["broker.namespace"].update({"agent": namespace, "namespace": "k1/"})
     return asyncio.run(ExtAuthz(services).Check(question, None)), services.audit
 
 
@@ -102,6 +102,11 @@ def test_in_a_namespace_its_agent_calls_whatever_certificate_or_token_comes_alon
     answer, (record,) = asked(peer=SPIFFE, namespace="gone", headers={"proxy-authorization": "Basic Ym90Ong="})
     # Who asks for no proof does not ask by 407.
     assert (answer.denied_response.status.code, record["code"], record["door"]) == (401, "agent_unknown", "namespace")
+
+
+def test_a_namespace_that_has_ended_is_nobodys():
+    _, (record,) = asked(peer="", namespace="bot", has_ended={"k1"}.__contains__)
+    assert (record["code"], record["detail"]) == ("agent_unknown", "the namespace that this connection is from has ended")
 
 
 def test_a_refusal_that_cannot_be_recorded_is_still_one():
