@@ -1,7 +1,9 @@
 """Cutting an agent off, with a real Envoy: what is open ends, what is new is denied, and others go on."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import ExitStack
@@ -186,3 +188,19 @@ def test_who_holds_an_operators_token_acts_over_tcp_by_the_name_in_it_and_nobody
     assert httpx.post(f"{broker.admin}/agents/rogue/release", json={"reason": "ok"}, headers=headers).status_code == 200
     # An operator's token is no agent's.
     assert httpx.post(f"{broker.base_url}/plain/items", headers={"x-broker-token": operator}).status_code == 401
+
+
+def test_what_is_open_ends_while_the_processor_hangs_which_could_not_cut_it(place):
+    broker = place.broker
+    with ExitStack() as held:
+        streams = opened(held, place, "runner")
+        del streams["an idle tunnel"]  # no call of its own: each that comes through is asked about
+        processor = broker.child("processor")
+        os.kill(processor, signal.SIGSTOP)
+        try:
+            assert all(each.ended.wait(20) for each in streams.values())
+        finally:
+            os.kill(processor, signal.SIGCONT)
+    with broker.direct("runner") as client:
+        stack.until(lambda: client.post("/plain/items").status_code == 501, 20, "calls are served again")
+    assert broker.child("processor") == processor
