@@ -148,7 +148,7 @@ class Server:
         contained.replay(chain.notices(self._state.audit))
         if shared:
             shared.notices, shared.on_notices = lambda: contained.notices, contained.learn
-            shared.on_lapse = contained.open.cut_unkept
+            shared.on_lapse = contained.open.cut_off
         return contained
 
     async def run(self) -> None:

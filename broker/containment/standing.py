@@ -155,10 +155,12 @@ class OpenCalls:
         found = [each for known in named for each in known if restriction.run_id in (None, each.run_id)]
         return self._cut(found, restriction.why)
 
-    def cut_unkept(self, decision_ids: Collection[str]) -> int:
-        """Cut the calls whose places among the open ones others may soon have; how many these were."""
-        found = [each for known in self._open.values() for each in known if each.decision_id in decision_ids]
-        return self._cut(found, "its place among the open calls can't be kept", Code.LEDGER_UNAVAILABLE)
+    def cut_off(self, decision_ids: Collection[str] | None) -> int:
+        """Cut these calls, or (None) all that is open, of a broker that has not heard of others for long; how many these were."""
+        found = [
+            each for known in self._open.values() for each in known if decision_ids is None or each.decision_id in decision_ids
+        ]
+        return self._cut(found, "this broker has been cut off from the shared ledger for too long", Code.LEDGER_UNAVAILABLE)
 
     def _cut(self, found: list[Opened], *why: str) -> int:
         for each in found:

@@ -33,7 +33,7 @@ GRACE_S = 3.0
 """For how long nobody is served after Redis lost its data, so that every broker can notice and say what it spent."""
 
 LAPSE_S = 10.0
-"""So long before others may have the place of a call that is open here it is cut, if Redis can't be told that it is."""
+"""So long before others may have the place of a call that is open here all is cut, if Redis can't be told that it is."""
 
 _BEAT_S = 0.4  # well within the grace; and a notice is known everywhere after at most so long
 _CONNECT_S = 1.0
@@ -73,8 +73,8 @@ class RedisLedger:
     seconds.
 
     Beside what is spent, brokers share notices: documents by ID that all must know. `notices` gives this broker's, `on_notices`
-    hears those of all when there are new ones; nobody is served before it has heard them. `on_lapse` hears of open calls (by
-    decision ID) that hold a place which can't be kept any longer, and must be cut.
+    hears those of all when there are new ones; nobody is served before it has heard them. `on_lapse` hears when what is open
+    here must be cut: None for all, or calls by decision ID.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RedisLedger:
         self.unsafe_reads, self.callers_clock, self.grace = False, False, GRACE_S
         self.notices: Callable[[], Mapping[str, bytes]] = dict
         self.on_notices: Callable[[Mapping[str, bytes]], None] = lambda _notices: None
-        self.on_lapse: Callable[[Collection[str]], object] = lambda _decision_ids: None
+        self.on_lapse: Callable[[Collection[str] | None], object] = lambda _decision_ids: None
         self._kept = 0.0  # when all open calls surely had their places, by the event loop's clock
         self._lapsing: asyncio.TimerHandle | None = None
         self._heard_of = b""  # the number of the last notice
@@ -420,10 +420,10 @@ class RedisLedger:
         return self._beaten(answer)
 
     def _lapse(self) -> None:
-        """Others may take the places of what is open here: it must end, but for reads that pass while Redis is away."""
+        """Others may soon take the places of what is open here, and revoke what is not heard of here."""
         held = {decision_id for known in self.own.open.values() for decision_id in known}
-        reads = {each for each, grant in self.own.grants.items() if grant.spend.read} if self.unsafe_reads else set()
-        self.on_lapse(held - reads)
+        reads = {decision_id for decision_id, grant in self.own.grants.items() if grant.spend.read}
+        self.on_lapse(held - reads if self.unsafe_reads else None)
 
     def _tell(self, *, healthy: bool, why: str) -> None:
         changed, self._healthy, self._why = healthy is not self._healthy, healthy, why

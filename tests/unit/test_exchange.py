@@ -1265,15 +1265,16 @@ def test_an_exchange_whose_agent_is_revoked_asks_to_be_cut_and_says_so_in_the_re
     assert [r["code"] for r in outside.audit if r["event"] in ("decision", "outcome")][-1] == "agent_revoked"
 
 
-def test_a_call_whose_place_cannot_be_kept_is_cut_and_no_other():
+def test_a_call_that_goes_on_cut_off_from_the_other_brokers_is_cut():
     outside = services()
     kept, others, _ = carried(outside, POST, BODY, OK)
     unkept, woken, _ = carried(outside, POST, BODY, OK)
     [*_, last] = [r["decision_id"] for r in outside.audit if r["event"] == "decision"]
-    assert outside.containment.open.cut_unkept({last, "ended long ago"}) == 1
+    assert outside.containment.open.cut_off({last, "ended long ago"}) == 1
     assert (woken, others, bool(unkept.cut), kept.cut) == ([1], [], True, "")
     unkept.close()
     assert events_of(outside)[-1] == ("outcome", "ledger_unavailable")
+    assert (outside.containment.open.cut_off(None), bool(kept.cut)) == (1, True)
     kept.close()
 
 
