@@ -91,6 +91,10 @@ def _folder(name: str, manifests: Path) -> Iterator[tuple[Path, str]]:
         raise UsageError(f"{name!r} is no folder and no git ref", "name a folder of manifests, a branch, a tag or a commit")
     top, inside = _place(name, manifests)
     commit = _commit(top, name)
+    # Of several git takes one by an order of its own: a tag of the base's name could stand for the base.
+    if b"is ambiguous" in _ran(top, "-c", "core.warnAmbiguousRefs=true", "rev-parse", "--verify", name).stderr:
+        advice = f"write a commit's hash, or all of the ref's name, like refs/heads/{name} or refs/remotes/{name}"
+        raise UsageError(f"{name!r} is more than one git ref", advice)
     with tempfile.TemporaryDirectory(prefix="broker-diff-") as temporary:
         _checkout(top, name, commit, inside, Path(temporary))
         yield Path(temporary), f"{name}:{inside.as_posix()}"
@@ -164,11 +168,19 @@ def _entry(line: str, inside: PurePosixPath) -> _Entry:
 
 def _git(top: Path, problem: str, *arguments: str, given: bytes = b"") -> bytes:
     """What git says. Raises `UsageError` that begins with `problem` where it fails."""
-    try:
-        ended = subprocess.run(["git", "-C", str(top), *arguments], input=given, capture_output=True, check=False)  # noqa: S603, S607
-    except OSError as error:
-        raise UsageError("git can't be started", "install git, or compare folders") from error
+    ended = _ran(top, *arguments, given=given)
     if ended.returncode:
         why = ended.stderr.decode(errors="replace").strip().partition("\n")[0]
         raise UsageError(f"{problem}{f' ({why})' if why else ''}", "name a folder, or a branch, tag or commit that is here")
     return ended.stdout
+
+
+def _ran(top: Path, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(  # noqa: S603
+            ["git", "-C", str(top), *arguments],  # noqa: S607
+            input=given, env=environment, capture_output=True, check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError("git can't be started", "install git, or compare folders") from error

@@ -110,6 +110,10 @@ def test_the_action_without_a_base_compares_nothing(repository):
     assert (code, summary, outputs) == (0, "", "")
 
 
+def test_the_actions_base_is_a_branch_of_the_remote_whatever_tags_there_are():
+    assert "format('refs/remotes/origin/{0}', github.base_ref)" in ACTION["inputs"]["base"]["default"]
+
+
 @pytest.mark.parametrize("hostile", ["$(touch pwned)", "`touch pwned`", "; touch pwned", "--help"])
 def test_what_is_given_to_the_action_is_never_run(repository, hostile):
     assert act(repository, base=hostile)[0] != 0

@@ -184,6 +184,18 @@ def test_a_folder_with_the_name_of_a_ref_is_not_taken_for_it(repository, run):
     assert run("refs/heads/main", "./manifests", "--fail-on", "wider").exit_code == 1
 
 
+@pytest.mark.parametrize("form", ["{}", "{}~0"])
+def test_a_name_of_several_refs_is_refused(repository, run, git, form):
+    """Or whoever may push tags chooses what a pull request is compared with."""
+    git("update-ref", "refs/remotes/origin/main", "main")
+    git("config", "core.warnAmbiguousRefs", "false")
+    git("tag", "origin/main", "wider")
+    result = run(form.format("origin/main"), "wider", "--fail-on", "wider")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"broker: {form.format('origin/main')!r} is more than one git ref; write a commit's hash")
+    assert run("refs/remotes/origin/main", "wider", "--fail-on", "wider").exit_code == 1
+
+
 def test_without_a_repository_only_folders_are_compared(tmp_path, run):
     write(tmp_path / "a")
     write(tmp_path / "b", "put: {}")
