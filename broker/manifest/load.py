@@ -5,6 +5,7 @@ Law: only a folder that can't be listed raises. Whatever is in it, the answer is
 
 import gc
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,27 +105,50 @@ def load(directory: Path, words: Vocabulary | None = None, reading: Reading | No
     Raises `UsageError` where the folder can't be listed.
     """
     texts: dict[str, bytes] = {}
-    findings: list[Finding] = []
-    for path in _listed(directory):
-        name = path.relative_to(directory).as_posix()
+    paths, problems = _listed(directory)
+    for path in paths:
         try:
-            texts[name] = _bytes(path)
+            texts[path.relative_to(directory).as_posix()] = _bytes(path)
         except OSError as error:
-            message, advice = f"the file can't be read ({error.strerror or error})", "let the broker read it, or remove it"
-            findings.append(Finding(name, 1, 1, "file_unreadable", message, advice))
+            problems.append((path, f"the file can't be read ({error.strerror or error}); {_LET}"))
+    findings = []
+    for path, why in problems:
+        message, _, advice = why.rpartition("; ")
+        findings.append(Finding(path.relative_to(directory).as_posix(), 1, 1, "file_unreadable", message, advice))
     return load_texts(texts, directory, words, tuple(findings), reading)
 
 
-def _listed(directory: Path) -> list[Path]:
+_LET = "let the broker read it, or remove it"
+_LINKED = "the folder is a link, which is not followed; have the folder itself there, or remove it"
+
+
+def _listed(directory: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files, and the folders in which there may be more, each with why that is not known and what to do."""
     if not directory.is_dir():
         advice = "name the folder that holds platform.yaml, tools/ and agents/"
         raise UsageError(f"there is no folder {str(directory)!r}", advice)
-    try:
-        found = [path for pattern in ("*.yaml", "*.yml") for path in directory.rglob(pattern) if not path.is_dir()]
-    except OSError as error:
-        raise UsageError(f"{str(directory)!r} can't be listed ({error.strerror})", "let the broker read it") from error
-    parts = {path: path.relative_to(directory).parts for path in found}
-    return sorted(path for path in found if parts[path][0] != "schema" and not any(part[0] == "." for part in parts[path]))
+    found: list[Path] = []
+    problems: list[tuple[Path, str]] = []
+
+    def unlisted(error: OSError) -> None:
+        folder = Path(error.filename or directory)
+        if folder == directory:
+            raise UsageError(f"{str(directory)!r} can't be listed ({error.strerror})", "let the broker read it") from error
+        problems.append((folder, f"the folder can't be listed ({error.strerror}); {_LET}"))
+
+    for here, below, names in os.walk(directory, onerror=unlisted, followlinks=True):
+        folder = Path(here)
+        below[:] = [name for name in below if name[0] != "." and (name != "schema" or folder != directory)]
+        linked = [name for name in below if (folder / name).is_symlink() and not _is_mounted(folder / name, directory)]
+        problems += [(folder / name, _LINKED) for name in linked]
+        below[:] = [name for name in below if name not in linked]
+        found += [folder / name for name in names if name[0] != "." and name.endswith((".yaml", ".yml"))]
+    return sorted(found), problems
+
+
+def _is_mounted(link: Path, directory: Path) -> bool:
+    """Whether Kubernetes made this link: to a folder of the ConfigMap that is mounted here."""
+    return link.parent == directory and link.readlink().parts[0] == "..data"
 
 
 def _bytes(path: Path) -> bytes:

@@ -308,6 +308,43 @@ def test_what_is_no_readable_file_is_a_finding(folder):
     ]
 
 
+def test_a_folder_whose_manifests_would_be_passed_over_is_a_finding(folder, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("linked", "schema/linked", ".linked"):
+        (folder / name).symlink_to(elsewhere)
+    (folder / "tools/locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path):  # root, as whom tests may run, may read it
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    errors = [finding for finding in load(folder).findings if finding.severity == "error"]
+    assert [(finding.file, finding.code) for finding in errors] == [
+        ("linked", "file_unreadable"),
+        ("tools/locked", "file_unreadable"),
+    ]
+    assert [finding.sentence for finding in errors] == [
+        "the folder is a link, which is not followed; have the folder itself there, or remove it",
+        "the folder can't be listed (Permission denied); let the broker read it, or remove it",
+    ]
+    with pytest.raises(UsageError, match="can't be listed"):
+        load(folder / "tools/locked")
+
+
+def test_a_folder_is_read_as_kubernetes_mounts_it(folder):
+    (folder / "..2026").mkdir()
+    (folder / "..data").symlink_to("..2026")
+    for name in ("tools", "agents", "certs", "platform.yaml"):
+        (folder / name).rename(folder / "..2026" / name)
+        (folder / name).symlink_to(f"..data/{name}")
+    loaded = load(folder)
+    assert loaded.snapshot is not None
+    assert loaded.snapshot.agents.keys() == {"refund-bot"}
+
+
 @pytest.mark.parametrize("value", ["5", "[]", "{}", "null", "[[a]]", "{a: {b: [c]}}", '"x"'])
 def test_a_value_of_any_shape_anywhere_is_judged_without_a_fault(value):
     texts = {"t.yaml": TOOLS, "a.yaml": AGENT}
