@@ -223,7 +223,8 @@ def _issued(spec: CredentialSpec | None) -> str:
 def _settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Step]:
     for step in entries("credential", CHANGED)(before, after):
         lists = [each.get(step.about) for each in (before, after)]
-        if step.about == "scopes" and all(isinstance(each, list) for each in lists):
+        # Without any, an issuer asks for none, and the server gives what it likes.
+        if step.about == "scopes" and all(isinstance(each, list) and each for each in lists):
             yield from (each._replace(about="scopes") for each in members("credential", WIDER)(*lists))
         else:
             yield step

@@ -189,6 +189,7 @@ def test_a_weakening_is_wider_and_the_reverse_narrower(edits, kind, about):
         pytest.param([(f"{CATALOG}/put/match/path", "/things/{id}")], "match", "shop/put", id="another path"),
         pytest.param([("shop/spec/credential/as", {"header": "x-key", "template": "{}"})], "credential", "shop", id="placed"),
         pytest.param([("shop/spec/credential/ttl", "1m")], "credential", "shop ttl", id="another setting"),
+        pytest.param([("shop/spec/credential/scopes", [])], "credential", "shop scopes", id="no scopes: the server's own"),
         pytest.param([("shop/spec/endpoint", "https://shop.example/v2")], "endpoint", "shop", id="another base path"),
         pytest.param([("bot/metadata/owner", "others")], "owner", "agent", id="another owner"),
         pytest.param([("platform/spec/environment", "test")], "environment", "platform", id="another environment"),
