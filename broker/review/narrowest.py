@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from broker.policy.schema import json_pointer
+from broker.policy.schema import json_pointer, valid
 
 Schema = dict[str, Any]
 
@@ -110,9 +110,9 @@ def widened(location: str, old: Schema, values: Sequence[Any]) -> Schema:
         return longer
     # Implied by what follows; it is what credentials are narrowed by.
     pinned = {
-        name: _one_of([*_listed(rule), *(value[name] for value in values)])
+        name: _one_of([*listed(rule), *(value[name] for value in values)])
         for name, rule in old.get("properties", {}).items()
-        if _listed(rule) and all(isinstance(value, dict) and name in value and is_whole(value[name]) for value in values)
+        if listed(rule) and all(isinstance(value, dict) and name in value and is_whole(value[name]) for value in values)
     }
     return {**({"properties": pinned} if pinned else {}), "anyOf": [old, *(_alone(location, value) for value in values)]}
 
@@ -125,11 +125,17 @@ def _longer(location: str, old: Schema, values: Sequence[Any]) -> Schema | None:
         return None
     if not all(isinstance(value, dict) and value.keys() == rules.keys() for value in values):
         return None
-    lists = {name: _different([*_listed(rule), *(value[name] for value in values)]) for name, rule in rules.items()}
-    grown = [name for name, rule in rules.items() if len(lists[name]) > 1 or not _listed(rule)]
-    if len(grown) != 1 or not _listed(rules[grown[0]]) or not is_whole(lists[grown[0]]):
+    lists = {name: _different([*listed(rule), *(value[name] for value in values)]) for name, rule in rules.items()}
+    grown = [name for name, rule in rules.items() if len(lists[name]) > 1 or not is_list(rule)]
+    if len(grown) != 1 or not is_list(rules[grown[0]]) or not is_whole(lists[grown[0]]):
         return None
     return {**old, "properties": {**rules, grown[0]: _one_of(lists[grown[0]])}}
+
+
+def is_list(rule: Any) -> bool:
+    """Whether it lists the values that pass, and nothing that stands beside the list would be lost with it."""
+    values = listed(rule)
+    return bool(values) and len(rule.keys() - {"type"}) == 1 and all(valid(json.dumps(rule), value) for value in values)
 
 
 def _one_of(values: Sequence[Any]) -> Schema:
@@ -137,7 +143,8 @@ def _one_of(values: Sequence[Any]) -> Schema:
     return {"const": different[0]} if len(different) == 1 else {"enum": different}
 
 
-def _listed(rule: Any) -> list[Any]:
+def listed(rule: Any) -> list[Any]:
+    """The values that a rule lists."""
     if not isinstance(rule, dict):
         return []
     return [rule["const"]] if "const" in rule else list(rule.get("enum", ()))

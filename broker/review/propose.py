@@ -15,7 +15,7 @@ from broker.policy.evaluate import evaluate
 from broker.policy.providers import PROVIDERS
 from broker.policy.snapshot import Agent, PolicySnapshot, Tool
 from broker.policy.types import Code, ToolCall
-from broker.review.narrowest import MOST, admitting, is_whole, opened, thinned, unpinned, widened
+from broker.review.narrowest import MOST, admitting, is_list, is_whole, listed, opened, thinned, unpinned, widened
 
 Record = Mapping[str, Any]
 Place = tuple[str, ...]
@@ -177,11 +177,12 @@ _TUNNEL = "only a tunnel was refused, so which operation is meant is not known: 
 
 
 def _with_model(old: Mapping[str, Any], values: Sequence[Any]) -> dict[str, Any]:
-    """Of a call of a model the record keeps no prompt: its model is what can be said."""
+    """Of a call of a model the record keeps no prompt: its model is what can be said. Models are granted by their list alone."""
     rules = old.get("properties", {})
     known = rules.get("model", {})
-    names = sorted({*known.get("enum", [known["const"]] if "const" in known else []), *(value["model"] for value in values)})
-    return {**old, "properties": {**rules, "model": {"enum": names}}}
+    new, before = sorted({value["model"] for value in values}), [name for name in listed(known) if isinstance(name, str)]
+    beside = {"anyOf": [known, {"enum": new}]} if before and not is_list(known) else {}
+    return {**old, "properties": {**rules, "model": {"enum": sorted({*before, *new}), **beside}}}
 
 
 def _seen(record: Record) -> dict[str, Any]:

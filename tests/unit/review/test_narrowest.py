@@ -59,6 +59,9 @@ RULES = st.sampled_from(
             "required": ["owner", "repo", "n"],
             "additionalProperties": False,
         },
+        {"properties": {"owner": {"const": "a"}, "repo": {"enum": ["x", "y"], "not": {"const": "y"}}, "n": {"const": 1}}},
+        {"properties": {"owner": {"const": "a"}, "repo": {"const": "x", "enum": ["y"]}, "n": {"const": 1}}},
+        {"properties": {"owner": {"const": "a"}, "repo": {"enum": ["x", 5], "type": "string"}, "n": {"const": 1, "minimum": 2}}},
         {"anyOf": [{"required": ["n"]}, {"required": ["repo"]}], "properties": {"owner": {"enum": ["a", "b"]}}},
     ]
 )
@@ -88,6 +91,14 @@ def test_a_list_grows_where_that_says_it_all():
     old = {"properties": {"owner": {"const": "acme"}, "repo": {"enum": ["web", "payments"]}}}
     grown = {"properties": {"owner": {"const": "acme"}, "repo": {"enum": ["web", "payments", "mobile"]}}}
     assert widened("path", old, [{"owner": "acme", "repo": "mobile"}]) == grown
+    old["properties"]["repo"]["type"] = "string"
+    assert widened("path", old, [{"owner": "acme", "repo": "mobile"}]) == grown
+
+
+def test_what_stands_beside_a_list_stays():
+    old = {"properties": {"owner": {"const": "acme"}, "repo": {"enum": ["web", "vault"], "not": {"const": "vault"}}}}
+    schema = widened("path", old, [{"owner": "acme", "repo": "mobile"}])
+    assert [admits(schema, {"owner": "acme", "repo": repo}) for repo in ("web", "mobile", "vault")] == [True, True, False]
 
 
 def test_what_credentials_are_narrowed_by_stays():

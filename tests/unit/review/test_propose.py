@@ -328,6 +328,30 @@ def test_a_body_that_is_too_long_for_the_record_is_left_to_the_catalog(grant):
     assert replayed(snapshot, record, NOW) is None
 
 
+@pytest.mark.parametrize(
+    ("rule", "grown"),
+    [
+        ({"enum": ["gpt-a", 5]}, {"enum": ["gpt-a", "gpt-b"]}),
+        (True, {"enum": ["gpt-b"]}),
+        (
+            {"enum": ["gpt-a", "gpt-x"], "not": {"const": "gpt-x"}},
+            {
+                "enum": ["gpt-a", "gpt-b", "gpt-x"],
+                "anyOf": [{"enum": ["gpt-a", "gpt-x"], "not": {"const": "gpt-x"}}, {"enum": ["gpt-b"]}],
+            },
+        ),
+    ],
+    ids=["a number in the list", "no list", "more than a list"],
+)
+def test_a_model_joins_the_list_whatever_its_rule_is(rule, grown):
+    operation = {"match": {"method": "POST", "path": "/v1/chat/completions"}, "effect": "read"}
+    snapshot = small(operation, {"params": {"body": {"properties": {"model": rule}}}}, protocol="openai")
+    body = {"model": "gpt-b", "store": False, "messages": [{"role": "user"}]}
+    record = denied(snapshot, post("https://box.example/v1/chat/completions", body))
+    (edit,), _ = proposed(snapshot, [record], ())
+    assert edit.value == {"properties": {"model": grown}}
+
+
 def test_a_body_that_nothing_judges_is_told():
     snapshot = small(PUT)
     (edit,), _ = proposed(snapshot, [denied(snapshot, Call("POST", BOX, (("content-type", "text/csv"),), b"a,b"))], ())
