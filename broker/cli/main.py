@@ -1,4 +1,4 @@
-"""`broker`: finds the verb and turns errors into one line and an exit code.
+"""`broker`: finds the verb and turns errors into one printable line and an exit code.
 
 Law: a verb's imports are paid only by that verb, and no fault shows a traceback unless BROKER_DEBUG is set.
 """
@@ -12,6 +12,7 @@ import click
 
 from broker import __version__
 from broker.errors import BrokerError
+from broker.manifest.findings import printable
 
 _VERBS = (
     "agents", "approvals", "audit", "check", "demo", "denials", "diff", "doctor", "explain", "propose", "render", "run", "serve",
@@ -47,7 +48,7 @@ def _run(arguments: list[str] | None) -> int:
     except click.Abort:
         return 130
     except BrokerError as error:
-        click.echo(f"broker: {error}", err=True)
+        click.echo(printable(f"broker: {error}"), err=True)
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has seen enough (`broker audit tail | head`).
@@ -56,6 +57,7 @@ def _run(arguments: list[str] | None) -> int:
     except Exception as error:
         if os.environ.get("BROKER_DEBUG"):
             raise
-        click.echo(f"broker: a fault of its own: {type(error).__name__}: {error}; set BROKER_DEBUG=1 to see where", err=True)
+        what = f"broker: a fault of its own: {type(error).__name__}: {error}; set BROKER_DEBUG=1 to see where"
+        click.echo(printable(what), err=True)
         return 3
     return result if isinstance(result, int) else 0

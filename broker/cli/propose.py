@@ -95,7 +95,7 @@ def propose(
     if write:
         for path, (_, text) in made.texts.items():
             _replace(Path(path), text)
-            click.echo(f"{path} is changed; review it with git diff", err=True)
+            click.echo(printable(f"{path} is changed; review it with git diff"), err=True)
     return 0
 
 

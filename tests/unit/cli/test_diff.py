@@ -221,6 +221,16 @@ def test_a_link_in_a_ref_is_not_followed(repository, run, git):
     assert "HEAD:manifests/agents/other.yaml is no plain file; have the file itself there, or compare folders" in result.stderr
 
 
+def test_a_files_name_ends_no_line_of_an_error(repository, run, git):
+    """A line that begins with :: is a command to GitHub's runner."""
+    (repository / "manifests/a\n::error::b.yaml").symlink_to("/etc/passwd")
+    git("add", "-A")
+    git("commit", "-qm", "link")
+    assert run("main", "HEAD").stderr == (
+        "broker: HEAD:manifests/a\\n::error::b.yaml is no plain file; have the file itself there, or compare folders\n"
+    )
+
+
 def test_the_folder_may_be_the_repository_itself_and_hold_other_links(tmp_path, run, git):
     write(tmp_path)
     (tmp_path / "README").symlink_to("/etc/passwd")

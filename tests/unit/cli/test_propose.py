@@ -91,6 +91,14 @@ def test_write_applies_what_git_would_and_the_call_is_then_permitted(run):
     assert (code, "d-1: the manifests permit it by now" in err) == (1, True)
 
 
+def test_a_files_name_ends_no_line(run):
+    """A line that begins with :: is a command to GitHub's runner."""
+    Path("manifests/agents/refund-bot.yaml").rename("manifests/agents/a\n::error::b.yaml")
+    happened(get("/acme/mobile/issues"))
+    code, _, err = run("propose", "d-1", "--write")
+    assert (code, err) == (0, "manifests/agents/a\\n::error::b.yaml is changed; review it with git diff\n")
+
+
 def test_a_cluster_becomes_one_proposal(run):
     happened(get("/acme/mobile/issues"), get("/acme/ios/issues"), get("/acme/mobile/issues"))
     _, listed, _ = run("denials", "--json")
