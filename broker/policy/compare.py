@@ -55,7 +55,7 @@ def implies(given: Sequence[Schema], wanted: Sequence[Schema]) -> bool:
     """Whether each value that passes all of `given` provably passes all of `wanted`."""
     try:
         return _Proof().holds(_parts(given, root=True), _parts(wanted, root=True))
-    except _Exhausted:
+    except (_Exhausted, RecursionError):  # a proof may be deeper than Python's stack, before the budget is spent
         return False
 
 

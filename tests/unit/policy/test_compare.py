@@ -208,6 +208,12 @@ def test_nested_choices_do_not_multiply_without_end():
     assert time.perf_counter() - began < 20
 
 
+def test_a_proof_that_is_deeper_than_the_stack_is_changed():
+    alike = [{"anyOf": [{"minimum": number}, {"maxLength": number}]} for number in range(300)]
+    before, after = ({"allOf": [*alike, {"anyOf": [{"pattern": "x"}, {"multipleOf": number}]}]} for number in (7, 8))
+    assert compare([before], [after]) is CHANGED
+
+
 def test_a_large_schema_of_ordinary_shape_is_compared():
     def large(most):
         return props(**{f"field{index}": props(text={"type": "string", "maxLength": most}) for index in range(2000)})
