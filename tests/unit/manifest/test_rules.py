@@ -174,15 +174,29 @@ def test_shadow_mode_is_told_of(days, expected, whole):
         pytest.param({"body": {"properties": {"titel": {"const": "x"}}}}, ["unreachable"], id="a name that is misspelt"),
         pytest.param({"body": {"required": ["titel"]}}, ["unsatisfiable"], id="a name that nobody may send"),
         pytest.param({"body": {"type": "string", "const": 7}}, ["unsatisfiable"], id="a constant of another type"),
-        pytest.param({"body": {"properties": {"title": {"enum": []}}}}, [], id="an empty list is not judged here"),
-        pytest.param({"query": {"properties": {"n": {"minimum": 5, "maximum": 4}}}}, ["unsatisfiable"], id="crossed bounds"),
+        pytest.param({"body": {"properties": {"title": {"enum": []}}}}, ["unsatisfiable"], id="an empty list"),
+        pytest.param({"body": {"not": {}}}, ["unsatisfiable"], id="nothing at all"),
+        pytest.param({"body": {"required": ["title"], "properties": {"title": {"not": {}}}}}, ["unsatisfiable"], id="nor below"),
+        pytest.param({"body": {"properties": {"title": {"type": "integer"}}}}, ["unsatisfiable"], id="another type"),
+        pytest.param(
+            {"query": {"properties": {"n": {"type": "integer", "minimum": 5, "maximum": 4}}}},
+            ["unsatisfiable"],
+            id="crossed bounds",
+        ),
+        pytest.param(
+            {"query": {"properties": {"n": {"type": "number", "minimum": 5, "exclusiveMaximum": 5}}}},
+            ["unsatisfiable"],
+            id="bounds that touch, of which one is excluded",
+        ),
         pytest.param(
             {"query": {"additionalProperties": False, "properties": {"a": {}}, "required": ["b"]}},
             ["unsatisfiable"],
             id="its own",
         ),
         pytest.param(
-            {"query": {"properties": {"l": {"items": {"minimum": 2, "maximum": 1}}}}}, ["unsatisfiable"], id="in a list"
+            {"query": {"properties": {"l": {"items": {"type": "integer", "minimum": 2, "maximum": 1}}}}},
+            ["unsatisfiable"],
+            id="in a list",
         ),
         pytest.param({"query": {"$ref": "#/$defs/a", "$defs": {"a": {}}, "const": {}}}, [], id="what refers to its whole"),
     ],
@@ -215,6 +229,20 @@ ODD = {
         {"properties": {"o": CLOSED["body"]}, "additionalProperties": False}, {"properties": {"o": {"properties": {"title": {}}}}}
     ),
     "bounds of either of two types": ({"minLength": 5}, {"maximum": 3}),
+    "bounds of numbers, where texts pass": ({"properties": {"n": {"minimum": 100}}}, {"properties": {"n": {"maximum": 5}}}),
+    "bounds of numbers that are none any more": (
+        {"properties": {"n": {"type": ["string", "integer"], "minimum": 9}}},
+        {"properties": {"n": {"type": "string", "maximum": 5}}},
+    ),
+    "bounds that touch": ({"type": "integer", "minimum": 5}, {"type": "number", "maximum": 5}),
+    "a name that must not be sent, and isn't": (CLOSED["body"], {"properties": {"legacy": False, "old": {"not": {}}}}),
+    "a name that must not be sent, though it may": (CLOSED["body"], {"properties": {"title": {"not": {}}}}),
+    "a list that must not be sent": (
+        {"properties": {"l": {"type": "array", "minItems": 1}}}, {"properties": {"l": {"maxItems": 0}}}
+    ),
+    "a name that an object must have, where nothing may be sent too": (
+        {"type": ["object", "null"], "additionalProperties": False}, {"required": ["zz"]}
+    ),
 }  # fmt: skip
 
 
