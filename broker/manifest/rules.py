@@ -4,7 +4,7 @@ Laws: each problem names its fix. A ceiling is kept by every manifest; the other
 an `admission`, which makes them errors.
 """
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,6 @@ from broker.manifest.models import Agent, GrantSpec, OperationSpec, ToolSpec
 from broker.manifest.platform import Platform, PlatformSpec
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.manifest.words import Ceilings, Rate
-from broker.policy.schema import valid
 from broker.policy.types import Effect
 
 Problem = tuple[Pointer, str, str]
@@ -56,8 +55,8 @@ def rules(
 
 
 _UNBOUNDED = (
-    "what can't be undone is granted without bounds; pin what it may touch (const, enum or pattern for the parameter that names "
-    "it) and let no shadow mode pass it, or ask a human each time (approval, without when)"
+    "what can't be undone is granted without bounds; pin what it may touch (const, enum, or a pattern like ^draft-.*$, "
+    "for the parameter that names it) and let no shadow mode pass it, or ask a human each time (approval, without when)"
 )
 
 
@@ -70,6 +69,7 @@ def _is_bounded(grant: GrantSpec, declared: OperationSpec, *, pinned: bool) -> b
     variables = [name for name, _ in declared.match.path.parts if name] if declared.match.path else []
     for location, schema in grant.params.items():
         above = [declared.params[location].source] if location in declared.params else []
+        above += [{"type": "object"}] if location != "body" else []
         if location == "path" and _pins(schema.source, [*above, {"required": variables}], texts=True):
             return True
         if not variables and _pins(schema.source, above, texts=False):
@@ -85,6 +85,8 @@ def _pins(schema: Any, above: Sequence[Any], *, texts: bool) -> bool:
     if not isinstance(schema, dict):
         return False
     others, parts = [each for each in above if isinstance(each, dict)], schema.get("properties", {})
+    if not any(each.get("type") == "object" for each in (schema, *others)):
+        return False  # a list or a text would pass, whatever is asked of objects
     always = {name for each in (schema, *others) for name in each.get("required", ())}
     for name in always & parts.keys():
         beside = [each["properties"][name] for each in others if name in each.get("properties", {})]
@@ -102,12 +104,22 @@ def _names(schema: Any, above: Sequence[Any], *, texts: bool) -> bool:
     kinds = {each["type"] for each in asked if isinstance(each.get("type"), str)}
     # A pattern binds texts alone.
     if "pattern" in schema and (kinds == {"string"} or (texts and not kinds)):
-        pattern = json.dumps({"pattern": schema["pattern"]})
-        return not all(valid(pattern, word) for word in _WORDS)
+        return _begins(schema["pattern"])
     return any(value is not None and not isinstance(value, bool) for value in listed)
 
 
-_WORDS = ("qzx", "WVK", "0042")
+_PREFIXED = re.compile(r"\^(?:[\w/:@ -]|\\[^\w])+(?![?*{]).*(?<!\\)\$", re.ASCII | re.DOTALL)
+_INSIDE = re.compile(r"\\.|\[[^\]]*\]|\([^()|]*(?:\|[^()|]*)*\)", re.DOTALL)
+
+
+def _begins(pattern: str) -> bool:
+    """Whether it is about the whole text (`^…$`), and that begins with certain characters in each of its alternatives."""
+    if not _PREFIXED.fullmatch(pattern):
+        return False
+    rest = ""
+    while rest != pattern:
+        rest, pattern = pattern, _INSIDE.sub("", pattern)
+    return "|" not in pattern
 
 
 def _over(model: Agent, spec: PlatformSpec) -> Iterator[Problem]:

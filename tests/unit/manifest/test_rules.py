@@ -93,26 +93,38 @@ def test_what_the_platform_asks(platform, manifest, expected):
 
 
 DELETE_PAGE = {"type": "object", "required": ["page"], "properties": {"page": {"type": "string"}, "why": {"type": "string"}}}
+OBJECT = {"type": "object"}
+INNER = {"required": ["id"], "properties": {"id": {"const": 1}}}
 ID = {"path": {"properties": {"repo": {"type": "integer"}}}}
 
 
 @pytest.mark.parametrize(
     ("where", "declared", "schema", "bounded"),
     [
-        ("path", {}, {"properties": {"repo": {"pattern": "^acme-"}}}, True),
-        ("path", {}, {"properties": {"repo": {"pattern": ".*"}}}, False),
-        ("path", {}, {"properties": {"repo": {"pattern": "^[A-Za-z0-9_.-]+$"}}}, False),
+        *(
+            ("path", {}, {"properties": {"repo": {"pattern": pattern}}}, bounded)
+            for patterns, bounded in (
+                (("^acme-.*$", "^acme-(a|[|])+$", r"^\.x$", "^acme-?$"), True),
+                ((".*", "^[A-Za-z0-9_.-]+$", ".{5,}", "[a-z]", "^.{4,}$", "^[^W]*$", "acme-.*$", "^acme-"), False),
+                (("^a*$", "^a?.*$", "^a{0}.*$", r"^a\$", "^a|.*$", "^a(b)|c$", r"^\w+$", "^a(b|(c)))|.$"), False),
+            )
+            for pattern in patterns
+        ),
         ("path", ID, {"properties": {"repo": {"pattern": "^7$"}}}, False),
         ("path", ID, {"properties": {"repo": {"enum": [7, 8]}}}, True),
+        ("query", {}, {"required": ["page"], "properties": {"page": {"const": "a"}}}, True),
         ("body", {"body": DELETE_PAGE}, {"properties": {"page": {"const": "a"}}}, True),
-        ("body", {"body": DELETE_PAGE}, {"properties": {"page": {"pattern": "^draft-"}}}, True),
+        ("body", {"body": DELETE_PAGE}, {"properties": {"page": {"pattern": "^draft-.*$"}}}, True),
         ("body", {"body": DELETE_PAGE}, {"properties": {"why": {"const": "a"}}}, False),
         ("body", {"body": DELETE_PAGE}, {"required": ["why"], "properties": {"why": {"const": "a"}}}, True),
-        ("body", {}, {"required": ["id"], "properties": {"id": {"pattern": "^draft-"}}}, False),
-        ("body", {}, {"required": ["id"], "properties": {"id": {"type": "string", "pattern": "^draft-"}}}, True),
-        ("body", {}, {"required": ["sure"], "properties": {"sure": {"enum": [True, False]}}}, False),
-        ("body", {}, {"required": ["o"], "properties": {"o": {"required": ["id"], "properties": {"id": {"const": 1}}}}}, True),
-        ("body", {}, {"required": ["o"], "properties": {"o": {"properties": {"id": {"const": 1}}}}}, False),
+        ("body", {}, {"required": ["id"], "properties": {"id": {"const": "a"}}}, False),
+        ("body", {}, {**OBJECT, "required": ["id"], "properties": {"id": {"const": "a"}}}, True),
+        ("body", {}, {**OBJECT, "required": ["id"], "properties": {"id": {"pattern": "^draft-.*$"}}}, False),
+        ("body", {}, {**OBJECT, "required": ["id"], "properties": {"id": {"type": "string", "pattern": "^draft-.*$"}}}, True),
+        ("body", {}, {**OBJECT, "required": ["sure"], "properties": {"sure": {"enum": [True, False]}}}, False),
+        ("body", {}, {**OBJECT, "required": ["o"], "properties": {"o": INNER}}, False),
+        ("body", {}, {**OBJECT, "required": ["o"], "properties": {"o": {**OBJECT, **INNER}}}, True),
+        ("body", {}, {**OBJECT, "required": ["o"], "properties": {"o": {**OBJECT, "properties": {"id": {"const": 1}}}}}, False),
     ],
 )
 def test_what_is_destroyed_is_pinned_by_a_parameter_that_every_call_has(where, declared, schema, bounded):
