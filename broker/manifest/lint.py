@@ -13,7 +13,7 @@ from broker.manifest.models import Agent, ToolSpec
 from broker.manifest.rules import Problem
 from broker.manifest.strict_yaml import Document, Pointer
 from broker.manifest.words import Params
-from broker.policy.schema import ParameterSchema, SchemaError
+from broker.policy.schema import ParameterSchema, SchemaError, valid
 from broker.policy.types import Effect
 
 _WITH_BODY = ("POST", "PUT", "PATCH")
@@ -51,16 +51,31 @@ def _place(here: Pointer, params: Params, content: str) -> Pointer:
 
 def _is_closed(params: Params, content: str) -> bool:
     schema = params[content].source if content in params else {}
-    alternatives = [part for word in ("oneOf", "anyOf", "allOf") for part in schema.get(word, ()) if isinstance(part, dict)]
-    # The one reference that people write at the top: to a part that has a name.
-    named = str(schema.get("$ref", "")).removeprefix("#/$defs/")
-    referred = schema.get("$defs", {}).get(named, {})
-    closes = [schema, *alternatives, *([referred] if isinstance(referred, dict) else [])]
-    return any(
-        each.get("additionalProperties") is False or each.get("unevaluatedProperties") is False or each.get("maxProperties") == 0
-        or "enum" in each or "const" in each
-        for each in closes
-    )  # fmt: skip
+    return _closes(schema, schema.get("$defs", {}), _KINDS if content == "body" else frozenset({"object"}))
+
+
+def _closes(schema: Any, named: Mapping[str, Any], kinds: frozenset[str]) -> bool:
+    """Whether only fields that it names pass, of values of these kinds; `named` has the parts that it may refer to."""
+    if not isinstance(schema, dict):
+        return schema is False
+    every = schema.get("allOf", ())
+    holding = kinds & _kinds(schema, *(part for part in every if isinstance(part, dict))) & {"object", "array", "string"}
+    if not holding or "enum" in schema or "const" in schema:
+        return True
+    names = schema.get("additionalProperties") is False and not any(map(_fits_all, schema.get("patternProperties", ())))
+    if holding == {"object"} and (names or schema.get("unevaluatedProperties") is False or schema.get("maxProperties") == 0):
+        return True
+    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    choices = [schema[word] for word in ("anyOf", "oneOf") if word in schema]
+    return (
+        _closes(named.get(name), {}, holding)  # of a part's own references, nothing is said
+        or any(_closes(part, named, holding) for part in every)
+        or any(all(_closes(part, named, holding) for part in choice) for choice in choices)
+    )
+
+
+def _fits_all(pattern: str) -> bool:
+    return all(valid(json.dumps({"pattern": pattern}), word) for word in ("qzx", "WVK", "0042"))
 
 
 def lint_grants(model: Agent, catalog: Mapping[str, tuple[ToolSpec, Document]]) -> Iterator[Problem]:

@@ -219,6 +219,7 @@ def test_a_schema_that_can_not_be_meant(params, expected):
     assert codes(found(grants={"make": {"approval": {"when": params}}})) == wanted, "of an approval too"
 
 
+REFERRED, DEFINED = {"$ref": "#/$defs/b"}, {"$defs": {"b": CLOSED["body"]}}
 BASE = {"type": "object", "properties": {"kind": {"$ref": "#/$defs/kind"}}, "$defs": {"kind": {"type": "string"}}}
 ODD = {
     "a name that a pattern fits": (
@@ -272,6 +273,34 @@ def test_a_reasonable_schema_is_not_found_odd(name):
         pytest.param("write", "PUT", {"body": {"type": "object"}}, True, id="any fields"),
         pytest.param("write", "POST", CLOSED, False, id="a list of fields"),
         pytest.param("write", "POST", {"body": {"oneOf": [CLOSED["body"]]}}, False, id="closed by its alternatives"),
+        pytest.param(
+            "write",
+            "POST",
+            {"body": {"properties": {}, "additionalProperties": False}},
+            True,
+            id="a list, since no type is named",
+        ),
+        pytest.param("write", "POST", {"body": {"anyOf": [CLOSED["body"], OBJECT]}}, True, id="one alternative is open"),
+        pytest.param("write", "POST", {"body": {"oneOf": [CLOSED["body"], {"type": "null"}]}}, False, id="or nothing"),
+        pytest.param("write", "POST", {"body": {"anyOf": [REFERRED, REFERRED], **DEFINED}}, False, id="closed by references"),
+        pytest.param(
+            "write",
+            "POST",
+            {"body": {**OBJECT, "allOf": [{"additionalProperties": False}, {"minProperties": 1}]}},
+            False,
+            id="both",
+        ),
+        pytest.param(
+            "write",
+            "POST",
+            {"body": {**CLOSED["body"], "patternProperties": {".*": {}}}},
+            True,
+            id="fields of any name, by a pattern",
+        ),
+        pytest.param("write", "POST", {"body": {**CLOSED["body"], "patternProperties": {"^x-": {}}}}, False, id="of some names"),
+        pytest.param(
+            "write", "POST", {"body": {"$ref": "#/$defs/b", "$defs": {"b": {"$ref": "#/$defs/b"}}}}, True, id="itself, over again"
+        ),
         pytest.param("write", "POST", {"body": {"const": {}}}, False, id="one body only"),
         pytest.param("write", "POST", {"body": {"$ref": "#/$defs/b", "$defs": {"b": CLOSED["body"]}}}, False, id="by reference"),
         pytest.param("write", "POST", {"body": {"$ref": "#/$defs/b", "$defs": {"b": {}}}}, True, id="open, by reference"),
