@@ -5,11 +5,12 @@ also a field that no table knows; only where something is written may change wit
 each agent that it bears on. What each field means stands in `meanings`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from broker.manifest import meanings
-from broker.manifest.steps import Direction, Step, compared
+from broker.manifest.steps import Direction, Step, compared, later
 from broker.policy.limits import Limit
 from broker.policy.schema import ParameterSchema
 from broker.policy.snapshot import Agent, Grant, Operation, PolicySnapshot, Tool
@@ -83,6 +84,7 @@ class _Comparing:
             yield from (step._replace(rules=(after.rule,)) for step in compared(meanings.AGENT, before, after))
             yield from _limits(before, after)
         old, new = _tools(before), _tools(after)
+        yield from _come_or_gone("tool", _entries(before, self.base), _entries(after, self.head))
         yield from _come_or_gone("host", self._hosts(self.base, old), self._hosts(self.head, new))
         for name in {*old, *new}:
             yield from self._granted(name, old.get(name), new.get(name))
@@ -108,6 +110,9 @@ class _Comparing:
             {f"{name}/{each}": (_does(declared[0][each]), old[each].rule) for each in old.keys() - new.keys()},
             {f"{name}/{each}": (_does(declared[1][each]), new[each].rule) for each in new.keys() - old.keys()},
         )
+        if old and after == {} and (end := max(grant.expires for grant in old.values())) < math.inf:
+            # With its last grant the protocol's own traffic would have ended; without any it does not.
+            yield from (_at(step, name, self.head.tools[name].rule) for step in later("expires")(end, math.inf))
         for operation in old.keys() & new.keys():
             yield from self._grant((name, operation), old[operation], new[operation])
 
@@ -208,6 +213,11 @@ def _declared(snapshot: PolicySnapshot, place: _Place) -> Operation:
 
 def _tools(agent: Agent | None) -> Mapping[str, Mapping[str, Grant]]:
     return agent.tools if agent else {}
+
+
+def _entries(agent: Agent | None, snapshot: PolicySnapshot) -> Mapping[str, tuple[str, str]]:
+    """The tools that it lists, be it without operations: their protocols' own traffic passes."""
+    return {name: (snapshot.tools[name].protocol, f"{agent.rule}/spec/tools/{name}") for name in agent.tools} if agent else {}
 
 
 def _who(agent: Agent | None) -> str:

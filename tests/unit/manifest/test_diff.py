@@ -318,6 +318,8 @@ def test_an_agent_more_is_told_with_all_that_it_reaches():
         ("bot", "operation", "gpt/responses", WIDER),
         ("bot", "operation", "shop/get", WIDER),
         ("bot", "operation", "shop/put", WIDER),
+        ("bot", "tool", "gpt", WIDER),
+        ("bot", "tool", "shop", WIDER),
     ]
     assert {each[3] for each in told(BASE, compiled(world))} == {NARROWER}
 
@@ -379,6 +381,24 @@ def test_a_tool_less_is_told_with_its_credential():
     assert ("bot", "credential", "shop", NARROWER) in found
     assert ("bot", "host", "https://shop.example:443", NARROWER) in found
     assert {each[3] for each in found} == {NARROWER}
+
+
+def test_a_tool_without_operations_at_a_host_that_is_reached_already_is_told():
+    """What its protocol sends by itself passes."""
+    wiki = {
+        "kind": "Tool",
+        "spec": {"protocol": "mcp", "endpoint": "https://shop.example/mcp", "operations": {"s": {"effect": "read"}}},
+    }
+    base = changed(("wiki", wiki))
+    head = changed(("wiki", wiki), ("bot/spec/tools/wiki", {"operations": {}}))
+    [change] = diff(compiled(base), compiled(head)).changes
+    assert (change.kind, change.about, change.direction, change.after) == ("tool", "wiki", WIDER, "mcp")
+    assert change.rules == ("bot.yaml#/spec/tools/wiki",)
+    assert told(compiled(head), compiled(base)) == [("bot", "tool", "wiki", NARROWER)]
+    lapsed = changed(("wiki", wiki), ("bot/spec/tools/wiki", {"operations": {"s": {"expires": "2020-01-01"}}}))
+    assert ("bot", "expires", "wiki", WIDER) in told(compiled(lapsed), compiled(head)), "which had ended with its last grant"
+    lasting = changed(("wiki", wiki), ("bot/spec/tools/wiki", {"operations": {"s": {}}}))
+    assert told(compiled(lasting), compiled(head)) == [("bot", "operation", "wiki/s", NARROWER)]
 
 
 def test_a_parameter_that_is_no_longer_pinned_widens_the_credential():
