@@ -7,7 +7,7 @@ import hashlib
 import ipaddress
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -47,13 +47,14 @@ class Made:
 class _Under(NamedTuple):
     """What an agent is compiled under: the tools that it names, the limits above its own, and the flow rules.
 
-    `exposed` is what it may use of the catalog in shadow mode.
+    `exposed` is what it may use of the catalog in shadow mode, `oncall` its team's.
     """
 
     catalog: Mapping[str, Tool]
     limits: tuple[Limit, ...]
     flows: "tuple[_Flow, ...]"
     exposed: Mapping[str, Tool]
+    oncall: str = ""
 
 
 class _Held(NamedTuple):
@@ -97,7 +98,8 @@ def compile_policy(
         progress(number, len(sources))
         limited = above.get(agent.metadata.owner, above.get("", ()))
         exposed = shown if agent.spec.mode == "shadow" else {}
-        under = _Under({name: tools[name] for name in agent.spec.tools}, limited, flows, exposed)
+        team = written.teams.get(agent.metadata.owner)
+        under = _Under({name: tools[name] for name in agent.spec.tools}, limited, flows, exposed, team.oncall if team else "")
         agents[agent.metadata.name] = made.of(source, "", under, partial(_agent, source, agent, under, made))
     bundles = {name: pems[part["file"]] for name, part in written.identity.trust_bundles.items()}
     spire, anchored = written.identity.spire, partial(_anchored, base=base)
@@ -118,6 +120,7 @@ def compile_policy(
         rules=rules(policy[0] if policy else None, written.containment),
         decoys=spared,
         alerting=alerting(written.alerts, anchored),
+        admission=_admission(approved) if written.admission else "",
     )
 
 
@@ -134,6 +137,10 @@ def _ceilings(source: Source, model: platform.Platform) -> Mapping[str, tuple[Li
         for name, team in spec.teams.items()
     }
     return {"": everyone, **{name: (*own, *everyone) for name, own in teams.items()}}
+
+
+def _admission(approved: Collection[str] | None) -> str:
+    return "any tool" if approved is None else ", ".join(sorted(approved)) or "no tool"
 
 
 def _tool(source: Source, model: models.Tool, pems: Mapping[str, str], base: Path) -> Tool:
@@ -243,7 +250,7 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
     common = (*limits(source, spec.limits, f"agent/{name}", "spec", "limits"), *under.limits)
     held = {}
     for tool in spec.tools:
-        bounds = under._replace(catalog={tool: under.catalog[tool]}, limits=common, exposed={})
+        bounds = under._replace(catalog={tool: under.catalog[tool]}, limits=common, exposed={}, oncall="")
         held[tool] = made.of(source, tool, bounds, partial(_held, source, model, tool, bounds))
     mode, flows, exposed = source.rule("spec", "mode"), under.flows, under.exposed
     housekeeping = {tool: _own_traffic(flows, each, None, common) for tool, each in exposed.items()}
@@ -256,7 +263,7 @@ def _agent(source: Source, model: models.Agent, under: _Under, made: Made) -> Ag
     return Agent(
         name=name,
         owner=model.metadata.owner,
-        oncall=model.metadata.oncall,
+        oncall=model.metadata.oncall or under.oncall,
         rule=source.rule(),
         tools=MappingProxyType({tool: each.grants for tool, each in held.items()}),
         spiffe=spec.identity.spiffe or "",

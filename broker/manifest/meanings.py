@@ -387,4 +387,5 @@ PLATFORM: Table = {
     "rules": _rules,
     "decoys": partial(compared, DECOYS),
     "alerting": partial(compared, ALERTING),
+    "admission": present("admission", NARROWER),
 }

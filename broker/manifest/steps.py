@@ -44,13 +44,18 @@ def compared(table: Table, before: object, after: object) -> Iterator[Step]:
     """The differences between two parts of the same type."""
     for name in _names(type(after)):  # type: ignore[arg-type] # mypy takes a class's hash for that of its instances
         old, new = getattr(before, name), getattr(after, name)
-        if old is not new and old != new:
-            yield from table.get(name, differs(name))(old, new)
+        if old is not new and (meaning := table.get(name, differs(name))) is not ignored and _differ(old, new):
+            yield from meaning(old, new)
 
 
 @cache
 def _names(part: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(part))
+
+
+def _differ(before: object, after: object) -> bool:
+    """Whether they say something else: to Python, 1 and true are equal."""
+    return before != after or ((isinstance(after, Mapping | list) or is_dataclass(after)) and said(before) != said(after))
 
 
 def said(value: Any) -> str:
@@ -133,7 +138,7 @@ def entries(kind: str, means: Direction, both: Difference | None = None) -> Diff
                 yield Step(kind, OPPOSITE[means], said(before[key]), "", about=name)
             elif key not in before:
                 yield Step(kind, means, "", said(after[key]), about=name)
-            elif before[key] != after[key]:
+            elif _differ(before[key], after[key]):
                 yield from (step._replace(about=name) for step in (both or differs(kind))(before[key], after[key]))
 
     return difference

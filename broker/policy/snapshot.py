@@ -212,7 +212,8 @@ class PolicySnapshot:
     SPIFFE trust domain to its X.509 authorities (PEM), unless `spire` has them. `max_ttl` bounds every issued credential, in
     seconds. `prices` is by provider and model. `unsafe_reads` lets reads pass on this broker's own limits while the shared ledger
     is away. `refuse_own` refuses calls that bring a credential of the agent's own, which else is taken off. `rules` are those of
-    all detectors, `decoys` what no honest call touches, `alerting` who hears of it.
+    all detectors, `decoys` what no honest call touches, `alerting` who hears of it. `admission` says which tools manifests
+    may list where the platform's rules for them are enforced, for people; it decides on no call.
     """
 
     revision: str
@@ -230,6 +231,7 @@ class PolicySnapshot:
     rules: tuple[Rule, ...] = DEFAULTS
     decoys: Decoys = NO_DECOYS
     alerting: Alerting = NO_ALERTING
+    admission: str = ""
 
     def price(self, tool: Tool, model: str) -> tuple[str, Price | None]:
         """The provider that a tool's models are priced under, and the model's price if it has one."""

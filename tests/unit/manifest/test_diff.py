@@ -24,7 +24,7 @@ WORLD = {
     "platform": {
         "kind": "Platform",
         "spec": {
-            "teams": {"team": {"ceilings": {"writes": "500/day"}}},
+            "teams": {"team": {"ceilings": {"writes": "500/day"}, "oncall": "us"}},
             "prices": {"openai": {"m": {"input": 1, "output": 2}}},
             "containment": {"probing": {"count": 8, "window": "10m", "action": "alert"}, "honeytoken": {"hosts": ["bait.example"]}},
             "flow": [{"after": ["pii"], "deny": {"effect": "write"}, "unless": "approval"}],
@@ -207,6 +207,35 @@ def test_what_is_neither_is_changed(edits, kind, about):
     after = compiled(changed(*edits))
     assert (kind, about, CHANGED) in [each[1:] for each in told(BASE, after)]
     assert diff(BASE, after).widens
+
+
+def test_that_rules_for_manifests_only_warn_is_wider():
+    any_tool, listed, none = (
+        compiled(changed(("platform/spec/admission", rules), *more))
+        for rules, more in (({}, ()), ({"tools": ["gpt", "shop"]}, ()), ({"tools": []}, [("bot/spec/tools", {})]))
+    )
+    assert told(any_tool, BASE) == [("", "admission", "platform", WIDER)]
+    assert told(BASE, any_tool) == [("", "admission", "platform", NARROWER)]
+    assert [(each.direction, each.after) for each in diff(any_tool, listed).changes] == [(CHANGED, "gpt, shop")]
+    assert none.admission == "no tool"
+
+
+def test_true_in_a_policy_is_not_1():
+    aws = {
+        "issuer": "aws-sts",
+        "role": "arn:aws:iam::123456789012:role/x",
+        "as": {"sigv4": {"service": "s3", "region": "eu-west-1"}},
+    }
+    base, head = (compiled(changed(("shop/spec/credential", {**aws, "scopes": {"policy": {"n": n}}}))) for n in (1, True))
+    assert told(base, head) == [("bot", "credential", "shop scopes", CHANGED)]
+
+
+def test_who_is_on_call_for_a_team_is_told_for_its_agents():
+    after = compiled(changed(("platform/spec/teams/team/oncall", GONE)))
+    [change] = diff(BASE, after).changes
+    assert (change.agent, change.kind, change.direction, change.before, change.after) == ("bot", "oncall", EQUAL, "us", "")
+    own = ("bot/metadata", {"oncall": "me"})
+    assert told(compiled(changed(own)), compiled(changed(own, ("platform/spec/teams/team/oncall", GONE)))) == []
 
 
 def test_a_number_that_was_a_text_is_not_called_narrower():
