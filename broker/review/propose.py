@@ -213,7 +213,9 @@ def _notes(
     elif sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
         yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"
     declared = tool.operations[operation]
-    if "body" not in {*values, *declared.schemas} and declared.method in _WITH_BODY:
+    # No schema says that there be no body, whatever the method.
+    unjudged = "body" not in {*values, *declared.schemas} and declared.method
+    if unjudged and (not granted or declared.method in _WITH_BODY):
         yield "the catalog has no schema for the body, so any body passes; ask the tool's owner for one"
     if tool.protocol in PROVIDERS:
         yield "the record keeps no prompts, so of these calls only the model is pinned"

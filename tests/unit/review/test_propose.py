@@ -176,7 +176,7 @@ def test_a_file_may_be_indented_as_its_authors_like(indent):
 
 def test_what_the_record_does_not_hold_is_told_and_left_to_the_catalog():
     records, (edit,), _ = propose("code-reviewer", [get("https://acme.zendesk.com/api/v2/tickets?external_id=someone")])
-    (note,) = edit.notes
+    note, _ = edit.notes
     assert "/query/external_id" in note
     snapshot, _ = applied([edit])
     assert replayed(snapshot, records[0], NOW) is None
@@ -358,6 +358,10 @@ def test_a_body_that_nothing_judges_is_told():
     assert any("any body passes" in note for note in edit.notes)
     (edit,), _ = proposed(snapshot, [denied(snapshot, post(BOX, {"a": 1}))], ())
     assert edit.notes == (), "JSON is pinned"
+    for method in ("GET", "DELETE"):
+        snapshot = small({"match": {"method": method, "path": "/x/{id}"}, "effect": "read"})
+        (edit,), _ = proposed(snapshot, [denied(snapshot, Call(method, BOX))], ())
+        assert any("any body passes" in note for note in edit.notes)
 
 
 def test_that_what_is_granted_may_be_mixed_with_what_was_seen_is_told():
