@@ -27,6 +27,7 @@ from broker.review.propose import Edit, Record, Refused, is_sound, proposed, rep
 from broker.review.pullrequest import Proposal, printable_lines
 
 _YAML = (".yaml", ".yml")
+_OPERATION = 5  # keys from the root to an operation's grant
 _MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
 
 
@@ -77,7 +78,12 @@ def propose(
         found = _different(found) if shadow else found
         hostile = attacks(index, clock.now(), found)
     _known(decision_ids, cluster, [*found, *(each.record for each in broken)])
-    edits, refused = _sorted(snapshot, found, _contained(state), hostile)
+    contained = _contained(state)
+    edits, refused = _sorted(snapshot, found, contained, hostile)
+    while shadow and (odd := _odd(loaded, manifests, edits)):
+        found = [record for record in found if record["decision_id"] not in odd]
+        broken += odd.values()
+        edits, refused = _sorted(snapshot, found, contained, hostile)
     refused += broken
     for each in refused:
         click.echo(printable(f"{each.record.get('decision_id')}: {each.why}"), err=True)
@@ -154,20 +160,59 @@ class _Unwritten:
         raise AuditUnavailable("nothing is written by a proposal")
 
 
-def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: list[Edit]) -> Proposal:
-    """The change, checked. Raises `BrokerError`."""
+_Texts = Mapping[str, tuple[str, str]]
+"""Of each changed file its text before and after."""
+
+
+def _applied(loaded: Loaded, manifests: Path, edits: Iterable[Edit]) -> tuple[_Texts, Loaded]:
+    """The changed files, and what the manifests would then be."""
     texts = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in _YAML}
     files = sorted({edit.file for edit in edits})
     changed = {file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in files}
     fresh = {file: text.encode() for file, text in changed.items()}
-    after = load_texts({**texts, **fresh}, manifests)
+    return {file: (texts[file].decode(), text) for file, text in changed.items()}, load_texts({**texts, **fresh}, manifests)
+
+
+def _lost(after: PolicySnapshot, edits: Iterable[Edit]) -> list[Record]:
+    """The calls that would be denied all the same."""
+    now = clock.now()
+    return [record for edit in edits for record in edit.calls if replayed(after, record, now) is False]
+
+
+def _odd(loaded: Loaded, manifests: Path, edits: list[Edit]) -> Mapping[str, Refused]:
+    """By decision ID the calls that would spoil a draft: no change allows them, or none that passes `broker check`.
+
+    The latter are found by trying the edits of each operation alone.
+    """
+    after = _applied(loaded, manifests, edits)[1].snapshot
+    if after is not None:
+        return {
+            each["decision_id"]: Refused(each, "no change of the manifest allows it; write it by hand")
+            for each in _lost(after, edits)
+        }
+    groups: dict[tuple[str, ...], list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault((edit.agent, *edit.place[:_OPERATION]), []).append(edit)
+    calls = [
+        record
+        for group in groups.values()
+        if _applied(loaded, manifests, group)[1].snapshot is None
+        for edit in group
+        for record in edit.calls
+    ]
+    why = "what would allow it does not pass `broker check`; write the change by hand, or ask the platform team"
+    return {each["decision_id"]: Refused(each, why) for each in calls}
+
+
+def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: list[Edit]) -> Proposal:
+    """The change, checked. Raises `BrokerError`."""
+    texts, after = _applied(loaded, manifests, edits)
     if after.snapshot is None:
         click.echo(FORMATS["text"](each for each in after.findings if each.severity == "error"), err=True, nl=False)
         raise _Refused("what would allow it does not pass `broker check`", "write the change by hand, or ask the platform team")
-    now, calls = clock.now(), [record for edit in edits for record in edit.calls]
-    if lost := [record["decision_id"] for record in calls if replayed(after.snapshot, record, now) is False]:
+    if lost := [record["decision_id"] for record in _lost(after.snapshot, edits)]:
         raise _Refused(f"no change of the manifest allows {', '.join(lost[:3])}", "write it by hand")
-    shown = {(manifests / file).as_posix(): (texts[file].decode(), text) for file, text in changed.items()}
+    shown = {(manifests / file).as_posix(): pair for file, pair in texts.items()}
     return Proposal(tuple(edits), shown, diff(snapshot, after.snapshot))
 
 

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from broker import clock
 from broker.audit.log import AuditLog
 from broker.cli import options
+from broker.cli import propose as module
 from broker.cli.main import main
 from broker.containment.response import Containment, Surroundings
 from broker.manifest.load import load
@@ -125,6 +126,27 @@ def test_shadow_traffic_becomes_a_draft_and_what_can_not_be_is_named(run):
     assert "in shadow mode" in out
     assert err.startswith("1 warning in the manifests")
     assert "d-3: GET /repos/acme/web/forks is no operation of 'github'; ask team-devex to add it to the catalog\n" in err
+
+
+def test_a_call_of_which_nothing_can_come_spoils_no_draft(run, monkeypatch):
+    refused = Call("POST", f"{GITHUB}/acme/web/issues/7/comments").with_json({"body": 5})
+    unapproved = Call("GET", "https://acme.atlassian.net/rest/api/3/issue/FIN-7")
+    happened(get("/acme/web/issues/7"), refused, unapproved, get("/acme/web/pulls/8"), shadow=True)
+    replayed = module.replayed
+    monkeypatch.setattr(module, "replayed", lambda *given: given[1]["decision_id"] != "d-4" and replayed(*given))
+    path = Path("manifests/platform.yaml")
+    approved = "spec:\n  admission: {tools: [stripe, zendesk, github, slack, wiki, openai, anthropic]}\n"
+    path.write_text(path.read_text().replace("spec:\n", approved, 1))
+    for name in ("campaign-writer", "invoice-reconciler", "support-triage"):
+        Path(f"manifests/agents/{name}.yaml").unlink()
+    code, out, err = run("propose", "--shadow", "--agent", "refund-bot")
+    assert code == 0
+    assert out.startswith("# Let refund-bot call github/issues.get\n")
+    assert err.splitlines()[1:] == [
+        "d-2: what would allow it does not pass `broker check`; write the change by hand, or ask the platform team",
+        "d-3: what would allow it does not pass `broker check`; write the change by hand, or ask the platform team",
+        "d-4: no change of the manifest allows it; write it by hand",
+    ]
 
 
 def test_more_values_than_a_person_would_list_are_left_to_the_catalog(run):
