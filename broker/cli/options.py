@@ -211,9 +211,13 @@ def command(verb: str, **chosen: object) -> list[str]:
 
 
 def contained(audit: Path, sink: AuditSink) -> Containment:
-    """What was done about agents, as the log in this folder has it."""
+    """What was done about agents, as the log in this folder has it. Raises `UsageError`."""
     held = Containment(Surroundings(sink, clock.now, clock.steady, clock.mono_ns, lambda: secrets.token_hex(10)))
-    held.replay(chain.notices(audit))
+    try:
+        held.replay(chain.notices(audit))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        what = "a notice in the audit log is not as this broker writes it, so who is under containment is not known"
+        raise UsageError(what, "see what `broker audit verify` says of the log") from error
     return held
 
 

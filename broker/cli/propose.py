@@ -7,6 +7,7 @@ not at all. What is proposed passes `broker check` and permits those calls, or n
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ _OPERATION = 5  # keys from the root to an operation's grant
 _MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
 
 
+_CUT = f"the cluster has over {_MOST} different calls; this is for the latest {_MOST} of them alone"
 _BROKEN = "this is no record as this broker writes it; `broker audit verify` says whether somebody changed it"
 
 
@@ -73,8 +75,10 @@ def propose(
         if shadow:
             named: Iterable[Record] = shadowed(index, agent)
         else:
-            named = records(index, cluster, _MOST) if cluster else decisions(index, decision_ids)
+            named = records(index, cluster, _MOST + 1) if cluster else decisions(index, decision_ids)
         found, broken = _read(named)
+        cut = bool(cluster) and len(found) > _MOST
+        found = found[:_MOST] if cut else found
         found = _different(found) if shadow else found
         hostile = attacks(index, clock.now(), found)
     _known(decision_ids, cluster, [*found, *(each.record for each in broken)])
@@ -91,6 +95,7 @@ def propose(
         raise _Refused(
             "nothing is proposed", f"see why above: {counted(len(refused), 'call')}" if refused else "nothing was denied"
         )
+    edits = [replace(edit, notes=(*edit.notes, _CUT)) for edit in edits] if cut else edits
     made = _proposal(snapshot, loaded, manifests, edits)
     if as_json:
         shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}

@@ -168,6 +168,25 @@ def test_nothing_is_proposed_for_an_agent_under_containment(run):
     assert "d-1: agent 'refund-bot' is under containment" in err
 
 
+@pytest.mark.parametrize("notice", [{"asked": {}}, {"kind": "restriction"}])
+def test_nothing_is_proposed_where_who_is_under_containment_is_not_known(run, notice):
+    happened(get("/acme/mobile/issues"))
+    with AuditLog(Path(".broker/audit"), KEY, NOW, 1) as log:
+        log.append({"event": "alert", "time": "2027-01-15T08:00:00Z", "agent": {"name": "x"}, "run_id": "r", "notice": notice})
+        log.sync(NOW)
+    code, out, err = run("propose", "d-1")
+    assert (code, out) == (2, "")
+    assert err.startswith("broker: a notice in the audit log is not as this broker writes it")
+
+
+def test_a_cluster_of_more_calls_than_a_manifest_should_list_is_cut_and_that_is_told(run):
+    happened(*(get(f"/acme/r{number}/issues") for number in range(201)))
+    (cluster,) = json.loads(run("denials", "--json")[1])
+    code, out, _ = run("propose", "--cluster", cluster["id"])
+    assert code == 0
+    assert "the cluster has over 200 different calls; this is for the latest 200 of them alone" in out
+
+
 def test_one_refusal_of_those_named_stops_all(run):
     happened(get("/acme/mobile/issues"), Call("GET", "https://evil.example/"))
     code, out, err = run("propose", "d-1", "d-2", "--write")
