@@ -222,15 +222,16 @@ def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: 
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all; it keeps its mode."""
+    """Write a file whole or not at all; it keeps its mode, and where it is a link, stays one."""
     try:
-        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        place = path.resolve(strict=True)
+        number, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         fresh = Path(name)
         try:
             with os.fdopen(number, "wb") as file:
                 file.write(text.encode())
-            fresh.chmod(path.stat().st_mode)
-            fresh.replace(path)
+            fresh.chmod(place.stat().st_mode)
+            fresh.replace(place)
         finally:
             fresh.unlink(missing_ok=True)
     except OSError as error:

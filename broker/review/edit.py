@@ -35,7 +35,16 @@ def edited(text: str, edits: Iterable[Edit]) -> str:
         _put(next(each for each in documents if each["kind"] == "Agent" and each["metadata"]["name"] == edit.agent), edit)
     after = _written(yaml, documents)
     made = _moved(text, before, after)
-    return made if _says(yaml, made, documents) else after
+    return made if _says(yaml, made, documents) else _headed(text, after)
+
+
+_HEAD = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*---[ \t]*\n")
+
+
+def _headed(text: str, made: str) -> str:
+    """What was made anew, with what stood before the first document, which the library does not write again."""
+    head = _HEAD.match(text)
+    return made if head is None or made.startswith(head[0]) else head[0] + made.removeprefix("---\n")
 
 
 def _says(yaml: YAML, text: str, documents: list[Any]) -> bool:

@@ -268,6 +268,16 @@ def test_a_file_that_can_not_be_written_is_left_as_it_is(run, monkeypatch):
     assert [path.name for path in Path("manifests/agents").iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_manifest_that_is_a_link_stays_one(run):
+    path = Path("manifests/agents/refund-bot.yaml")
+    path.rename("shared.yaml")
+    path.symlink_to("../../shared.yaml")
+    happened(get("/acme/mobile/issues"))
+    assert run("propose", "d-1", "--write")[0] == 0
+    assert path.is_symlink()
+    assert "mobile" in Path("shared.yaml").read_text()
+
+
 def test_what_is_written_is_utf_8_whatever_the_locale(run, monkeypatch):
     path = Path("manifests/agents/refund-bot.yaml")
     path.write_text(f"# Zuständig: 支払い\n{path.read_text()}", encoding="utf-8")
