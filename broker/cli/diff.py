@@ -20,10 +20,10 @@ from broker.cli.progress import told
 from broker.errors import BrokerError, UsageError
 from broker.manifest.diff import Diff
 from broker.manifest.diff import diff as differences
-from broker.manifest.findings import FORMATS
+from broker.manifest.findings import FORMATS, printable
 from broker.manifest.load import Reading, load
 from broker.manifest.steps import Direction
-from broker.policy.snapshot import PolicySnapshot
+from broker.policy.snapshot import EMPTY, PolicySnapshot
 from broker.review.markdown import as_markdown
 
 
@@ -39,13 +39,19 @@ def diff(*, base: str, head: str, manifests: Path, form: str, fail_on: str | Non
     """Say what becomes reachable and what stops, from BASE to HEAD.
 
     Each is a folder of manifests or, where there is no such folder, a git ref (branch, tag, commit) of the repository that holds
-    the manifests folder, which is read as it was there; ./NAME is always a folder. Markdown is made for a comment on a pull
-    request, JSON lists every change. Ends with 0; with 1 where --fail-on says so or HEAD has errors; with 2 where BASE has, or
-    one of them can't be read.
+    the manifests folder, which is read as it was there; ./NAME is always a folder. From a ref that has no such folder yet, all
+    of HEAD becomes reachable. Markdown is made for a comment on a pull request, JSON lists every change. Ends with 0; with 1
+    where --fail-on says so or HEAD has errors; with 2 where BASE has, or one of them can't be read.
     """
     reading = Reading(manifests, processes=options.processors())
-    before = _snapshot(base, manifests, reading, "base", 2)
+    absent = ""
+    try:
+        before = _snapshot(base, manifests, reading, "base", 2)
+    except _Absent as error:
+        before, absent = EMPTY, f"{error.message}, so all of {head} is new"
     after = _snapshot(head, manifests, reading, "head", 1)
+    if absent:
+        click.echo(printable(absent), err=True)
     found = differences(before, after)
     click.echo(as_markdown(found) if form == "markdown" else _as_json(found, before, after), nl=False)
     return int(fail_on is not None and found.widens)
@@ -55,6 +61,10 @@ def _as_json(found: Diff, before: PolicySnapshot, after: PolicySnapshot) -> str:
     counts = {direction: sum(change.direction is direction for change in found.changes) for direction in Direction}
     changes = [asdict(change) for change in found.changes]
     return json.dumps({"base": before.revision, "head": after.revision, **counts, "changes": changes}, indent=1) + "\n"
+
+
+class _Absent(UsageError):
+    """A ref, or a repository without commits, has no manifests yet."""
 
 
 class _Unreadable(BrokerError):
@@ -80,7 +90,7 @@ def _snapshot(name: str, manifests: Path, reading: Reading, which: str, exit_cod
 @contextmanager
 def _folder(name: str, manifests: Path) -> Iterator[tuple[Path, str]]:
     """The folder to read, and how people know it."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # noqa: PTH112 - a name that is too long is none, and no error
         # No ref begins so (git-check-ref-format(1)).
         if not name.startswith(("/", ".", "-")) and _is_ref(name, manifests):
             advice = f"write ./{name} for the folder, or a commit's hash or refs/heads/{name} for the ref"
@@ -90,6 +100,8 @@ def _folder(name: str, manifests: Path) -> Iterator[tuple[Path, str]]:
     if name.startswith("-"):
         raise UsageError(f"{name!r} is no folder and no git ref", "name a folder of manifests, a branch, a tag or a commit")
     top, inside = _place(name, manifests)
+    if name == "HEAD" and not _is_ref(name, manifests):
+        raise _Absent("there is no commit yet", "commit the manifests, or compare folders")
     commit = _commit(top, name)
     # Of several git takes one by an order of its own: a tag of the base's name could stand for the base.
     if b"is ambiguous" in _ran(top, "-c", "core.warnAmbiguousRefs=true", "rev-parse", "--verify", name).stderr:
@@ -141,7 +153,7 @@ def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Pa
     listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, *below)
     entries = [_entry(os.fsdecode(line), inside) for line in listed.split(b"\0") if line]
     if not entries:
-        raise UsageError(f"{name} has no folder {str(inside)!r}", "name the folder that it has with --manifests, or another ref")
+        raise _Absent(f"{name} has no folder {str(inside)!r}", "name the folder that it has with --manifests, or another ref")
     for entry in entries:
         if (not entry.plain and entry.path.suffix in (".yaml", ".yml")) or ".." in entry.path.parts:
             advice = "have the file itself there, or compare folders"

@@ -13,6 +13,7 @@ from broker.manifest.findings import Finding
 from broker.manifest.models import Case, Expectation, PolicyTest, Spent
 from broker.policy.limits import Measure
 from broker.policy.snapshot import PolicySnapshot
+from broker.policy.types import Code
 from broker.rehearsal import Before, Call, Rehearsal, call_of
 
 
@@ -47,6 +48,9 @@ def results(snapshot: PolicySnapshot, sources: tuple[Source, ...], now: float) -
 
 def _result(snapshot: PolicySnapshot, rehearsal: Rehearsal, agent: str, case: Case, place: tuple[str, int, int]) -> Result:
     call = _call(snapshot, case)
+    if agent not in snapshot.agents and case.expect.code != Code.AGENT_UNKNOWN:
+        # Or each denial that is expected would come, whatever the manifests say.
+        call = f"there is no manifest of {agent!r}"
     if isinstance(call, str):
         return Result(agent, case.name, *place, call)
     before = Before(_spent(case.state.spent), case.state.labels, case.state.approvals)

@@ -164,7 +164,11 @@ def test_a_base_that_does_not_load_ends_with_2(repository, run, git):
         (("main", "--", "-x"), "'-x' is no folder and no git ref; name a folder of manifests, a branch, a tag or a commit"),
         (("--", "--output=x", "main"), "'--output=x' is no folder and no git ref; "),
         (("main:manifests", "main"), "'main:manifests' is no folder, and git knows no such ref; "),
-        (("main", "wider", "--manifests", "policy"), "main has no folder 'policy'; name the folder that it has with --manifests"),
+        (
+            ("main", "wider", "--manifests", "policy"),
+            "wider has no folder 'policy'; name the folder that it has with --manifests",
+        ),
+        (("a" * 5000, "main"), f"'{'a' * 5000}' is no folder, and git knows no such ref; name a folder"),
     ],
 )
 def test_what_can_not_be_read_is_one_line(repository, run, arguments, line):
@@ -172,6 +176,21 @@ def test_what_can_not_be_read_is_one_line(repository, run, arguments, line):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"broker: {line}")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_commit_that_brings_the_manifests_is_compared_with_none(tmp_path, run, git):
+    """Or the hook would stop it."""
+    write(tmp_path / "manifests")
+    git("init", "-q", "-b", "main")
+    first = run("HEAD", "./manifests")
+    assert (first.exit_code, first.stderr) == (0, "there is no commit yet, so all of ./manifests is new\n")
+    git("commit", "-qm", "empty", "--allow-empty")
+    second = run("HEAD", "./manifests")
+    assert (second.exit_code, second.stderr) == (0, "HEAD has no folder 'manifests', so all of ./manifests is new\n")
+    assert "- **wider** operation `shop/get`: nothing → `read`" in second.stdout
+    assert first.stdout == second.stdout
+    assert run("HEAD", "./manifests", "--fail-on", "wider").exit_code == 1
+    assert run("./manifests", "HEAD").stderr.startswith("broker: HEAD has no folder 'manifests'; ")
 
 
 def test_a_folder_with_the_name_of_a_ref_is_not_taken_for_it(repository, run):

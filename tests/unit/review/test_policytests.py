@@ -174,3 +174,18 @@ def test_shadow_mode_shows_as_would_deny():
     expect = {"verdict": "would_deny", "code": "operation_not_declared"}
     _, (result,) = run({"call": http("DELETE", "/pay"), "expect": expect}, **{"bot.yaml": json.dumps(shadow).encode()})
     assert (result.wrong, result.allowed) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("expect", "wrong"),
+    [({}, "there is no manifest of 'bto'"), ({"code": "agent_unknown"}, "")],
+    ids=["any denial", "that it is unknown"],
+)
+def test_a_denial_proves_nothing_for_an_agent_that_there_is_not(expect, wrong):
+    call = {"method": "GET", "url": "https://bank.example/see"}
+    text = document(
+        "PolicyTest", "bto", agent="bto", cases=[{"name": "x", "call": call, "expect": {"verdict": "deny", **expect}}]
+    )
+    loaded = load_texts({**TEXTS, "test.yaml": text}, Path())
+    (found,) = results(loaded.snapshot, loaded.sources, NOW)
+    assert found.wrong == wrong
