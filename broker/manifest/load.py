@@ -204,9 +204,9 @@ def load_texts(
 def _sources(file: str, documents: Iterable[Document], problems: Iterable[Finding]) -> tuple[list[Source], list[Finding]]:
     """The documents of one file as their kinds, and all that is wrong with them."""
     sources, findings = [], list(problems)
+    seen = {(problem.line, problem.column) for problem in findings}  # what YAML made of it is told already
     for document in documents:
         source, more = _typed(file, document)
-        seen = {(problem.line, problem.column) for problem in problems}  # what YAML made of it is told already
         findings += [finding for finding in more if (finding.line, finding.column) not in seen]
         sources += [source] if source else []
     return sources, findings

@@ -7,6 +7,7 @@ Problems are collected; only broken syntax ends a file early. Bad input is a fin
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -50,26 +51,22 @@ _Places = Mapping[Pointer, tuple[int, int]]
 class Document:
     """One YAML document: its data, and where each value and each key stands (line and column from 1).
 
-    Only findings ask where, so the text is read for that when the first one does.
+    Only findings ask where, so the file is read for that, once, when the first one does.
     """
 
-    def __init__(self, data: dict[str, Json], start: tuple[int, int], text: str, number: int) -> None:
+    def __init__(self, data: dict[str, Json], start: tuple[int, int], file: "_File", number: int) -> None:
         self.data, self.start = data, start
-        self._text, self._number = text, number
-
-    @cached_property
-    def _places(self) -> tuple[_Places, _Places]:
-        return _Reader("").places(self._text, self._number)
+        self._file, self._number = file, number
 
     @property
     def values(self) -> _Places:
         """Where each value stands."""
-        return self._places[0]
+        return self._file.places[self._number][0]
 
     @property
     def keys(self) -> _Places:
         """Where each key stands."""
-        return self._places[1]
+        return self._file.places[self._number][1]
 
     def at(self, pointer: Pointer, *, key: bool = False) -> tuple[int, int]:
         """Where a value stands, or the key that names it; for a place that is not there, the nearest one around it."""
@@ -80,6 +77,17 @@ class Document:
                 return place
             first = second = self.keys  # what is missing is missing in the mapping that this key names
         return self.start
+
+
+class _File:
+    """What the documents of one file have in common: its text, and where in it the values and keys of each stand."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @cached_property
+    def places(self) -> list[tuple[_Places, _Places]]:
+        return list(_Reader("").places(self._text))
 
 
 def read(file: str, content: bytes) -> tuple[tuple[Document, ...], tuple[Finding, ...]]:
@@ -128,11 +136,11 @@ class _Reader:
 
     def documents(self, text: str) -> Iterator[Document]:
         self._loader, self._suspect = _Loader(text), may_hold(text)
-        number = 0
+        file, number = _File(text), 0
         try:
             while not self._loader.check_event(yaml.StreamEndEvent):
                 if isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
-                    yield from self._document(text, number)
+                    yield from self._document(file, number)
                     number += 1
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -143,22 +151,23 @@ class _Reader:
         finally:
             self._loader.dispose()
 
-    def places(self, text: str, number: int) -> tuple[_Places, _Places]:
-        """Where the values and the keys stand of a document that could be read."""
+    def places(self, text: str) -> Iterator[tuple[_Places, _Places]]:
+        """Where the values and the keys stand of each document that could be read."""
         self._loader, self._suspect = _Loader(text), False
-        for _ in range(number + 1):
-            while not isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
-                pass
-        self._node(self._loader.get_event(), 0, ())
+        with suppress(yaml.YAMLError):  # which was told, and ends the file
+            while not self._loader.check_event(yaml.StreamEndEvent):
+                if isinstance(self._loader.get_event(), yaml.DocumentStartEvent):
+                    self._values, self._keys = {}, {}
+                    self._node(self._loader.get_event(), 0, ())
+                    yield self._values, self._keys
         self._loader.dispose()
-        return self._values, self._keys
 
-    def _document(self, text: str, number: int) -> Iterator[Document]:
+    def _document(self, file: _File, number: int) -> Iterator[Document]:
         event = self._loader.get_event()
         start = _start(event)
         data = self._node(event, 0)
         if isinstance(data, dict):
-            yield Document(data, start, text, number)
+            yield Document(data, start, file, number)
         elif data is None:
             self.note(start, "yaml_empty", "the document is empty", "begin it with apiVersion: broker/v1, or delete its ---")
         else:

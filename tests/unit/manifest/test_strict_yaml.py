@@ -5,6 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.manifest import strict_yaml
 from broker.manifest.strict_yaml import MAX_BYTES, MAX_DEPTH, read
 from broker.redaction import SHAPE, may_hold
 
@@ -150,3 +151,21 @@ def test_a_credential_is_found_however_it_is_written(text):
 @given(st.from_regex(SHAPE), st.text(max_size=5))
 def test_what_holds_a_credential_is_looked_at(secret, text):
     assert may_hold(text + secret)
+
+
+@pytest.mark.parametrize("end", ["", "---\na: [\n"], ids=["whole", "broken off"])
+def test_where_things_stand_in_a_file_is_found_out_once_for_all_its_documents(monkeypatch, end):
+    made = []
+
+    def loader(text, make=strict_yaml._Loader):
+        made.append(text)
+        return make(text)
+
+    monkeypatch.setattr(strict_yaml, "_Loader", loader)
+    documents, _ = read("f.yaml", ("a: 1\n---\nb:\n  c: 2\n---\nx\n---\nd: 3\n" + end).encode())
+    assert [document.at(pointer) for document, pointer in zip(documents, [("a",), ("b", "c"), ("d",)], strict=True)] == [
+        (1, 4),
+        (4, 6),
+        (8, 4),
+    ]
+    assert len(made) == 2, "once for the data, and once for the places"
