@@ -60,7 +60,9 @@ class State:
         keys, audit, ledger, outbox, alerts = (root / name for name in ("keys", "audit", "ledger.json", "outbox", "alerts"))
         state = cls(root, root / "ca.pem", keys, audit, ledger, outbox, alerts, run, *sockets)
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            if not root.exists():
+                root.mkdir(parents=True)
+                write_private(root / ".gitignore", b"*\n")  # keys and the record are nothing to commit
             for path in (state.keys, state.audit, run, between):
                 path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:

@@ -7,6 +7,7 @@ worth) can be cut off unseen, and so can the whole folder: who needs more keeps 
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ def segment_name(first_seq: int) -> str:
 
 
 def segments(directory: Path) -> list[tuple[Path, int]]:
-    """The segments in order, each with its size in bytes at this moment."""
+    """The segments in order, each with its size in bytes at this moment. Raises `OSError`."""
+    os.scandir(directory).close()  # `glob` finds nothing where it may not read, and that must not look like an empty record
     return [(path, path.stat().st_size) for path in sorted(directory.glob("*.jsonl"))]
 
 

@@ -207,7 +207,6 @@ class Index:
             self._db.execute("ROLLBACK")
 
     def _step(self) -> tuple[int, int, int]:
-        os.scandir(self._log).close()  # `glob` finds nothing where it may not read, and nothing must not look like no denials
         found = chain.segments(self._log)
         known = self._known(found)
         if known is None:

@@ -146,11 +146,15 @@ def query(*, state: Path, limit: int, as_json: bool, **wanted: Any) -> None:
 
     With --json the records as they stand in the log, one a line; what is not ASCII in them is escaped.
     """
+    printed = False
     with options.index(state) as index:
         found = index.find(Wanted(**wanted), limit + 1 if limit else 0)
         some = list(found) if limit else []
         for line, record in index.read(some[-limit:] or found):
             click.echo(_line(line, record) if as_json else render(line))
+            printed = True
+    if not printed and not as_json:
+        click.echo("no record fits all of this", err=True)
     if len(some) > limit:
         click.echo(f"these are the last {limit}, and there are more; --limit 0 prints all", err=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from broker import __version__
-from broker.errors import BrokerError
+from broker.errors import BrokerError, UsageError
 from broker.manifest.findings import printable
 
 _VERBS = (
@@ -54,6 +54,10 @@ def _run(arguments: list[str] | None) -> int:
         # Whoever read our output has seen enough (`broker audit tail | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as error:
+        whose = "run this as the user whose it is, with sudo for one"
+        click.echo(printable(f"broker: {error.filename or 'this'}: {error.strerror}; {whose}"), err=True)
+        return UsageError.exit_code
     except Exception as error:
         if os.environ.get("BROKER_DEBUG"):
             raise

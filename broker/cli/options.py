@@ -11,6 +11,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -53,7 +54,10 @@ def _address(text: str) -> Address:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > _PORTS:
         raise UsageError(f"{text!r} is no HOST:PORT", "write it like 127.0.0.1:15001")
-    return Address(host.strip("[]"), int(port))
+    try:
+        return Address(str(ip_address(host.strip("[]"))), int(port))
+    except ValueError:
+        raise UsageError(f"{host!r} is no IP address, and Envoy listens at no other", "write it like 127.0.0.1:15001") from None
 
 
 def processor_name(text: str) -> str:

@@ -154,11 +154,7 @@ def _users(snapshot: PolicySnapshot, written: Iterable[str]) -> Mapping[str, str
 
 def _local(*doors: options.Address) -> tuple[tuple[str, int], ...]:
     for door in doors:
-        try:
-            usable = not ip_address(door.host).is_unspecified
-        except ValueError:
-            usable = False
-        if not usable:
+        if ip_address(door.host).is_unspecified:
             raise UsageError(f"{door} is no address that agents could call", "write the door's IP address, like 127.0.0.1:15001")
     return doors
 

@@ -37,12 +37,14 @@ def token(
         document = {"operator": name, "groups": groups, "token": made, "expires_in": ttl}
         click.echo(orjson.dumps(document) if as_json else made)
         return
+    if (ttl or 0) > MAX_TOKEN_S:
+        raise UsageError(f"an agent's token lives {MAX_TOKEN_S} s at most", f"write --ttl {MAX_TOKEN_S}, or less")
     _refuse_unknown(folder, name)
     if revoke:
         options.act(folder, f"/agents/{name}/tokens/revoke", {}, lambda held, me: held.revoke_tokens(name, me))
         click.echo(orjson.dumps({"agent": name, "revoked": "tokens"}) if as_json else f"the tokens of {name} no longer count")
         return
-    made = authority.mint(name, clock.now(), ttl := min(ttl or MAX_TOKEN_S, MAX_TOKEN_S))
+    made = authority.mint(name, clock.now(), ttl := ttl or MAX_TOKEN_S)
     click.echo(orjson.dumps({"agent": name, "token": made, "expires_in": ttl}) if as_json else made)
 
 

@@ -131,6 +131,8 @@ def test_a_token_is_printed_alone_and_only_for_an_agent_whose_manifest_is_in_for
         assert (code, said) == (0, "")
         assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", printed)
         assert json.loads(token("bot", "--json")[1]).keys() == {"agent", "token", "expires_in"}
+        too_long = "broker: an agent's token lives 3600 s at most; write --ttl 3600, or less\n"
+        assert token("bot", "--ttl", "7200") == (2, "", too_long)
         for name in ("ghost", "a b", "../bot", "bot?", ""):
             assert token(name) == (2, "", refused.format(name))
         assert token("certified")[0] == 2

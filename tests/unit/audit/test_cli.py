@@ -188,6 +188,12 @@ def test_query_says_when_there_is_more(state):
         assert (len(whole.stdout.splitlines()), whole.stderr) == (5, "")
 
 
+def test_query_says_when_there_is_nothing(state):
+    none = ("query", "--state", state, "--agent", "nobody")
+    assert (run(*none).stdout, run(*none).stderr) == ("", "no record fits all of this\n")
+    assert run(*none, "--json").output == ""
+
+
 @pytest.mark.parametrize("words", [("--effect", "paint"), ("--code", "nonsense"), ("--verdict", "maybe"), ("--since", "soon")])
 def test_query_knows_its_words(state, words):
     assert run("query", "--state", state, *words).exception.exit_code == 2

@@ -1,9 +1,9 @@
-"""How times are written on the command line."""
+"""How times and addresses are written on the command line."""
 
 import pytest
 
 from broker import clock
-from broker.cli.options import _moment
+from broker.cli.options import _address, _moment
 from broker.errors import UsageError
 
 NOW = 1_700_000_000.0
@@ -47,3 +47,16 @@ def test_what_is_no_time_is_wrong_usage_that_says_how_to_write_one(text):
     with pytest.raises(UsageError, match="write 30s, 15m, 12h, 7d, 2026-01-31") as raised:
         _moment(text, -1)
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("127.0.0.1:15001", "127.0.0.1:15001"), ("[::1]:15001", "[::1]:15001"), ("0.0.0.0:0", "0.0.0.0:0")]
+)
+def test_an_address_is_read(text, shown):
+    assert str(_address(text)) == shown
+
+
+@pytest.mark.parametrize("text", ["localhost:15001", "envoy.example:15001", "127.1:15001", "[no]:15001", "127.0.0.1", ":1"])
+def test_what_envoy_could_not_listen_at_is_wrong_usage(text):
+    with pytest.raises(UsageError, match=r"write it like 127\.0\.0\.1:15001"):
+        _address(text)

@@ -28,7 +28,7 @@ WRONG = [
     pytest.param(["--user", 'refund-bot="; drop'], "can't be the user", id="a user that would be a rule"),
     pytest.param(["--user", "refund-bot=77", "--user", "code-reviewer=77"], "share the user 77", id="two agents with one user"),
     pytest.param(["--proxy", "0.0.0.0:15001"], "no address that agents could call", id="a door on every address"),
-    pytest.param(["--base-url", "localhost:15002"], "no address that agents could call", id="a door by name"),
+    pytest.param(["--base-url", "localhost:15002"], "is no IP address", id="a door by name"),
 ]
 
 
