@@ -11,9 +11,11 @@ import orjson
 
 from broker.admin.client import Refused, ask
 from broker.cli import options
+from broker.containment.response import Containment
 from broker.containment.standing import EVERYONE
 from broker.errors import BrokerError, UsageError
 from broker.manifest.findings import printable
+from broker.manifest.load import load
 
 _AGENTS = ("NAME", "OWNER", "STANDING", "TOKENS TODAY", "USD TODAY", "TOOLS")
 _LIMITS = ("LIMIT", "SCOPE", "SPENT", "LEFT", "RENEWS")
@@ -61,17 +63,26 @@ _by = click.option("--as", "by", metavar="PERSON", default="", help="Who does it
 @click.option("--run", "run_id", metavar="ID", help="Only this run; an empty ID is for the agent's calls without one.")
 @click.option("--all", "everyone", is_flag=True, help="All agents: break-glass.")
 @_by
+@options.manifests
 @options.state
 @options.as_json
-def revoke(*, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, state: Path, as_json: bool) -> None:
+def revoke(
+    *, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, manifests: Path, state: Path, as_json: bool
+) -> None:
     """Revoke the agent NAME, now: new calls are denied, open ones cut, its credentials and tokens taken back.
 
     It holds until `broker agents release`, also over restarts, and on all brokers that share a Redis. Where no broker runs on
-    this state, it holds from the next start.
+    this state, it holds from the next start, and NAME is looked for in the manifests.
     """
     who, said = _target(name, reason, run_id, everyone=everyone)
+
+    def offline(held: Containment, me: str) -> None:
+        if not everyone:
+            _refuse_unknown(who, manifests)
+        held.revoke(who, run_id, reason, me)
+
     folder = options.broker_state(state)
-    done = options.act(folder, f"/agents/{who}/revoke", said, lambda held, me: held.revoke(who, run_id, reason, me), by)
+    done = options.act(folder, f"/agents/{who}/revoke", said, offline, by)
     words = "all agents are" if everyone else f"{who} is" if run_id is None else f"run {run_id!r} of {who} is"
     click.echo(orjson.dumps(done or {"agent": who, "revoked": said}) if as_json else f"{words} revoked")
     if done is None:
@@ -107,6 +118,18 @@ def _target(name: str | None, reason: str, run_id: str | None, *, everyone: bool
     if not reason.strip():
         raise UsageError("a reason is needed; it is recorded", "write --reason")
     return EVERYONE if everyone else name or "", {"reason": reason, **({} if run_id is None else {"run_id": run_id})}
+
+
+def _refuse_unknown(name: str, manifests: Path) -> None:
+    """A running broker knows its agents; without one, a name that is only mistyped would be revoked and nobody stopped."""
+    try:
+        snapshot = load(manifests).snapshot
+    except UsageError:
+        snapshot = None
+    if snapshot is None:
+        click.echo(f"the manifests in {manifests} can't be read: whether one names {name!r} was not checked", err=True)
+    elif name not in snapshot.agents:
+        raise UsageError(f"no manifest in {manifests} names an agent {name!r}", "name the broker's manifests with --manifests")
 
 
 def _asked(state: Path, target: str) -> dict[str, Any]:

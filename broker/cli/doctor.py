@@ -92,9 +92,9 @@ def _inside(agent: str, snapshot: PolicySnapshot, held: State) -> list[Row]:
         try:
             rows = [Row(**row) for row in json.loads(done.stdout)]
         except ValueError:
-            raise BrokerError(
-                "nothing could be tried in a namespace", "see its message above; programs that lie in /tmp or /run are not there"
-            ) from None
+            why = UsageError if done.returncode == UsageError.exit_code else BrokerError
+            advice = "see the message above; programs that lie in /tmp or /run are not there"
+            raise why("nothing could be tried in a namespace", advice) from None
         return [*rows, Row("the witness on this machine", "nothing", f"{witness.heard} came", witness.heard > 0)]
     finally:
         witness.close()

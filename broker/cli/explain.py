@@ -49,6 +49,9 @@ def _headers(headers: tuple[str, ...], data: str) -> tuple[tuple[str, str], ...]
 
 def _document(snapshot: PolicySnapshot, agent: str, found: Rehearsed, now: float) -> dict[str, Any]:
     record = found.record
+    steps = [step.format(agent=agent) for step in WORDS[record["code"]][1]] if record["code"] else []
+    if agent not in snapshot.agents:  # and whoever only asks has no token that could be wrong
+        steps = [f"Name one of the manifests' agents with --agent: {', '.join(sorted(snapshot.agents)) or 'there is none'}."]
     return {
         "verdict": record["verdict"],
         "code": record["code"],
@@ -57,7 +60,7 @@ def _document(snapshot: PolicySnapshot, agent: str, found: Rehearsed, now: float
         "agent": agent,
         "steps": dict(_steps(snapshot, found, now)),
         "violations": record["violations"],
-        "next_steps": [step.format(agent=agent) for step in WORDS[record["code"]][1]] if record["code"] else [],
+        "next_steps": steps,
     }
 
 

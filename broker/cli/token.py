@@ -55,6 +55,6 @@ def _refuse_unknown(folder: State, name: str) -> None:
         click.echo(f"no broker runs on {folder.root}: whether a manifest names {name!r} was not checked", err=True)
         return
     if "token" not in answer:
-        raise UsageError(f"no manifest names an agent {name!r}", "see `broker check` for the agents' files")
+        raise UsageError(f"no manifest names an agent {name!r}", "see `broker agents list`")
     if not answer["token"]:
         raise UsageError(f"the manifest of {name!r} takes no tokens", "write `token: true` under its identity")

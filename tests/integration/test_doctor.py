@@ -14,6 +14,7 @@ from host import WHY_NOT, WORLD4, WORLD6, Host
 
 from broker.confined.probes import Around, Seen, probes
 from broker.confined.witness import Witness
+from broker.state import State
 
 pytestmark = [pytest.mark.envoy, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 API = "api.tool.test"
@@ -32,9 +33,9 @@ def place():
     (manifests / "ca.pem").write_text(ca.pem)
     broker = stack.Broker(manifests, folder / "state", within=host.within)
 
-    def doctor(*arguments, **around):
+    def doctor(*arguments, state=broker.state, **around):
         more = {"BROKER_DOCTOR": json.dumps(around)} if around else {}
-        command = [*host.within, *stack.BROKER, "doctor", *arguments, "--manifests", str(manifests), "--state", str(broker.state)]
+        command = [*host.within, *stack.BROKER, "doctor", *arguments, "--manifests", str(manifests), "--state", str(state)]
         return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env={**os.environ, **more})
 
     yield doctor, host
@@ -107,6 +108,17 @@ def test_a_refusal_that_is_not_the_brokers_came_from_outside(answer):
         for name in ("CONNECT to an undeclared host", "HTTP by the proxy"):
             assert found[name].run() == Seen("HTTP 403", out=True)
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_without_a_broker_it_ends_as_run_does(place):
+    held = State.at(stack.short_folder() / "state")
+    held.ca.write_text("")
+    (held.keys / "tokens.key").touch()
+    done = place[0]("--agent", "coder", state=held.root)
+    first, second = done.stderr.splitlines()[-2:]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert first.startswith(f"broker: no broker runs on {held.root}; ")
+    assert second.startswith("broker: nothing could be tried in a namespace; see the message above")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--agent", "coder", "--from-here")], ids=["nowhere", "both"])

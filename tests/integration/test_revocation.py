@@ -141,7 +141,7 @@ def test_a_revocation_survives_a_kill_and_one_made_while_no_broker_runs_holds_fr
     verb(broker, "agents", "revoke", "restarted", "--reason", "before the kill")
     broker.process.kill()
     broker.stop()
-    assert verb(broker, "agents", "revoke", "other", "--reason", "at night").returncode == 0
+    assert verb(broker, "agents", "revoke", "other", "--reason", "at night", "--manifests", broker.manifests).returncode == 0
     broker.start()
     for name, reason in (("restarted", "before the kill"), ("other", "at night")):
         with broker.direct(name) as client:

@@ -54,6 +54,14 @@ def test_explain_gives_the_decision_and_its_exit_code_without_sending(manifests,
     assert (done.returncode, json.loads(done.stdout)["code"]) == (exit_code, code)
 
 
+def test_explain_of_a_name_that_no_manifest_has_says_which_there_are(manifests):
+    done = broker("explain", "--agent", "bto", "GET", "https://api.example/a/1", "--manifests", str(manifests))
+    assert done.stdout.splitlines() == [
+        "deny agent_unknown: no manifest names this agent",
+        "  next       Name one of the manifests' agents with --agent: bot.",
+    ]
+
+
 def test_explain_names_the_credential_without_issuing_it(manifests):
     done = broker("explain", "--agent", "bot", "GET", "https://api.example/a/1", "--manifests", str(manifests))
     assert done.stdout.startswith("allow\n")
@@ -125,7 +133,7 @@ def test_a_token_is_printed_alone_and_only_for_an_agent_whose_manifest_is_in_for
         done = broker("token", *arguments, "--state", str(running.state))
         return done.returncode, done.stdout, done.stderr
 
-    refused = "broker: no manifest names an agent {!r}; see `broker check` for the agents' files\n"
+    refused = "broker: no manifest names an agent {!r}; see `broker agents list`\n"
     try:
         code, printed, said = token("bot")
         assert (code, said) == (0, "")

@@ -4,15 +4,20 @@ import asyncio
 import time
 
 import pytest
+import stack
 
 from broker.admin import agents as told
+from broker.audit import chain
 from broker.cli import agents
+from broker.cli.main import _run
 from broker.containment.standing import Restriction, Standing
+from broker.keys import ed25519
 from broker.ledger.base import LedgerUnavailable, Spend
 from broker.ledger.memory import MemoryLedger
 from broker.policy.containment import Action
 from broker.policy.limits import Limit, Measure
 from broker.policy.snapshot import Agent, Grant
+from broker.state import State
 
 DAY = 86_400
 NOON = 1_700_000_000 // DAY * DAY + DAY / 2
@@ -144,3 +149,35 @@ def test_what_holds_for_an_agent_is_told_with_its_reason_in_visible_characters(i
     lines = "\n".join(agents.described(document(standing=standing)))
     assert "standing  revoke_run run-7: loops\\x1b[2J (by jo)" in lines
     assert "standing  read_only: odd (by detector probing)" in lines
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """The state of a broker that does not run."""
+    state = State.at(tmp_path / "state")
+    ed25519(state.keys / "tokens.key")
+    return state
+
+
+def revoked(state, manifests, *who):
+    code = _run(["agents", "revoke", *who, "--reason", "drill", "--state", str(state.root), "--manifests", str(manifests)])
+    return code, [notice["notice"]["agent"] for notice in chain.notices(state.audit)]
+
+
+def test_without_a_broker_a_name_that_no_manifest_has_is_refused(stopped, tmp_path, capsys):
+    manifests = stack.write_manifests(tmp_path / "manifests", stack.agent("bot", {}))
+    assert revoked(stopped, manifests, "bto") == (2, [])
+    refused = f"broker: no manifest in {manifests} names an agent 'bto'; name the broker's manifests with --manifests\n"
+    assert capsys.readouterr().err == refused
+    assert revoked(stopped, manifests, "bot") == (0, ["bot"])
+    assert capsys.readouterr() == ("bot is revoked\n", "no broker runs on this state: it holds from the next start\n")
+    assert revoked(stopped, manifests, "--all") == (0, ["bot", "*"])
+
+
+@pytest.mark.parametrize("text", [None, "kind: ["], ids=["no folder", "errors"])
+def test_without_a_broker_and_its_manifests_it_is_said_that_the_name_was_not_checked(stopped, tmp_path, capsys, text):
+    if text:
+        stack.write_manifests(tmp_path / "manifests")
+        (tmp_path / "manifests" / "a.yaml").write_text(text)
+    assert revoked(stopped, tmp_path / "manifests", "bot") == (0, ["bot"])
+    assert "whether one names 'bot' was not checked\n" in capsys.readouterr().err
