@@ -23,7 +23,7 @@ _LIMITS = ("LIMIT", "SCOPE", "SPENT", "LEFT", "RENEWS")
 
 @click.group()
 def agents() -> None:
-    """Show the agents and how they and their limits stand; revoke and release them."""
+    """Show the agents and their limits; revoke and release them."""
 
 
 @agents.command("list")
@@ -43,10 +43,11 @@ def list_(*, state: Path, as_json: bool) -> None:
 @options.state
 @options.as_json
 def show(*, name: str, state: Path, as_json: bool) -> None:
-    """Show who NAME is, what it may call, and of each limit what is spent, what is left and when it renews.
+    """Show who NAME is, what it may call, and how its limits stand.
 
-    Of limits per run the broker keeps no sum. With --json: agent {name, spiffe, owner, oncall}, token, namespace, tools
-    {tool: [operation]}, and limits [{limit, written, scope, rule, unit, amount, spent, left, renews, renews_in, per_run}].
+    That is of each limit what is spent, what is left and when it renews; of limits per run the broker keeps no sum. With
+    --json: agent {name, spiffe, owner, oncall}, token, namespace, tools {tool: [operation]}, and limits [{limit, written,
+    scope, rule, unit, amount, spent, left, renews, renews_in, per_run}].
     """
     if not (found := _asked(state, f"/agents/{name}")):
         raise UsageError(f"no manifest names an agent {name!r}", "see `broker agents list`")
@@ -69,10 +70,11 @@ _by = click.option("--as", "by", metavar="PERSON", default="", help="Who does it
 def revoke(
     *, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, manifests: Path, state: Path, as_json: bool
 ) -> None:
-    """Revoke the agent NAME, now: new calls are denied, open ones cut, its credentials and tokens taken back.
+    """Revoke the agent NAME, now.
 
-    It holds until `broker agents release`, also over restarts, and on all brokers that share a Redis. Where no broker runs on
-    this state, it holds from the next start, and NAME is looked for in the manifests.
+    New calls are denied, open ones cut, its credentials and tokens taken back. It holds until `broker agents release`, also
+    over restarts, and on all brokers that share a Redis. Where no broker runs on this state, it holds from the next start, and
+    NAME is looked for in the manifests.
     """
     who, said = _target(name, reason, run_id, everyone=everyone)
 
@@ -98,7 +100,10 @@ def revoke(
 @options.state
 @options.as_json
 def release(*, name: str | None, reason: str, run_id: str | None, everyone: bool, by: str, state: Path, as_json: bool) -> None:
-    """Let the agent NAME go on: lift what holds for it and for its runs. It needs a new token."""
+    """Let the agent NAME go on.
+
+    What holds for it and for its runs is lifted. It needs a new token.
+    """
     who, said = _target(name, reason, run_id, everyone=everyone)
     gone: list[Any] = []
     folder = options.broker_state(state)

@@ -49,7 +49,10 @@ _by = click.option("--as", "by", metavar="PERSON", default="", help="Who says so
 @options.state
 @options.as_json
 def approve(*, approval: str, as_json: bool, **said: Any) -> None:
-    """Let the call APPROVAL pass, once, when the agent makes it again unchanged."""
+    """Let the call APPROVAL pass, once.
+
+    It passes when the agent makes it again unchanged.
+    """
     _vote(approval, "approve", as_json=as_json, **said)
 
 
@@ -60,7 +63,10 @@ def approve(*, approval: str, as_json: bool, **said: Any) -> None:
 @options.state
 @options.as_json
 def reject(*, approval: str, as_json: bool, **said: Any) -> None:
-    """Say no to the call APPROVAL; one no is enough, also after others have approved."""
+    """Say no to the call APPROVAL.
+
+    One no is enough, also after others have approved.
+    """
     _vote(approval, "reject", as_json=as_json, **said)
 
 

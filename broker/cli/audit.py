@@ -102,7 +102,10 @@ def _parts(record: dict[str, Any]) -> Iterator[Any]:
 @options.state
 @options.as_json
 def verify(*, state: Path, as_json: bool) -> int:
-    """Check every record, every link and the signed end; exit 1 if the log is not what the broker wrote."""
+    """Check every record, every link and the signed end.
+
+    Ends with 1 if the log is not what the broker wrote.
+    """
     result = verify_log(state / "audit", _public_key(state / "keys" / "audit.pub.pem"))
     click.echo(orjson.dumps({"ok": not result.problems, **asdict(result)}) if as_json else _summary(result))
     return 1 if result.problems else 0
@@ -171,7 +174,9 @@ def _line(line: bytes, record: dict[str, Any]) -> str:
 @click.option("--agent", default="", metavar="NAME", help="Only of this agent; others may use the same run ID.")
 @options.as_json
 def run(*, run_id: str, state: Path, agent: str, as_json: bool) -> int:
-    """Print the run RUN_ID as a timeline: each call, how it ended, and what was done about the run.
+    """Print the run RUN_ID as a timeline.
+
+    It shows each call, how it ended, and what was done about the run.
 
     With --json: [{agent, run_id, began, took_s, calls, denied, tokens, usd, entries: [the records, of a call with its outcome]}].
     """

@@ -33,9 +33,9 @@ from broker.keys import ed25519
 @options.door("--proxy", "127.0.0.1:0", "The explicit proxy; port 0 is a free one.")
 @options.door("--base-url", "127.0.0.1:0", "The reverse proxy; port 0 is a free one.")
 def demo(*, once: bool, proxy: options.Address, base_url: options.Address) -> int:
-    """Start a broker and two tools on this machine and walk through what it allows and refuses.
+    """Walk through what a broker allows and refuses.
 
-    Ends with 1 if a step does not go as it should.
+    Starts one, with two tools, on this machine. Ends with 1 if a step does not go as it should.
     """
     proxy, base_url = (each if each.port else options.Address(each.host, _free_port(each.host)) for each in (proxy, base_url))
     with tempfile.TemporaryDirectory(prefix="broker-demo-") as folder, _running(Path(folder), proxy, base_url) as tour:

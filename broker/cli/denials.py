@@ -46,9 +46,10 @@ _HEADINGS = {
 @options.as_json
 @click.pass_context
 def denials(context: click.Context, *, state: Path, since: float | None, agent: str, follow: bool, as_json: bool) -> None:
-    """Show denied calls in clusters: of one agent, one operation or host, one code and one rule.
+    """Show denied calls in clusters.
 
-    What manifests don't grant comes first, the most frequent first. "shadow" marks calls that passed and would have been denied.
+    A cluster is of one agent, one operation or host, one code and one rule. What manifests don't grant comes first, the most
+    frequent first. "shadow" marks calls that passed and would have been denied.
 
     With --json: [{id, kind, agent, what, tool, operation, host, code, rule, shadow, count, first, last, ever_allowed, example,
     decision_ids, label: {label, note, by, at, expires} or null}]; with --follow one object a line.
@@ -74,9 +75,10 @@ def denials(context: click.Context, *, state: Path, since: float | None, agent: 
 @options.state
 @options.as_json
 def label(*, cluster: str, label: str, note: str, expires: float | None, state: Path, as_json: bool) -> None:
-    """Say of CLUSTER, for other reviewers, that it is LABEL; none takes the label off.
+    """Say of CLUSTER, for other reviewers, that it is LABEL.
 
-    Labels are kept beside the record, in STATE/review.db. They change nothing that the broker decides.
+    The label none takes the label off. Labels are kept beside the record, in STATE/review.db. They change nothing that the
+    broker decides.
     """
     now = clock.now()
     if expires is not None and expires <= now:

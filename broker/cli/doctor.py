@@ -41,11 +41,12 @@ class Row:
 @folders.state
 @options.as_json
 def doctor(*, agent: str, from_here: bool, manifests: Path, state: Path, as_json: bool) -> int:
-    """Try to get out: other addresses, ports, protocols and resolvers, metadata, the host, the broker's own sockets.
+    """Try to get out of where an agent is.
 
-    Prints a table of what was tried, what is right and what was seen, and ends with 1 if anything got out. With --agent it starts
-    itself as `broker run` starts a command, and a witness on this machine counts what reached it. An answer by anybody but the
-    broker is a way out, wherever it is tried.
+    Tries other addresses, ports, protocols and resolvers, metadata, the host, the broker's own sockets. Prints a table of what
+    was tried, what is right and what was seen, and ends with 1 if anything got out. With --agent it starts itself as `broker
+    run` starts a command, and a witness on this machine counts what reached it. An answer by anybody but the broker is a way
+    out, wherever it is tried.
     """
     if from_here == bool(agent):
         raise UsageError("say from where", "write --agent NAME, or --from-here")

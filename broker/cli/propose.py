@@ -62,7 +62,9 @@ def propose(
     state: Path,
     as_json: bool,
 ) -> int:
-    """Print the narrowest change of manifests that would allow denied calls, as a pull request: evidence, patch, and its effect.
+    """Print the narrowest change that would allow denied calls.
+
+    It is a change of manifests, as a pull request: evidence, patch, and its effect.
 
     Takes decision IDs, a cluster, or an agent's shadow traffic. Ends with 1 where nothing can be proposed, and says why: for what
     could not be read, who was not known, what failed, what people, flow rules or limits forbid, decoys, and agents under

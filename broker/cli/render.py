@@ -53,9 +53,10 @@ def render() -> None:
 def envoy(
     *, manifests: Path, proxy: options.Address, base_url: options.Address, folder: str, names: tuple[str, ...], alone: bool
 ) -> None:
-    """Print Envoy's bootstrap and the resources that the broker serves over ADS, as YAML.
+    """Print Envoy's bootstrap and its resources, as YAML.
 
-    Certificates and their keys are made by the broker at run time; here a placeholder stands for each.
+    The broker serves these over ADS. Certificates and their keys are made by the broker at run time; here a placeholder stands
+    for each.
     """
     snapshot = options.snapshot(manifests)
     processors = tuple(f"{folder}/{name}.sock" for name in names or ("processor",))
@@ -101,9 +102,10 @@ def _named(name: str, default: str, what: str) -> folders.Decorator:
 @click.option("--proxy", type=_PORT, default=15001, show_default=True, help="The port of the explicit proxy.")
 @click.option("--base-url", type=_PORT, default=15002, show_default=True, help="The port of the reverse proxy.")
 def kubernetes(*, manifests: Path, output: Path | None, agents_namespace: str, monitoring_namespace: str, **named: Any) -> None:
-    """Print NetworkPolicies and all else that the broker needs in a cluster, as YAML.
+    """Print what the broker needs in a cluster, as YAML.
 
-    A pod labelled broker/agent: NAME reaches Envoy's doors and nothing else. netpol/README.md has the steps.
+    NetworkPolicies are among it: a pod labelled broker/agent: NAME reaches Envoy's doors and nothing else. netpol/README.md has
+    the steps.
     """
     snapshot, loaded = options.compiled(manifests)
     cluster = Cluster(agents=agents_namespace, monitoring=monitoring_namespace, **named)
@@ -126,9 +128,10 @@ def kubernetes(*, manifests: Path, output: Path | None, agents_namespace: str, m
     "--user", "users", multiple=True, metavar="NAME=USER", help="The agent's system user, if it is not called as the agent."
 )
 def nftables(*, manifests: Path, proxy: options.Address, base_url: options.Address, users: tuple[str, ...]) -> None:
-    """Print nftables rules for hosts on which each agent runs as a system user of its own.
+    """Print nftables rules for agents that are system users.
 
-    Load them with `nft -f`. That user then reaches Envoy's doors on this host and nothing else. netpol/README.md tells more.
+    Each is one of its own. Load the rules with `nft -f`. That user then reaches Envoy's doors on this host and nothing else.
+    netpol/README.md tells more.
     """
     snapshot = options.snapshot(manifests)
     click.echo(ruleset(_users(snapshot, users), _local(proxy, base_url)), nl=False)

@@ -56,7 +56,9 @@ def run(
     pids: int,
     command: tuple[str, ...],
 ) -> int:
-    """Run a command as an agent, in a network namespace where there is nothing but the broker. Linux, root.
+    """Run a command as an agent, with no way out but the broker.
+
+    It runs in a network namespace where there is nothing but the broker. Linux, root.
 
     Its HTTP and HTTPS reach the broker whether it heeds proxy variables or not, the names of its tools' hosts alone resolve, and
     all else leads nowhere. It sees no /run and /tmp of the host's, trusts the broker's CA alone, and ends when this ends, which

@@ -46,6 +46,8 @@ def serve(
     """Run a processor without Envoy. What `broker render envoy --bootstrap` prints leads an Envoy to it.
 
     Several of them, each with a state folder of its own, can be behind one Envoy.
+
+    With --json a line for each event: {event, revision}, where event is "listening", or "accepted" when Envoy has this revision.
     """
     if name and not redis:
         raise UsageError("processors that share an Envoy must count together", "name their ledger with --redis")

@@ -25,7 +25,7 @@ from broker.state import State
 def token(
     *, name: str, state: Path, ttl: int | None, revoke: bool, operator: bool, groups: tuple[str, ...], as_json: bool
 ) -> None:
-    """Print a token with which the agent NAME proves itself to the broker."""
+    """Print a token by which the broker knows the agent NAME."""
     folder = options.broker_state(state)
     authority = TokenAuthority(ed25519(folder.keys / "tokens.key"))
     if groups and not operator:

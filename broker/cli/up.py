@@ -21,7 +21,10 @@ from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_versio
 def up(*, manifests: Path, state: Path, redis: str, as_json: bool, **doors: options.Address) -> int:
     """Run the broker: one command, no root, no other server.
 
-    Prints one line when calls can be served, and goes on until SIGTERM or Ctrl-C.
+    Prints where its doors are, and what to paste into an agent's shell, once Envoy has its configuration; goes on until SIGTERM
+    or Ctrl-C. While the Redis of --redis can't be reached, calls are denied all the same: the log and /readyz say so.
+
+    With --json one line: {event: "ready", proxy, base_url, admin, ca, revision}.
     """
     without_core_dumps()
     snapshot = options.snapshot(manifests)

@@ -1,11 +1,12 @@
-"""What every verb does alike: of a state that may not be read, one line is said."""
+"""What every verb does alike: its sentence in the help, and one line of a state that may not be read."""
 
 import os
 
 import pytest
 import stack
+from click.testing import CliRunner
 
-from broker.cli.main import _run
+from broker.cli.main import _run, cli
 from broker.state import State
 
 NOBODY = 65534
@@ -28,6 +29,8 @@ def of_another():
     for path in (state.keys, state.audit):
         path.chmod(0)
     state.root.parent.chmod(0o755)
+    for name in cli.list_commands(None):  # nobody may not read where Python lies, perhaps
+        cli.get_command(None, name)
     as_root = os.geteuid() == 0
     if as_root:
         os.seteuid(NOBODY)
@@ -52,3 +55,9 @@ def test_a_state_folder_that_is_made_is_nothing_to_commit(tmp_path):
     assert (ignored.read_text(), ignored.stat().st_mode & 0o777) == ("*\n", 0o600)
     (tmp_path / "own").mkdir()
     assert not (State.at(tmp_path / "own").root / ".gitignore").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["agents"], ["approvals"], ["audit"], ["denials"], ["render"]], ids=" ".join)
+def test_the_sentence_of_each_verb_fits_a_terminal(words):
+    shown = CliRunner().invoke(cli, [*words, "--help"], terminal_width=80).stdout
+    assert [line for line in shown.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
