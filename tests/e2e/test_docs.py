@@ -2,7 +2,8 @@
 
 How a block is read, by the words after its fence:
 
-    console            commands (`$ …`) in the reader's terminal, each with the output that it must have
+    console            commands (`$ …`, with a text as far as END where they want one) in the reader's terminal, each with the
+                       output that it must have
     console NAME       a command that goes on in a terminal called NAME; it must print at least the lines shown
     text NAME          lines that the terminal NAME must print next
     yaml FILE          a file that the reader writes; without a name, an example
@@ -18,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -93,16 +93,16 @@ def commands(block: str) -> Iterator[tuple[str, str]]:
     """Each command of a console block, with its output."""
     for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
         lines = part.splitlines(keepends=True)
-        more = [line.removeprefix("> ") for line in takewhile(lambda line: line.startswith("> "), lines[1:])]
-        yield "".join([lines[0], *more]).removesuffix("\n"), "".join(lines[1 + len(more) :])
+        end = 1 + (lines.index("END\n") if lines[0].endswith("<< 'END'\n") else 0)
+        yield "".join(lines[:end]).removesuffix("\n"), "".join(lines[end:])
 
 
 class Reader:
-    """Follows a page in `folder`, with free ports in place of the page's."""
+    """Follows pages in `folder`, each in a folder of its own there, with free ports in place of the page's."""
 
     def __init__(self, folder: Path) -> None:
         self._ports = {port: str(stack.free_port()) for port in PORTS}
-        self._folder, self._work = folder, folder / "tutorial"
+        self._folder = self._work = folder
         self._environment = _environment(folder, self._ports)
         self._terminal = Terminal(folder, self._environment)
         self._running: dict[str, Running] = {}
@@ -115,8 +115,10 @@ class Reader:
         return re.sub("|".join(PORTS), lambda found: self._ports[found[0]], text)
 
     def follow(self, page: str) -> None:
+        """Do what docs/PAGE.md says, which works in PAGE."""
+        self._work = self._folder / page
         kinds = {"yaml": self._write, "python": self._look_at, "text": self._watch, "console": self._type, "sh": self._skip}
-        for kind, name, block in blocks(self.placed(page)):
+        for kind, name, block in blocks(self.placed((ROOT / "docs" / f"{page}.md").read_text())):
             kinds[kind](name, block)
 
     def _write(self, name: str, block: str) -> None:
@@ -161,13 +163,13 @@ def reader() -> Iterator[Reader]:
 @pytest.mark.envoy
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(reader):
-    reader.follow((ROOT / "docs" / "tutorial.md").read_text())
+    reader.follow("tutorial")
 
 
 @pytest.mark.envoy
 @pytest.mark.slow
 def test_the_review_loop_does_what_it_says(reader):
-    reader.follow((ROOT / "docs" / "review.md").read_text())
+    reader.follow("review")
 
 
 @pytest.mark.envoy
