@@ -85,6 +85,12 @@ def ready(broker):
     return httpx.get(f"{broker.admin}/readyz").status_code == 200
 
 
+def test_a_start_with_a_ledger_that_answers_is_no_news(fleet):
+    assert all(map(ready, fleet.brokers))
+    alerts = [record["detail"] for broker in fleet.brokers for record in broker.records() if record["event"] == "alert"]
+    assert [detail for detail in alerts if detail.startswith("limits")] == []
+
+
 def test_two_hundred_parallel_calls_over_three_brokers_are_a_hundred_upstream(fleet):
     found = codes(answers(fleet, "caller-0", 200))
     assert found["ok"] + found["rate_limited"] + found["ledger_unavailable"] == 200
