@@ -24,6 +24,7 @@ _METADATA = (
     "fd00:ec2::254", "169.254.170.2", "100.100.100.200", "metadata.google.internal",
 )  # fmt: skip
 _UNDECLARED = "must-deny.invalid"
+_HEADER = 12  # bytes of a DNS message, RFC 1035 section 4.1.1
 _DECISION = "x-broker-decision-id"
 _PORTS = {"other port 22": 22, "other port 8443": 8443, "other port 6443": 6443}
 
@@ -71,6 +72,8 @@ class Probe:
         """Try it. What can't even be tried did not get out."""
         try:
             return self.attempt()
+        except TimeoutError:
+            return Seen("no answer")
         except (OSError, ssl.SSLError, http.client.HTTPException, ValueError) as error:
             return Seen(getattr(error, "strerror", None) or type(error).__name__)
 
@@ -78,17 +81,16 @@ class Probe:
 def probes(around: Around) -> Iterator[Probe]:
     """All of them, in the order in which they are shown."""
     for host in around.world:
-        kind = "IPv6" if ":" in host else "IPv4"
         ports = {**({"the witness": around.sink} if around.sink else {}), **_PORTS}
-        yield from (Probe(f"TCP to {name}, {kind}", "nothing", _tcp(host, port)) for name, port in ports.items())
-        yield Probe(f"HTTP to an undeclared host, {kind}", "refused by the broker", _http(host, _UNDECLARED))
-        yield Probe(f"HTTPS to an undeclared host, {kind}", "no certificate", _tls(host, _UNDECLARED, around.ca))
-        yield Probe(f"UDP 443 (QUIC), {kind}", "nothing", _udp(host, 443))
-        yield from (Probe(f"UDP to the witness, {kind}", "nothing", _udp(host, port)) for port in (around.sink,) if port)
-        yield Probe(f"DNS over UDP, {kind}", "no address", _dns(host, tcp=False))
-        yield Probe(f"DNS over TCP, {kind}", "no address", _dns(host, tcp=True))
-        yield Probe(f"h2c upgrade, {kind}", "refused by the broker", _http(host, _UNDECLARED, upgrade="h2c"))
-        yield Probe(f"WebSocket, {kind}", "refused by the broker", _http(host, _UNDECLARED, upgrade="websocket"))
+        yield from (Probe(f"TCP to {name}, {host}", "nothing", _tcp(host, port)) for name, port in ports.items())
+        yield Probe(f"HTTP to an undeclared host, {host}", "refused by the broker", _http(host, _UNDECLARED))
+        yield Probe(f"HTTPS to an undeclared host, {host}", "no certificate", _tls(host, _UNDECLARED, around.ca))
+        yield Probe(f"UDP 443 (QUIC), {host}", "nothing", _udp(host, 443))
+        yield from (Probe(f"UDP to the witness, {host}", "nothing", _udp(host, port)) for port in (around.sink,) if port)
+        yield Probe(f"DNS over UDP, {host}", "no address", _dns(host, tcp=False))
+        yield Probe(f"DNS over TCP, {host}", "no address", _dns(host, tcp=True))
+        yield Probe(f"h2c upgrade, {host}", "refused by the broker", _http(host, _UNDECLARED, upgrade="h2c"))
+        yield Probe(f"WebSocket, {host}", "refused by the broker", _http(host, _UNDECLARED, upgrade="websocket"))
     yield from (Probe(f"metadata at {host}", "refused by the broker", _http(host, host)) for host in _METADATA)
     yield Probe("raw socket (ICMP)", "not permitted", lambda: _raw(socket.AF_INET, socket.IPPROTO_ICMP))
     yield Probe("raw socket (TCP)", "not permitted", lambda: _raw(socket.AF_INET, socket.IPPROTO_TCP))
@@ -183,13 +185,19 @@ def _dns(server: str, *, tcp: bool) -> Callable[[], Seen]:
         query = struct.pack("!HHHHHH", 0x6272, 0x0100, 1, 0, 0, 0) + question
         with _open(server, 53, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as made:
             made.sendall((struct.pack("!H", len(query)) if tcp else b"") + query)
-            answer = made.recv(512)[2 * tcp :]
-        if len(answer) < 12:  # noqa: PLR2004 - a header
-            return Seen("no answer")
-        code, answers = answer[3] & 0xF, struct.unpack("!H", answer[6:8])[0]
-        return Seen(f"{answers} addresses, code {code}", out=answers > 0)
+            return resolved(query, made.recv(512)[2 * tcp :])
 
     return attempt
+
+
+def resolved(query: bytes, answer: bytes) -> Seen:
+    """What a name server answered, if it is one: the same ID, and a response (RFC 1035 section 4.1.1)."""
+    if not answer:
+        return Seen("no answer")
+    if len(answer) < _HEADER or answer[:2] != query[:2] or not answer[2] & 0x80:
+        return Seen("an answer that is no DNS", out=True)
+    code, answers = answer[3] & 0xF, struct.unpack("!H", answer[6:8])[0]
+    return Seen(f"{answers} addresses, code {code}", out=answers > 0)
 
 
 def _raw(family: int, protocol: int) -> Seen:
