@@ -21,7 +21,7 @@ from broker.containment.alerts import Alert, Alerts
 from broker.containment.ends import ending
 from broker.containment.response import Containment, Surroundings
 from broker.credentials import issuers
-from broker.credentials.base import CredentialUnavailable, referenced
+from broker.credentials.base import CredentialUnavailable, referenced, unset
 from broker.credentials.jwt import jwks, key_id
 from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
@@ -245,6 +245,8 @@ class Server:
             self._broken = False
             self._budgets = await asyncio.to_thread(windows, loaded.snapshot)
             log.info("revision %s is in force", loaded.snapshot.revision)
+            if missing := ", ".join(sorted(unset(loaded.snapshot.tools.values()))):
+                log.warning("not set, so that calls get 503 credential_unavailable: %s", missing)
 
     def _decoys(self, snapshot: PolicySnapshot) -> Iterator[str]:
         for reference in snapshot.decoys.credentials:

@@ -7,7 +7,7 @@ asked for or fails: a wider credential is none, and no call goes without. A leas
 import base64
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -174,6 +174,15 @@ def referenced(reference: object, tool: str) -> str:
         raise CredentialUnavailable(what, "write {env: NAME} or {file: PATH}")
     source, where = next(iter(reference.items()))
     return _from_environment(where, tool) if source == "env" else _from_file(where, tool)
+
+
+def unset(tools: Iterable[Tool]) -> Iterator[str]:
+    """Of each environment variable that a tool's credential is taken from and that is not set, its name and the tool's."""
+    for tool in tools:
+        for value in tool.credential.settings.values() if tool.credential else ():
+            name = value.get("env") if isinstance(value, Mapping) else None
+            if isinstance(name, str) and not os.environ.get(name):
+                yield f"{name} of {tool.name}"
 
 
 def _from_environment(name: str, tool: str) -> str:

@@ -144,6 +144,8 @@ def test_a_token_is_printed_alone_and_only_for_an_agent_whose_manifest_is_in_for
         for name in ("ghost", "a b", "../bot", "bot?", ""):
             assert token(name) == (2, "", refused.format(name))
         assert token("certified")[0] == 2
+        warning = "WARNING not set, so that calls get 503 credential_unavailable: NOT_SET of api\n"
+        assert running.log().count(warning) == 1
         (manifests / "agent-bot.yaml").unlink()
         removed = stack.until(lambda: found if (found := token("bot"))[0] else None, why="the change is in force")
         assert removed == (2, "", refused.format("bot"))

@@ -5,12 +5,13 @@ import json
 import logging
 import pickle
 import traceback
+from dataclasses import replace
 
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, leased
+from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, leased, unset
 from broker.credentials.http import Answer
 from broker.credentials.jwt import JwtIssuer, jwks
 from broker.credentials.outbox import Revocation
@@ -191,3 +192,20 @@ def test_the_platforms_bound_is_the_longest_a_token_lasts():
 def test_jwt_settings_of_the_wrong_kind_are_refused(settings):
     [problem, *_] = problems(JwtIssuer.Settings, "jwt", settings)
     assert next(iter(settings)) in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        pytest.param({"secret": {"env": "WIKI_KEY"}}, ["WIKI_KEY of wiki"], id="not set"),
+        pytest.param({"secret": {"env": "EMPTY"}}, ["EMPTY of wiki"], id="empty"),
+        pytest.param({"secret": {"env": "THERE"}}, [], id="set"),
+        pytest.param({"secret": {"file": "/run/key"}}, [], id="in a file"),
+        pytest.param({"scopes": {"env": ["read"]}, "secret": {"env": "THERE"}}, [], id="an operation of that name"),
+        pytest.param({"access_key": {"env": "ONE"}, "secret": {"env": "TWO"}}, ["ONE of wiki", "TWO of wiki"], id="two"),
+    ],
+)
+def test_variables_that_a_credential_is_taken_from_and_are_not_set_are_named(monkeypatch, settings, named):
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("THERE", "x")
+    assert list(unset([TOOL, replace(TOOL, credential=CredentialSpec("static", settings))])) == named
