@@ -74,6 +74,11 @@ class State:
             raise BrokerError(f"{too_long} is too long for a socket, by its {_SOCKET_BYTES} bytes", "name a folder less deep")
         return state
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a broker runs on this folder."""
+        return _served(self.control_socket)
+
     def join(self, keys: str, own: str) -> None:
         """Take this processor's place among those behind one Envoy.
 

@@ -23,9 +23,10 @@ state = folder("--state", ".broker", "The broker's state folder.")
 
 
 def broker_state(folder: Path) -> State:
-    """The state folder of a broker that ran before. Raises `UsageError` where none has."""
-    if not (folder / "keys" / "tokens.key").exists():
-        raise UsageError(
-            f"{folder} is no state folder of a broker", "start one with `broker up`, or name its folder with --state"
-        )
+    """The state folder of a broker that ran before. Raises `UsageError` where none has, `PermissionError`."""
+    try:
+        (folder / "keys" / "tokens.key").stat()  # `exists` says no, in a newer Python, also where it may not look
+    except (FileNotFoundError, NotADirectoryError):
+        advice = "start one with `broker up`, or name its folder with --state"
+        raise UsageError(f"{folder} is no state folder of a broker", advice) from None
     return State.at(folder)

@@ -11,7 +11,7 @@ import click
 import orjson
 
 from broker.cli import options
-from broker.errors import counted
+from broker.errors import UsageError, counted
 from broker.state import State
 from broker.supervisor import NotStarted, Supervisor, envoy_binary, envoy_version, refuse_taken, without_core_dumps
 
@@ -28,8 +28,10 @@ def up(*, manifests: Path, state: Path, redis: str, as_json: bool, **doors: opti
     """
     without_core_dumps()
     snapshot = options.snapshot(manifests)
-    refuse_taken({f"--{name.replace('_', '-')}": address for name, address in doors.items()})
     folder = State.at(state)
+    if folder.in_use:  # before the ports, which it has too unless others were chosen
+        raise UsageError(f"a broker already runs on {folder.root}", "stop it, or give this one its own folder with --state")
+    refuse_taken({f"--{name.replace('_', '-')}": address for name, address in doors.items()})
     who, what = counted(len(snapshot.agents), "agent"), counted(len(snapshot.tools), "tool")
     click.echo(f"starting Envoy {envoy_version(envoy_binary())} for {who} and {what} …", err=True)
     # Not as an argument: it may hold a password.
