@@ -73,14 +73,14 @@ def revoke(
     """Revoke the agent NAME, now.
 
     New calls are denied, open ones cut, its credentials and tokens taken back. It holds until `broker agents release`, also
-    over restarts, and on all brokers that share a Redis. Where no broker runs on this state, it holds from the next start, and
-    NAME is looked for in the manifests.
+    over restarts, and on all brokers that share a Redis. Where no broker runs on this state, it holds from the next start; a
+    NAME that is not in the manifests is revoked all the same, with a warning.
     """
     who, said = _target(name, reason, run_id, everyone=everyone)
 
     def offline(held: Containment, me: str) -> None:
         if not everyone:
-            _refuse_unknown(who, manifests)
+            _warn_of_unknown(who, manifests)
         held.revoke(who, run_id, reason, me)
 
     folder = options.broker_state(state)
@@ -125,8 +125,8 @@ def _target(name: str | None, reason: str, run_id: str | None, *, everyone: bool
     return EVERYONE if everyone else name or "", {"reason": reason, **({} if run_id is None else {"run_id": run_id})}
 
 
-def _refuse_unknown(name: str, manifests: Path) -> None:
-    """A running broker knows its agents; without one, a name that is only mistyped would be revoked and nobody stopped."""
+def _warn_of_unknown(name: str, manifests: Path) -> None:
+    """A running broker knows its agents; without one, a name that is only mistyped is revoked, and nobody stopped."""
     try:
         snapshot = load(manifests).snapshot
     except UsageError:
@@ -134,7 +134,7 @@ def _refuse_unknown(name: str, manifests: Path) -> None:
     if snapshot is None:
         click.echo(f"the manifests in {manifests} can't be read: whether one names {name!r} was not checked", err=True)
     elif name not in snapshot.agents:
-        raise UsageError(f"no manifest in {manifests} names an agent {name!r}", "name the broker's manifests with --manifests")
+        click.echo(printable(f"warning: no manifest in {manifests} names an agent {name!r}; is it spelled so?"), err=True)
 
 
 def _asked(state: Path, target: str) -> dict[str, Any]:
