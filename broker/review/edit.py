@@ -35,7 +35,7 @@ def edited(text: str, edits: Iterable[Edit]) -> str:
         _put(next(each for each in documents if each["kind"] == "Agent" and each["metadata"]["name"] == edit.agent), edit)
     after = _written(yaml, documents)
     made = _moved(text, before, after)
-    return made if _says(yaml, made, documents) else _headed(text, after)
+    return made if made != after and _says(yaml, made, documents) else _headed(text, after)
 
 
 _HEAD = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*---[ \t]*\n")

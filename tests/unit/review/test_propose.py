@@ -328,9 +328,16 @@ def test_a_body_that_is_too_long_for_the_record_is_left_to_the_catalog(grant):
     assert replayed(snapshot, record, NOW) is None
 
 
-def test_comments_before_the_first_document_stay_where_a_file_is_written_anew():
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "spec:\n    tools:\n        box:\n            operations:\n                a: {}\n",
+        "spec:\n    tools:\n    box: {operations: {a: {}}}\n",
+    ],
+    ids=["whose lines fit nowhere", "whose places are not found"],
+)
+def test_comments_before_the_first_document_stay_where_a_file_is_written_anew(spec):
     head = "# ours\n\n---\n# the bot\n"
-    spec = "spec:\n    tools:\n        box:\n            operations:\n                a: {}\n"
     text = f"{head}kind: Agent\nmetadata:\n    name: bot\n{spec}"
     made = edited(text, [Edit("bot", "f", ("spec", "tools", "box", "operations", "do"), {}, ())])
     assert made.startswith(f"{head}kind: Agent\nmetadata:\n  name: bot\n"), "indented as we write it"
