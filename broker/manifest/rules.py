@@ -55,7 +55,7 @@ def rules(
 
 
 _UNBOUNDED = (
-    "what can't be undone is granted without bounds; pin what it may touch (const, enum, or a pattern like ^draft-.*$, "
+    "what can't be undone is granted without bounds; pin what it may touch (const, enum, or a pattern like ^draft-, "
     "for the parameter that names it) and let no shadow mode pass it, or ask a human each time (approval, without when)"
 )
 
@@ -108,12 +108,12 @@ def _names(schema: Any, above: Sequence[Any], *, texts: bool) -> bool:
     return any(value is not None and not isinstance(value, bool) for value in listed)
 
 
-_PREFIXED = re.compile(r"\^(?:[\w/:@ -]|\\[^\w])+(?![?*{]).*(?<!\\)\$", re.ASCII | re.DOTALL)
+_PREFIXED = re.compile(r"\^(?:[\w/:@ -]|\\[^\w])+(?![?*{]).*", re.ASCII | re.DOTALL)
 _INSIDE = re.compile(r"\\.|\[[^\]]*\]|\([^()|]*(?:\|[^()|]*)*\)", re.DOTALL)
 
 
 def _begins(pattern: str) -> bool:
-    """Whether it is about the whole text (`^…$`), and that begins with certain characters in each of its alternatives."""
+    """Whether the text must begin with certain characters (`^…`), in each of the pattern's alternatives."""
     if not _PREFIXED.fullmatch(pattern):
         return False
     rest = ""

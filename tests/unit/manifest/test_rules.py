@@ -104,9 +104,9 @@ ID = {"path": {"properties": {"repo": {"type": "integer"}}}}
         *(
             ("path", {}, {"properties": {"repo": {"pattern": pattern}}}, bounded)
             for patterns, bounded in (
-                (("^acme-.*$", "^acme-(a|[|])+$", r"^\.x$", "^acme-?$"), True),
-                ((".*", "^[A-Za-z0-9_.-]+$", ".{5,}", "[a-z]", "^.{4,}$", "^[^W]*$", "acme-.*$", "^acme-"), False),
-                (("^a*$", "^a?.*$", "^a{0}.*$", r"^a\$", "^a|.*$", "^a(b)|c$", r"^\w+$", "^a(b|(c)))|.$"), False),
+                (("^acme-", "^acme-.*$", "^acme-(a|[|])+$", r"^\.x$", "^acme-?$", r"^a\$"), True),
+                ((".*", "^[A-Za-z0-9_.-]+$", ".{5,}", "[a-z]", "^.{4,}$", "^[^W]*$", "acme-.*$", "^a?b", "^acme-|x"), False),
+                (("^a*$", "^a?.*$", "^a{0}.*$", "^a|.*$", "^a(b)|c$", r"^\w+$", "^a(b|(c)))|.$"), False),
             )
             for pattern in patterns
         ),
