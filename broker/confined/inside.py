@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,18 +36,25 @@ route add default dev lo
 # Unix sockets that lead out lie here (D-Bus, containers, terminals, agents for keys), as do the broker's own.
 _HIDDEN = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# By architecture: its AUDIT_ARCH, and its numbers of socket(2) and ioctl(2) (Linux, include/uapi/linux/audit.h, asm/unistd.h).
-_NUMBERS = {"x86_64": (0xC000003E, 41, 16), "aarch64": (0xC00000B7, 198, 29)}
+# By architecture: its AUDIT_ARCH, and its numbers of system calls (Linux, include/uapi/linux/audit.h, asm/unistd.h).
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_NUMBERS = {
+    "x86_64": {"socket": 41, "ioctl": 16, "clone": 56, "unshare": 272, "setns": 308},
+    "aarch64": {"socket": 198, "ioctl": 29, "clone": 220, "unshare": 97, "setns": 268},
+}
 _IO_URING_SETUP = 425  # makes sockets without socket(2)
+_CLONE3 = 435  # its flags lie in memory, where no filter can read them; libc then takes clone(2)
+# Of all flags for new namespaces: in a user namespace the command would have every capability, and could mount what is hidden.
+_NAMESPACES = 0x7E020000
 _X32 = 0x40000000  # numbers of another ABI of x86_64
 # The rest is not bound to a network namespace (vsock reaches the host of a virtual machine), or nobody's need.
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 _TIOCSTI = 0x5412  # types into the terminal, for the caller's shell to run
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-# By these root, also without capabilities, has the kernel do things.
-_KERNEL = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/scsi", "/proc/acpi")
+# By these root, also without capabilities, has the kernel do things; and others, in control groups that they were given.
+_KERNEL = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/scsi", "/proc/acpi", "/sys")
 _BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem",
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
@@ -242,9 +250,9 @@ def _become(plan: dict[str, Any]) -> NoReturn:
 
 def _filter_calls(machine: str) -> None:
     """Refuse the system calls that no network namespace holds (seccomp(2))."""
-    if machine not in _NUMBERS:
+    if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOTSUP, f"no system calls are known of {machine}, so that none could be refused")
-    program = _program(*_NUMBERS[machine])
+    program = _program(_ARCHITECTURES[machine], _NUMBERS[machine])
     code = b"".join(struct.pack("HBBI", *each) for each in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer)))
@@ -252,7 +260,10 @@ def _filter_calls(machine: str) -> None:
         _raise("seccomp")
 
 
-def _program(architecture: int, socket_call: int, ioctl: int) -> list[tuple[int, int, int, int]]:
+_Steps = list[tuple[int, int, int, int]]
+
+
+def _program(architecture: int, numbers: dict[str, int]) -> _Steps:
     """The filter: `(code, jump if so, jump if not, constant)`; it reads struct seccomp_data."""
     number, arch, first, second = 0, 4, 16, 24
     allow = (_RETURN, 0, 0, _ALLOW)
@@ -261,10 +272,18 @@ def _program(architecture: int, socket_call: int, ioctl: int) -> list[tuple[int,
     return [
         (_LOAD, 0, 0, arch), (_EQUAL, 1, 0, architecture), absent,
         (_LOAD, 0, 0, number), (_AT_LEAST, 0, 1, _X32), absent,
-        (_EQUAL, 0, 1, _IO_URING_SETUP), absent,
-        (_EQUAL, 0, 4, ioctl), (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow,
-        (_EQUAL, 1, 0, socket_call), allow, (_LOAD, 0, 0, first), *families, no_family,
+        *_on([_IO_URING_SETUP, _CLONE3], absent),
+        *_on([numbers["unshare"], numbers["setns"]], forbidden),
+        *_on([numbers["clone"]], (_LOAD, 0, 0, first), (_ANY_OF, 0, 1, _NAMESPACES), forbidden, allow),
+        *_on([numbers["ioctl"]], (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow),
+        *_on([numbers["socket"]], (_LOAD, 0, 0, first), *families, no_family),
+        allow,
     ]  # fmt: skip
+
+
+def _on(numbers: Sequence[int], *steps: tuple[int, int, int, int]) -> _Steps:
+    """These steps, the last of which returns, for each of these system calls."""
+    return [each for number in numbers for each in ((_EQUAL, 0, len(steps), number), *steps)]
 
 
 def _attend(child: int) -> int:

@@ -23,6 +23,7 @@ from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
 from broker.canary import Canary
+from broker.confined.ceilings import mounted
 from broker.dataplane.compile import Written
 from broker.dataplane.site import Namespace, Site
 from broker.namespaces import Held
@@ -300,6 +301,37 @@ print(tried(lambda: socket.socket(socket.AF_VSOCK)), tried(lambda: socket.socket
 
 def test_what_no_network_namespace_holds_is_refused_by_the_kernel(place):
     assert run(place, PYTHON, "-c", CALLS).stdout == "EAFNOSUPPORT EAFNOSUPPORT EPERM -1 made\n"
+
+
+NAMESPACES = r"""
+import ctypes, errno, os, signal, subprocess
+libc = ctypes.CDLL(None, use_errno=True)
+def tried(*call):
+    made = libc.syscall(*call)
+    if made == 0: os._exit(9)
+    return errno.errorcode[ctypes.get_errno()] if made < 0 else "made"
+numbers = {"x86_64": (56, 272, 308), "aarch64": (220, 97, 268)}[os.uname().machine]
+print(*(tried(numbers[0], flag | signal.SIGCHLD, 0, 0, 0, 0) for flag in (0x20000, 0x2000000, 0x10000000, 0x40000000)),
+      tried(numbers[1], 0x10000000), tried(numbers[2], os.open("/proc/self/ns/user", 0), 0), tried(435, 0, 0),
+      subprocess.run(["true"]).returncode)
+"""
+
+
+def test_the_command_makes_no_namespaces_in_which_it_would_have_capabilities(place):
+    done = run(place, PYTHON, "-c", NAMESPACES, options=("--user", "nobody"))
+    assert done.stdout == f"{'EPERM ' * 6}ENOSYS 0\n", done.stderr
+
+
+def test_no_control_group_can_be_written_to_also_not_one_that_its_user_was_given(place):
+    groups = mounted(Path("/proc/mounts").read_text())
+    given = groups / "broker-test-given"
+    given.mkdir()
+    try:
+        os.chown(given / "cgroup.procs", 65534, 65534)
+        done = run(place, "sh", "-c", f"echo 0 > {given}/cgroup.procs", options=("--user", "nobody"))
+        assert "Read-only file system" in done.stderr
+    finally:
+        given.rmdir()
 
 
 def test_it_runs_as_who_is_named_or_as_who_called_sudo(place):
