@@ -36,11 +36,12 @@ route add default dev lo
 # Unix sockets that lead out lie here (D-Bus, containers, terminals, agents for keys), as do the broker's own.
 _HIDDEN = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# By architecture: its AUDIT_ARCH, and its numbers of system calls (Linux, include/uapi/linux/audit.h, asm/unistd.h).
+# By architecture: its AUDIT_ARCH, and its numbers of system calls (Linux, include/uapi/linux/audit.h, asm/unistd.h); `keys` are
+# add_key(2), request_key(2) and keyctl(2): keyrings are the user's in every network namespace, and a request may ask DNS.
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_NUMBERS = {
-    "x86_64": {"socket": 41, "ioctl": 16, "clone": 56, "unshare": 272, "setns": 308},
-    "aarch64": {"socket": 198, "ioctl": 29, "clone": 220, "unshare": 97, "setns": 268},
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "x86_64": {"socket": 41, "ioctl": 16, "clone": 56, "unshare": 272, "setns": 308, "keys": (248, 249, 250)},
+    "aarch64": {"socket": 198, "ioctl": 29, "clone": 220, "unshare": 97, "setns": 268, "keys": (217, 218, 219)},
 }
 _IO_URING_SETUP = 425  # makes sockets without socket(2)
 _CLONE3 = 435  # its flags lie in memory, where no filter can read them; libc then takes clone(2)
@@ -263,7 +264,7 @@ def _filter_calls(machine: str) -> None:
 _Steps = list[tuple[int, int, int, int]]
 
 
-def _program(architecture: int, numbers: dict[str, int]) -> _Steps:
+def _program(architecture: int, numbers: dict[str, Any]) -> _Steps:
     """The filter: `(code, jump if so, jump if not, constant)`; it reads struct seccomp_data."""
     number, arch, first, second = 0, 4, 16, 24
     allow = (_RETURN, 0, 0, _ALLOW)
@@ -272,7 +273,7 @@ def _program(architecture: int, numbers: dict[str, int]) -> _Steps:
     return [
         (_LOAD, 0, 0, arch), (_EQUAL, 1, 0, architecture), absent,
         (_LOAD, 0, 0, number), (_AT_LEAST, 0, 1, _X32), absent,
-        *_on([_IO_URING_SETUP, _CLONE3], absent),
+        *_on([_IO_URING_SETUP, _CLONE3, *numbers["keys"]], absent),
         *_on([numbers["unshare"], numbers["setns"]], forbidden),
         *_on([numbers["clone"]], (_LOAD, 0, 0, first), (_ANY_OF, 0, 1, _NAMESPACES), forbidden, allow),
         *_on([numbers["ioctl"]], (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow),

@@ -322,6 +322,18 @@ def test_the_command_makes_no_namespaces_in_which_it_would_have_capabilities(pla
     assert done.stdout == f"{'EPERM ' * 6}ENOSYS 0\n", done.stderr
 
 
+KEYS = r"""
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {"x86_64": (248, 249, 250), "aarch64": (217, 218, 219)}[os.uname().machine]:
+    print(libc.syscall(number, b"user", b"broker-test", b"x", 1, -4), errno.errorcode.get(ctypes.get_errno()), end=" ")
+"""
+
+
+def test_the_kernels_keys_which_all_share_who_have_a_user_are_not_to_be_had(place):
+    assert run(place, PYTHON, "-c", KEYS).stdout == "-1 ENOSYS " * 3
+
+
 def test_no_control_group_can_be_written_to_also_not_one_that_its_user_was_given(place):
     groups = mounted(Path("/proc/mounts").read_text())
     given = groups / "broker-test-given"
