@@ -63,7 +63,11 @@ _BUNDLES = (
 _OPEN_S = 10.0
 _DNS = 53
 _QUERY = bytes(12)  # RFC 1035 section 4.1.1: a header without a question, which is answered and stands in no record
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_FORWARDED = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGCONT,
+)  # fmt: skip
+_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
+_ASKING = (signal.SIGTTIN, signal.SIGTTOU)
 _FAULT = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -93,7 +97,7 @@ def main() -> int:
         _become(plan)
     told.close()
     telling.close()
-    return _attend(child)
+    return _attend(child, terminal=plan["terminal"])
 
 
 def _network() -> None:
@@ -287,22 +291,39 @@ def _on(numbers: Sequence[int], *steps: tuple[int, int, int, int]) -> _Steps:
     return [each for number in numbers for each in ((_EQUAL, 0, len(steps), number), *steps)]
 
 
-def _attend(child: int) -> int:
-    """Pass signals on and take in whoever ends, until the command does."""
+def _attend(child: int, *, terminal: bool) -> int:
+    """Pass signals on and take in whoever ends, until the command does. Where there is a terminal, stop with the command."""
     while True:
         came = signal.sigwaitinfo({*_FORWARDED, signal.SIGCHLD})
         if came.si_signo != signal.SIGCHLD:
-            # What the terminal sends (its code is above 0), it has sent the command too.
-            if came.si_code <= 0:
-                os.kill(child, came.si_signo)
+            # What the terminal sends (its code is above 0), and the command to its own group, the command has as well.
+            if came.si_code <= 0 and came.si_pid == 0:
+                _pass_on(child, came.si_signo)
             continue
         while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == child:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
+            pid, status = os.waitpid(-1, os.WNOHANG | (os.WUNTRACED if terminal else 0))
             if pid == 0:
                 break
+            if os.WIFSTOPPED(status):
+                if pid == child:
+                    _stop(os.WSTOPSIG(status))
+            elif pid == child:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+
+
+def _stop(number: int) -> None:
+    """Stop `unshare` by this signal, which `broker run` sees; this process is the first of its namespace, and does not stop."""
+    os.kill(0, number if number in _ASKING else signal.SIGSTOP)
+
+
+def _pass_on(child: int, number: int) -> None:
+    """What a keyboard sends is for all of the command's group; to go on is said to ours already."""
+    group = os.getpgid(child)  # 0, which is ours, if it has made no other
+    if number in _KEYBOARD:
+        os.killpg(group, number)
+    elif group or number != signal.SIGCONT:
+        os.kill(child, number)
 
 
 if __name__ == "__main__":

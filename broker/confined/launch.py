@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.admin.client import ask
+from broker.confined.terminal import Terminal
 from broker.dataplane.site import DOOR_PORT, TRANSPARENT_PORTS
 from broker.errors import BrokerError, UsageError
 from broker.lifetimes import die_with
@@ -24,7 +25,10 @@ from broker.state import State
 
 _TOOLS = {"ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux"}
 _NAMESPACES = ("--net", "--ipc", "--uts", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
-_WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH}
+_WATCHED = {
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGTSTP,
+    signal.SIGCONT,
+}  # fmt: skip
 _REJOIN_S = 0.25
 _INSIDE = Path(__file__).with_name("inside.py")
 
@@ -44,10 +48,11 @@ class Plan:
     hidden: Sequence[str]
     writable: Sequence[str]
 
-    def document(self, limits: Mapping[str, int]) -> bytes:
-        """As the process inside reads it, on one line."""
+    def document(self, limits: Mapping[str, int], *, terminal: bool) -> bytes:
+        """As the process inside reads it, on one line. With a `terminal`, it tells when the command stops."""
         said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv"), "sockets": _sockets()}
-        return json.dumps({**said, "limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS]}).encode() + b"\n"
+        said |= {"limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS], "terminal": terminal}
+        return json.dumps(said).encode() + b"\n"
 
 
 def check_tools() -> None:
@@ -77,6 +82,7 @@ class Confined:
     """
 
     def __init__(self, plan: Plan, limits: Mapping[str, int]) -> None:
+        self._terminal = Terminal()
         (told, self._tell), (hear, telling) = os.pipe(), os.pipe()
         # Isolated, and without the packages or the environment of whoever called.
         inside = [sys.executable, "-I", "-S", str(_INSIDE), str(told), str(telling)]
@@ -85,11 +91,12 @@ class Confined:
             pass_fds=(told, telling),
             env={"PATH": os.environ.get("PATH", os.defpath)},
             preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
+            process_group=0,  # the command's too: what it sends to its own must not reach the caller's
         )
         os.close(told)
         os.close(telling)
         with os.fdopen(hear) as answers:
-            self._say(plan.document(limits))
+            self._say(plan.document(limits, terminal=bool(self._terminal)))
             line = answers.readline()
         if not line:
             self.end()
@@ -102,22 +109,41 @@ class Confined:
 
     def go(self, readonly: Sequence[str]) -> None:
         """The doors are open: have the command started, which may not change these paths."""
+        self._terminal.offer(self._process.pid)
         self._say(json.dumps(readonly).encode() + b"\n")
 
     def wait(self) -> int:
         """Its exit code, once it has ended; signals that come meanwhile are passed on."""
         while (code := self._process.poll()) is None:
-            came = signal.sigwaitinfo({*_WATCHED, signal.SIGCHLD})
-            # A terminal sends its signals (their code is above 0) to the command as well.
-            if came.si_signo != signal.SIGCHLD and came.si_code <= 0:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pid, came.si_signo)
+            self._attend(signal.sigwaitinfo({*_WATCHED, signal.SIGCHLD}).si_signo)
         return code if code >= 0 else 128 - code
+
+    def _attend(self, number: int) -> None:
+        group = self._process.pid
+        if number == signal.SIGTSTP:
+            os.killpg(group, number)
+        elif number == signal.SIGCONT:
+            self._terminal.go_on(group)
+        elif number != signal.SIGCHLD:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+        elif not (stop := self._stop()):
+            return
+        elif self._terminal:
+            self._terminal.stopped(group, stop.si_status)
+        else:
+            self._process.send_signal(signal.SIGCONT)  # the command's group has stopped, and we have nobody to tell
+
+    def _stop(self) -> os.waitid_result | None:
+        with contextlib.suppress(ChildProcessError):  # it has ended
+            return os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG)
+        return None
 
     def end(self) -> None:
         """End it, and all that it started."""
         self._process.kill()
         self._process.wait()
+        self._terminal.take_back()
         os.close(self._tell)
 
 

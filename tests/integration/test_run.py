@@ -3,13 +3,16 @@
 import asyncio
 import json
 import os
+import pty
+import select
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -592,6 +595,72 @@ def test_signals_are_passed_on_once(place, number):
     assert running.process.wait(10) == 9
     assert running.line() == ""
     running.close()
+
+
+SPREADING = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(0, 15); print('goes on')"
+
+
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_a_signal_of_the_commands_to_its_group_reaches_nobody_else_of_the_callers(place, user):
+    command = [*verb(place.broker, "coder"), "--user", user, "--", PYTHON, "-c", SPREADING]
+    script = ["sh", "-c", f"trap 'echo the caller too' TERM; {shlex.join(command)}; echo $?"]
+    done = subprocess.run([*place.host.within, *script], capture_output=True, text=True, check=False, start_new_session=True)
+    assert done.stdout.split("\n") == ["goes on", "0", ""], done.stderr
+
+
+@contextmanager
+def at_a_terminal(*command: str) -> Iterator[Callable[[str, str], str]]:
+    """The command with a terminal of its own. Gives what types a text, and gives all that is shown until a text has come."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp(command[0], command)
+    shown = ""
+
+    def type_and_see(text: str, expected: str) -> str:
+        nonlocal shown
+        os.write(terminal, text.encode())
+        end = time.monotonic() + 30
+        while expected not in shown:
+            assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], f"{expected!r} is not in {shown!r}"
+            shown += os.read(terminal, 4096).decode()
+        before, _, shown = shown.partition(expected)
+        return before
+
+    try:
+        yield type_and_see
+    finally:
+        os.close(terminal)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+TALKING = (
+    'trap \'echo inter""rupted\' INT; echo re""ady; while [ "$said" != bye ]; do read -r said && echo "has $said"; done; exit 4'
+)
+
+
+@pytest.mark.parametrize("end", ["", " </dev/tty", " | cat"])
+def test_a_command_at_a_terminal_reads_from_it_and_is_interrupted_and_stopped_by_it(place, end):
+    command = shlex.join([*verb(place.broker, "coder"), "--", "bash", "-c", TALKING]) + end
+    with at_a_terminal(*place.host.within, "bash", "--norc", "--noprofile", "-i") as type_and_see:
+        type_and_see(f"{command}\n", "\nready")
+        type_and_see("one\n", "has one")
+        assert type_and_see("\x03two\n", "has two").count("interrupted") == 1
+        if end == " | cat":  # whose other part a key stops only where it is sent to all
+            return
+        type_and_see("\x1a", "Stopped")
+        type_and_see("echo sh''ell\n", "shell\r\n")
+        type_and_see("fg\nthree\n", "has three")
+        type_and_see("\x1a", "Stopped")
+        type_and_see("fg; echo c''ode $?\nbye\n", "code 4")
+
+
+def test_the_terminal_is_the_callers_again_when_the_command_has_ended(place):
+    command = shlex.join([*verb(place.broker, "coder"), "--", "bash", "-c", "echo re''ady; read -r said; echo has $said"])
+    with at_a_terminal(*place.host.within, "sh", "-c", f'{command}; read -r said; echo "caller has $said"') as type_and_see:
+        type_and_see("", "ready")
+        type_and_see("one\n", "has one")
+        type_and_see("two\n", "caller has two")
 
 
 def test_a_revoked_agent_is_cut_off_in_its_namespace(place):
