@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from broker.dataplane.site import DOOR_PORT
+from broker.redaction import SHAPE
 
 CA = "/run/broker/ca.pem"
 """The broker's CA, as the command sees it."""
@@ -28,14 +29,20 @@ _AWAY = (
 )  # fmt: skip
 
 _BY_NAME = re.compile(
-    r"(AWS|STRIPE|SLACK|BROKER_REDIS)_.+|(.+_)?(TOKEN|SECRET|API_?KEY|ACCESS_?KEY|SECRET_?KEY|PRIVATE_?KEY|(PG)?PASSWORD|PASSWD|PWD|PASSPHRASE"
-    r"|CREDENTIALS?|PAT)(_(ID|VALUE|FILE))?",
+    r"(AWS|STRIPE|SLACK|BROKER_REDIS)_.+|(.+_)?(TOKEN|SECRET|API_?KEY|ACCESS_?KEY|SECRET_?KEY|PRIVATE_?KEY|(?<!PUBLIC_)KEY|(PG)?PASSWORD"
+    r"|PASSWD|PWD|PASSPHRASE|(SSH)?PASS|CREDENTIALS?|PAT|AUTH(_CONFIG)?|JWT|CONNECTION_?STRING|DSN|WEBHOOK(_URL)?)(_(ID|VALUE|FILE))?",
     re.IGNORECASE,
 )
 _API_KEY = re.compile(r"(.+_)?API_?KEY", re.IGNORECASE)
 PLACEHOLDER = "the-broker-has-it"
-_BY_VALUE = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s:]*:[^/@\s]+@", re.IGNORECASE)  # RFC 3986 section 3.2.1: user:password@
-_NO_CREDENTIAL = ("PWD", "OLDPWD", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE")
+_BY_VALUE = re.compile(
+    SHAPE + r"|(?i:[a-z][a-z0-9+.-]*://[^/@\s:]*:[^/@\s]+@"  # RFC 3986 section 3.2.1: user:password@
+    # Of a URL's query, or of a connection string.
+    r"|(?:^|[?&;\s])(?:password|passwd|pwd|secret|token|access_token|api_?key|accountkey|sharedaccess(?:key|signature)|sig)=[^&;\s]"
+    r"|\bauthorization: *[a-z]+ +\S)"
+)
+# The last but one is how images of Python name who signs its releases.
+_NO_CREDENTIAL = ("PATH", "PWD", "OLDPWD", "AWS_REGION", "AWS_DEFAULT_REGION", "GPG_KEY", "AWS_CA_BUNDLE")
 
 
 class Made(NamedTuple):

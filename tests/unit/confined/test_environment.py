@@ -11,7 +11,9 @@ from broker.confined.environment import CA, PLACEHOLDER, environment
         "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE",
         "GITHUB_TOKEN", "GH_TOKEN", "STRIPE_KEY", "SLACK_WEBHOOK", "NPM_TOKEN", "CLIENT_SECRET", "DB_PASSWORD", "PGPASSWORD",
         "TOKEN", "password", "GOOGLE_APPLICATION_CREDENTIALS", "SSH_PRIVATE_KEY", "SIGNING_KEY_PASSPHRASE", "API_TOKEN_FILE",
-        "BROKER_REDIS_URL", "GITLAB_PAT",
+        "BROKER_REDIS_URL", "GITLAB_PAT", "PD_KEY", "OPENAI_KEY", "SIGNING_KEY", "RAILS_MASTER_KEY", "AZURE_STORAGE_KEY",
+        "DB_PASS", "SMTP_PASS", "SSHPASS", "AZURE_STORAGE_CONNECTION_STRING", "DOCKER_AUTH_CONFIG", "npm_config__auth",
+        "CI_JOB_JWT", "JWT", "DB_DSN", "DISCORD_WEBHOOK_URL", "TLS_KEY_FILE",
     ],
 )  # fmt: skip
 def test_a_variable_that_is_named_like_a_credential_is_left_out_and_told(name):
@@ -28,7 +30,15 @@ def test_an_api_key_is_told_and_replaced_since_clients_do_not_start_without_one(
     assert environment({name: "sk-1"}, keep=[name]).variables[name] == "sk-1"
 
 
-@pytest.mark.parametrize("value", ["postgres://u:p@db/x", "see redis://:pw@h:6379/0", "https://bot:tok@git.example/x.git"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "postgres://u:p@db/x", "see redis://:pw@h:6379/0", "https://bot:tok@git.example/x.git", "postgres://h/db?user=u&password=p",
+        "host=h user=u password=p", "AccountName=a;AccountKey=z", "Server=h;Pwd=p", "https://h/blob?sv=1&sig=x", "https://h/?access_token=x",
+        "AUTHORIZATION: basic abc", "ghp_0123456789abcdefghij", "sk-0123456789", "eyJhbGciOiJIUzI1NiJ9.e30.x",
+        "-----BEGIN PRIVATE KEY-----",
+    ],
+)  # fmt: skip
 def test_a_value_that_holds_a_password_is_left_out_whatever_its_name(value):
     assert environment({"WHERE": value}).cleared == ["WHERE"]
 
@@ -43,6 +53,19 @@ def test_a_value_that_holds_a_password_is_left_out_whatever_its_name(value):
         ("MAX_TOKENS", "100"),
         ("HOMEPAGE", "https://example.com/a@b"),
         ("SPATIAL", "1"),
+        ("PATH", "/opt/sk-something-old/bin"),
+        ("XAUTHORITY", "/root/.Xauthority"),
+        ("GIT_AUTHOR_NAME", "me"),
+        ("AUTHOR", "me"),
+        ("LESSKEY", "/etc/less"),
+        ("MONKEY", "1"),
+        ("BYPASS", "1"),
+        ("COMPASS_X", "1"),
+        ("SSH_PUBLIC_KEY", "ssh-ed25519 AAAA"),
+        ("GPG_KEY", "A035C8C19219BA821ECEA86B64E628F8D684696D"),
+        ("KUBECONFIG", "/root/.kube/config"),
+        ("GIT_SSH_COMMAND", "ssh -o PasswordAuthentication=no"),
+        ("PS1", "$(token=1)"),
     ],
 )
 def test_what_is_no_credential_stays(name, value):
