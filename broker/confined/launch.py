@@ -1,7 +1,9 @@
 """From `broker run`'s side: the command is started, joined to the running broker, watched, and its end waited for."""
 
+import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ _WATCHED = {
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGTSTP,
     signal.SIGCONT,
 }  # fmt: skip
+# Where services keep sockets, beside the folders that look empty inside.
+_KEEPING = ("/var", "/srv", "/opt")
+_NO_FILES = ("/proc", "/sys")
+_MOST_ENTRIES = 100_000  # of each place: about 0.1 s
 _REJOIN_S = 0.25
 _INSIDE = Path(__file__).with_name("inside.py")
 
@@ -50,9 +56,12 @@ class Plan:
 
     def document(self, limits: Mapping[str, int], *, terminal: bool) -> bytes:
         """As the process inside reads it, on one line. With a `terminal`, it tells when the command stops."""
-        said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv"), "sockets": _sockets()}
+        said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv"), "sockets": self._sockets()}
         said |= {"limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS], "terminal": terminal}
         return json.dumps(said).encode() + b"\n"
+
+    def _sockets(self) -> list[str]:
+        return _sockets([self.directory, *self.writable, self.environment.get("HOME", ""), *_KEEPING])
 
 
 def check_tools() -> None:
@@ -69,10 +78,40 @@ def _found(tool: str) -> str:
     return path
 
 
-def _sockets() -> list[str]:
-    """The Unix sockets of this machine that have a path: whoever answers on one could fetch what the command may not."""
-    paths = {line.split(maxsplit=7)[-1] for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()}
-    return sorted(path for path in paths if path.startswith("/") and Path(path).is_socket())
+def _sockets(places: Iterable[str]) -> list[str]:
+    """The Unix sockets that somebody listens on, who could fetch what the command may not.
+
+    The kernel names those of this network namespace that were bound by a whole path, as it then was; the others are looked for.
+    """
+    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    named = (line.split(maxsplit=7)[-1] for line in lines)
+    found = itertools.chain.from_iterable(_sockets_below(place) for place in dict.fromkeys(places))
+    return sorted(path for path in {*named, *found} if path.startswith("/") and _is_answered(path))
+
+
+def _sockets_below(place: str) -> Iterator[str]:
+    """What may be one in a folder and those in it, the nearest first, of so many entries that a start is not delayed."""
+    left, folders = _MOST_ENTRIES, collections.deque([place])
+    while folders and left > 0:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in itertools.islice(entries, left):
+                left -= 1
+                if entry.is_dir(follow_symlinks=False) and entry.path not in _NO_FILES:
+                    folders.append(entry.path)
+                elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+                    yield entry.path
+
+
+def _is_answered(path: str) -> bool:
+    """Whether this is a socket that somebody has open. A datagram one disturbs nobody by asking: it connects to no other."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # it is of another kind, or its path too long
+            return True
+    return True
 
 
 class Confined:

@@ -1,6 +1,7 @@
 """`broker run`: unchanged programs are governed, whatever they heed; nothing else gets out; all ends together."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -280,6 +281,50 @@ def test_root_can_have_nobody_else_do_anything(place, path):
     assert not Path("/etc/cron.d/x").exists()
 
 
+LISTENING = r"""
+import os, socket, sys
+made = socket.socket(socket.AF_UNIX)
+made.bind(sys.argv[1])
+made.listen()
+if len(sys.argv) > 2: os.rename(sys.argv[1], sys.argv[2])
+print("listens", flush=True)
+sys.stdin.read()
+"""
+CONNECTING = """rm stale.sock
+for name in relative deep/er/renamed elsewhere; do curl -s -m 2 --unix-socket $name.sock http://x/; echo $?; done"""
+
+
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_a_socket_in_a_folder_of_the_commands_can_not_be_opened_wherever_and_however_it_was_bound(place, user, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sockets")
+    (folder / "deep/er").mkdir(parents=True)
+    for each, mode in ((folder, 0o777), *((above, 0o755) for above in folder.parents[:-2])):
+        each.chmod(mode)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as stale:
+        stale.bind(str(folder / "stale.sock"))
+    listening = [PYTHON, "-c", LISTENING]
+    started = [
+        subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for command in (
+            [*listening, "relative.sock"],
+            [*listening, f"{folder}/bound.sock", f"{folder}/deep/er/renamed.sock"],
+            ["unshare", "--net", "--", *listening, f"{folder}/elsewhere.sock"],
+        )
+    ]
+    try:
+        for each in started:
+            assert each.stdout.readline() == "listens\n"
+        for path in folder.rglob("*.sock"):
+            path.chmod(0o777)
+        within = [*place.host.within[:-2], f"--wd={folder}", "--", "env", f"PYTHONPATH={Path.cwd()}"]
+        command = [*verb(place.broker, "coder"), "--user", user, "--", "sh", "-c", CONNECTING]
+        done = subprocess.run([*within, *command], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.stdout.split(), "stale.sock" in done.stderr) == (["7", "7", "7"], False), done.stderr
+    finally:
+        for each in started:
+            each.communicate("")
+
+
 def test_an_agent_that_works_beside_the_manifests_can_not_change_them(place):
     script = f"ls {place.manifests} | grep -c yaml; touch x && rm x && echo written; touch {place.manifests}/x"
     command = [*verb(place.broker, "coder"), "--", "sh", "-c", script]
@@ -321,7 +366,7 @@ print(*(tried(numbers[0], flag | signal.SIGCHLD, 0, 0, 0, 0) for flag in (0x2000
 
 
 def test_the_command_makes_no_namespaces_in_which_it_would_have_capabilities(place):
-    done = run(place, PYTHON, "-c", NAMESPACES, options=("--user", "nobody"))
+    done = run(place, PYTHON, "-c", NAMESPACES)
     assert done.stdout == f"{'EPERM ' * 6}ENOSYS 0\n", done.stderr
 
 
@@ -597,12 +642,12 @@ def test_signals_are_passed_on_once(place, number):
     running.close()
 
 
-SPREADING = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(0, 15); print('goes on')"
+SPREADING = "trap '' TERM; kill -TERM 0; echo goes on"
 
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
 def test_a_signal_of_the_commands_to_its_group_reaches_nobody_else_of_the_callers(place, user):
-    command = [*verb(place.broker, "coder"), "--user", user, "--", PYTHON, "-c", SPREADING]
+    command = [*verb(place.broker, "coder"), "--user", user, "--", "sh", "-c", SPREADING]
     script = ["sh", "-c", f"trap 'echo the caller too' TERM; {shlex.join(command)}; echo $?"]
     done = subprocess.run([*place.host.within, *script], capture_output=True, text=True, check=False, start_new_session=True)
     assert done.stdout.split("\n") == ["goes on", "0", ""], done.stderr
