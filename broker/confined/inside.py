@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -36,13 +37,23 @@ route add default dev lo
 # Unix sockets that lead out lie here (D-Bus, containers, terminals, agents for keys), as do the broker's own.
 _HIDDEN = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# By architecture: its AUDIT_ARCH, and its numbers of system calls (Linux, include/uapi/linux/audit.h, asm/unistd.h); `keys` are
-# add_key(2), request_key(2) and keyctl(2): keyrings are the user's in every network namespace, and a request may ask DNS.
+# By architecture: its AUDIT_ARCH, and its numbers of system calls (Linux, include/uapi/linux/audit.h, asm/unistd.h).
+# `keys`: add_key(2), request_key(2), keyctl(2); keyrings are the user's in every network namespace, and a request may ask DNS.
+# `modes`: chmod(2), fchmod(2), creat(2), mknod(2), fchmodat(2), mknodat(2), with the argument that is a mode; `opens`: open(2),
+# openat(2), with the argument that is flags, before the mode.
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _NUMBERS: dict[str, dict[str, Any]] = {
-    "x86_64": {"socket": 41, "ioctl": 16, "clone": 56, "unshare": 272, "setns": 308, "keys": (248, 249, 250)},
-    "aarch64": {"socket": 198, "ioctl": 29, "clone": 220, "unshare": 97, "setns": 268, "keys": (217, 218, 219)},
-}
+    "x86_64": {
+        "socket": 41, "ioctl": 16, "clone": 56, "unshare": 272, "setns": 308, "keys": (248, 249, 250),
+        "modes": {90: 1, 91: 1, 85: 1, 133: 1, 268: 2, 259: 2}, "opens": {2: 1, 257: 2},
+    },
+    "aarch64": {
+        "socket": 198, "ioctl": 29, "clone": 220, "unshare": 97, "setns": 268, "keys": (217, 218, 219),
+        "modes": {52: 1, 53: 2, 33: 2}, "opens": {56: 2},
+    },
+}  # fmt: skip
+_FCHMODAT2, _OPENAT2 = 452, 437  # the latter's mode lies in memory; who uses it knows kernels without it
+_MAKING = 0x400040  # O_CREAT, or O_TMPFILE's own bit: else there is no mode, but whatever was in its place
 _IO_URING_SETUP = 425  # makes sockets without socket(2)
 _CLONE3 = 435  # its flags lie in memory, where no filter can read them; libc then takes clone(2)
 # Of all flags for new namespaces: in a user namespace the command would have every capability, and could mount what is hidden.
@@ -270,18 +281,30 @@ _Steps = list[tuple[int, int, int, int]]
 
 def _program(architecture: int, numbers: dict[str, Any]) -> _Steps:
     """The filter: `(code, jump if so, jump if not, constant)`; it reads struct seccomp_data."""
-    number, arch, first, second = 0, 4, 16, 24
+    number, arch = 0, 4
+    first, second, *_ = argument = range(16, 64, 8)  # their lower halves
     allow = (_RETURN, 0, 0, _ALLOW)
     absent, forbidden, no_family = ((_RETURN, 0, 0, _ERRNO | why) for why in (errno.ENOSYS, errno.EPERM, errno.EAFNOSUPPORT))
     families = [each for family in _FAMILIES for each in ((_EQUAL, 0, 1, family), allow)]
+    setuid = ((_ANY_OF, 0, 1, stat.S_ISUID), forbidden, allow)
+    modes, opens = {_FCHMODAT2: 2, **numbers["modes"]}, numbers["opens"]
     return [
         (_LOAD, 0, 0, arch), (_EQUAL, 1, 0, architecture), absent,
         (_LOAD, 0, 0, number), (_AT_LEAST, 0, 1, _X32), absent,
-        *_on([_IO_URING_SETUP, _CLONE3, *numbers["keys"]], absent),
+        *_on([_IO_URING_SETUP, _CLONE3, _OPENAT2, *numbers["keys"]], absent),
         *_on([numbers["unshare"], numbers["setns"]], forbidden),
         *_on([numbers["clone"]], (_LOAD, 0, 0, first), (_ANY_OF, 0, 1, _NAMESPACES), forbidden, allow),
         *_on([numbers["ioctl"]], (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow),
         *_on([numbers["socket"]], (_LOAD, 0, 0, first), *families, no_family),
+        *(step for call, mode in modes.items() for step in _on([call], (_LOAD, 0, 0, argument[mode]), *setuid)),
+        *(
+            step
+            for call, flags in opens.items()
+            for step in _on(
+                [call],
+                (_LOAD, 0, 0, argument[flags]), (_ANY_OF, 1, 0, _MAKING), allow, (_LOAD, 0, 0, argument[flags + 1]), *setuid,
+            )
+        ),
         allow,
     ]  # fmt: skip
 

@@ -370,6 +370,31 @@ def test_the_command_makes_no_namespaces_in_which_it_would_have_capabilities(pla
     assert done.stdout == f"{'EPERM ' * 6}ENOSYS 0\n", done.stderr
 
 
+SETUID = r"""
+import errno, os
+def tried(call):
+    try: call()
+    except OSError as error: return errno.errorcode[error.errno]
+    return "made"
+os.umask(0)
+file, folder = os.open("x", os.O_CREAT), os.open(".", 0)
+os.mkdir("y")
+print(*(tried(call) for call in (
+    lambda: os.chmod("x", 0o4755), lambda: os.fchmod(file, 0o4755), lambda: os.chmod("x", 0o4755, dir_fd=folder),
+    lambda: os.mknod("a", 0o104755), lambda: os.mknod("b", 0o104755, dir_fd=folder), lambda: os.open("c", os.O_CREAT, 0o4755),
+    lambda: os.open("d", os.O_CREAT, 0o4755, dir_fd=folder), lambda: os.open(".", os.O_TMPFILE | os.O_RDWR, 0o4755))))
+print(*(tried(call) for call in (
+    lambda: os.chmod("x", 0o755), lambda: os.chmod("y", 0o2775), lambda: os.mknod("e", 0o100755),
+    lambda: os.open("f", os.O_CREAT, 0o755))))
+print(any(os.stat(each).st_mode & 0o4000 for each in os.listdir(".")))
+"""
+
+
+def test_no_program_is_made_that_others_would_run_as_its_owner(place):
+    done = run(place, "sh", "-c", f"cd /tmp && exec {PYTHON} -c '{SETUID}'")
+    assert done.stdout.splitlines() == [" ".join(["EPERM"] * 8), " ".join(["made"] * 4), "False"], done.stderr
+
+
 KEYS = r"""
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
