@@ -27,6 +27,7 @@ _TIMEOUT_S = 5.0
 _RUN = "must-deny-canary"  # by which the record's readers know its calls
 _REFUSED = ("401", "403", "407")
 _CLOSED = ("",)
+_REFUSED_INSIDE = (*_REFUSED, *_CLOSED)  # an agent that holds as many connections as it may leaves none for the canary
 
 
 class _Try(NamedTuple):
@@ -100,9 +101,9 @@ _CONNECT, _ABSOLUTE = _request(f"CONNECT {MUST_DENY}:443"), _request(f"GET http:
 
 def _inside(held: Held) -> Iterator[_Try]:
     doors = (
-        (DOOR_PORT, _CONNECT, _REFUSED),
-        (DOOR_PORT, _ABSOLUTE, _REFUSED),
-        (80, _request("GET /"), _REFUSED),
+        (DOOR_PORT, _CONNECT, _REFUSED_INSIDE),
+        (DOOR_PORT, _ABSOLUTE, _REFUSED_INSIDE),
+        (80, _request("GET /"), _REFUSED_INSIDE),
         (443, _hello(), _CLOSED),
     )
     for port, sent, refused in doors:

@@ -8,6 +8,7 @@ where to, and is judged like a proxy's. Only the hosts of the tools that the age
 import envoy_data_plane.envoy.config.listener.v3 as listener_v3
 import envoy_data_plane.envoy.data.dns.v3 as dns_v3
 import envoy_data_plane.envoy.extensions.filters.udp.dns_filter.v3 as dns_filter
+from envoy_data_plane.envoy.extensions.filters.network.connection_limit.v3 import ConnectionLimit
 from envoy_data_plane.envoy.extensions.filters.network.set_filter_state.v3 import Config as SetFilterState
 from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy
 
@@ -18,6 +19,8 @@ from broker.dataplane.site import Namespace
 from broker.policy.agreement import is_address
 from broker.policy.snapshot import PolicySnapshot
 
+# Open at a time, plain and TLS each. Clients' pools keep a hundred; of descriptors, which all agents share, Envoy has thousands.
+_MOST_CONNECTIONS = 512
 _ANSWER_S = 30  # how long a name may be remembered: as long as a tool that was taken away may still seem to be there
 
 
@@ -28,6 +31,9 @@ def doors(namespace: Namespace) -> listener_v3.Listener:
     ]
     http = listeners.chain("plain", site.NAMESPACE_PROXY, within=namespace)
     chains = [listeners.on(listeners.PLAIN, http), listeners.on(listeners.TLS, _captured(namespace))]
+    for chain in chains:
+        limit = ConnectionLimit(stat_prefix="namespace", max_connections=_MOST_CONNECTIONS)
+        chain.filters.insert(0, extension(listener_v3.Filter, "envoy.filters.network.connection_limit", limit))
     return listeners.listener(f"namespace/{namespace.key}", chains, first, *rest)
 
 

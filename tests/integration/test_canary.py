@@ -219,7 +219,6 @@ def open_doors(inside):
     [
         (1001, PASSED, "answers 200"),
         (80, PASSED, "answers 200"),
-        (80, b"", "answers nothing"),
         (80, b"SSH-2.0-x\r\n", "answers without a status"),
         (443, b"\x16\x03\x03", "answers without a status"),
         (443, PASSED, "answers 200"),
@@ -246,6 +245,18 @@ def test_a_door_inside_a_namespace_that_lets_it_pass_is_told_until_it_is_shut(ca
     if port != 1001:
         assert b"\r\nhost: must-deny.invalid\r\n" in inside.asked[80][-1]
         assert b"must-deny.invalid" in inside.asked[443][-1]
+
+
+def test_an_agent_that_holds_all_connections_it_may_gives_no_alarm(canary, inside):
+    servers = [*open_doors(inside)]
+    canary._in_turn = lambda: inside.held
+    inside.answers |= {1001: b"", 80: b""}
+    try:
+        assert asyncio.run(canary.doors()) == ""
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
 
 
 def test_a_namespace_whose_doors_are_gone_is_told_unless_it_has_ended(canary, inside):

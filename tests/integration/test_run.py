@@ -462,6 +462,32 @@ def test_two_agents_side_by_side_have_each_its_own_doors_and_see_nothing_of_the_
         two.close()
 
 
+HOLDING = r"""
+import socket, sys
+held = []
+for number in range(600):
+    made = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    made.settimeout(5)
+    try:
+        made.sendall(b"GET http://wiki.tool.test/items HTTP/1.1\r\nhost: wiki.tool.test\r\n\r\n")
+        if not made.recv(4096): break
+    except ConnectionError: break
+    held.append(made)
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("port", ["1001", "80"])
+def test_an_agent_that_holds_connections_gets_no_more_and_takes_none_of_anothers(place, port):
+    holding = Run(place.host, place.broker, "other", PYTHON, "-c", HOLDING, port)
+    try:
+        assert 500 <= int(holding.line()) <= 512
+        assert run(place, "curl", "-sS", f"http://{WIKI}/items").stdout.strip() == '{"path": "/items"}'
+    finally:
+        holding.close()
+
+
 def test_the_brokers_own_namespace_is_nobodys(place):
     with pytest.raises(Refused, match="own network namespace"):
         ask(

@@ -87,3 +87,10 @@ def test_written_resources_are_the_same_bytes_and_can_be_put_together(snapshot):
     assert written.listeners == tuple(map(bytes, made.listeners))
     both = Written.all(written, Written.of(Resources([], [], [])), written)
     assert both.listeners == written.listeners * 2
+
+
+def test_a_door_opens_so_many_connections_at_a_time_and_counts_them_before_all_else(snapshot):
+    [doors, _] = doors_of(snapshot, Namespace("k", "coder", "/ns")).listeners
+    for chain in in_json(doors)["filterChains"]:
+        assert chain["filters"][0]["name"] == "envoy.filters.network.connection_limit"
+        assert chain["filters"][0]["typedConfig"]["maxConnections"] == 512
