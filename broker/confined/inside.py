@@ -61,7 +61,7 @@ _NAMESPACES = 0x7E020000
 _X32 = 0x40000000  # numbers of another ABI of x86_64
 # The rest is not bound to a network namespace (vsock reaches the host of a virtual machine), or nobody's need.
 _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
-_TIOCSTI = 0x5412  # types into the terminal, for the caller's shell to run
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C  # type into the terminal, or paste there, for the caller's shell to run
 _LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
@@ -294,7 +294,7 @@ def _program(architecture: int, numbers: dict[str, Any]) -> _Steps:
         *_on([_IO_URING_SETUP, _CLONE3, _OPENAT2, *numbers["keys"]], absent),
         *_on([numbers["unshare"], numbers["setns"]], forbidden),
         *_on([numbers["clone"]], (_LOAD, 0, 0, first), (_ANY_OF, 0, 1, _NAMESPACES), forbidden, allow),
-        *_on([numbers["ioctl"]], (_LOAD, 0, 0, second), (_EQUAL, 0, 1, _TIOCSTI), forbidden, allow),
+        *_on([numbers["ioctl"]], (_LOAD, 0, 0, second), (_EQUAL, 1, 0, _TIOCSTI), (_EQUAL, 0, 1, _TIOCLINUX), forbidden, allow),
         *_on([numbers["socket"]], (_LOAD, 0, 0, first), *families, no_family),
         *(step for call, mode in modes.items() for step in _on([call], (_LOAD, 0, 0, argument[mode]), *setuid)),
         *(
