@@ -151,7 +151,7 @@ class Namespaces:
         """What is asked over the control socket."""
         return {"POST /namespaces": self._join}
 
-    async def _join(self, _path: Mapping[str, str], said: Mapping[str, object], _who: object) -> dict[str, str]:
+    async def _join(self, _path: Mapping[str, str], said: Mapping[str, object], _who: object) -> dict[str, object]:
         agent, pid = str(said.get("agent")), said.get("pid")
         if self._admin is None:
             raise ValueError("this Envoy has other processors too, which would not know of it; use a broker of `broker up`")
@@ -225,8 +225,8 @@ class Namespaces:
             log.error("%s", what)  # noqa: TRY400 - it says all there is
             self._record(what)
 
-    def _told(self, held: Held) -> dict[str, str]:
-        return {"namespace": held.namespace.key, "manifests": self._manifests}
+    def _told(self, held: Held) -> dict[str, object]:
+        return {"namespace": held.namespace.key, "manifests": self._manifests, "secrets": _secrets(self._snapshot)}
 
     def _brought(self, agent: str, pid: int) -> Held:
         with contextlib.ExitStack() as opened:
@@ -297,6 +297,13 @@ class Namespaces:
             yield self._shared
             for held in self._held.values():
                 yield held.doors
+
+
+def _secrets(snapshot: PolicySnapshot) -> Mapping[str, list[str]]:
+    """Where the tools' secrets are: the names of variables as `env`, and paths as `file`."""
+    specs = [tool.credential for tool in snapshot.tools.values() if tool.credential]
+    references = [value for spec in specs for value in spec.settings.values() if isinstance(value, Mapping)]
+    return {kind: sorted({value[kind] for value in references if value.keys() == {kind}}) for kind in ("env", "file")}
 
 
 def _inode(path: Path) -> int:

@@ -84,9 +84,12 @@ def run(
         held.callback(confined.end)
         if place:
             join(place, confined.pid)
-        manifests = held.enter_context(joined(folder, agent, confined.pid, _warn))
-        _warn_of_rights(who, Path(manifests))
-        confined.go([manifests])  # else an agent that works beside them could write its own
+        known = held.enter_context(joined(folder, agent, confined.pid, _warn))
+        _warn_of_rights(who, Path(known["manifests"]))
+        if secrets := sorted({*known["secrets"]["env"]} & os.environ.keys() - {*keep, *made.cleared}):
+            _warn(f"left out what tools have their credentials in (keep one with --keep NAME): {', '.join(secrets)}")
+        # Else an agent that works beside the manifests could write its own, or read the tools' secrets.
+        confined.go([known["manifests"]], known["secrets"]["file"], secrets)
         return confined.wait()
 
 

@@ -97,9 +97,14 @@ def main() -> int:
     _view(plan)
     if not (word := told.readline()):
         return _FAULT  # whoever would have said that the doors are open has ended
-    for path in filter(os.path.exists, json.loads(word)):
+    known = json.loads(word)
+    for path in filter(os.path.exists, known["readonly"]):
         _mount(path, path, flags=_BIND | _REC)
         _set_readonly(path, on=True)
+    for path in filter(os.path.exists, known["masked"]):
+        _mount("/dev/null", path, flags=_BIND)
+    for name in known["without"]:
+        plan["environment"].pop(name, None)
     os.chdir(plan["directory"])  # not into what was there before a mount
     _await_doors(plan["doors"])
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})

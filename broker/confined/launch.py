@@ -146,10 +146,10 @@ class Confined:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen by what it answers
             os.write(self._tell, line)
 
-    def go(self, readonly: Sequence[str]) -> None:
-        """The doors are open: have the command started, which may not change these paths."""
+    def go(self, readonly: Sequence[str], masked: Sequence[str], without: Sequence[str]) -> None:
+        """The doors are open: have the command started, which may not change, nor read, these paths, without these variables."""
         self._terminal.offer(self._process.pid)
-        self._say(json.dumps(readonly).encode() + b"\n")
+        self._say(json.dumps({"readonly": readonly, "masked": masked, "without": without}).encode() + b"\n")
 
     def wait(self) -> int:
         """Its exit code, once it has ended; signals that come meanwhile are passed on."""
@@ -192,8 +192,8 @@ def hold_signals() -> None:
 
 
 @contextlib.contextmanager
-def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) -> Iterator[str]:
-    """For as long as the body runs, the namespace of this process is the agent's; gives the folder of the broker's manifests.
+def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) -> Iterator[dict[str, Any]]:
+    """For as long as the body runs, the namespace of this process is the agent's; gives what the broker answers.
 
     A broker that is started again knows nothing of it, and is told again; until then nothing gets out. Raises what `ask` raises,
     and `UsageError` where none runs.
@@ -203,7 +203,7 @@ def joined(state: State, agent: str, pid: int, tell: Callable[[str], object]) ->
     if line is None or (made := ask(state.control_socket, "POST", "/namespaces", said)) is None:
         raise UsageError(f"no broker runs on {state.root}", "start it with `broker up`, or name another's folder with --state")
     threading.Thread(target=_stay, args=(state, said, line, tell), daemon=True).start()
-    yield made["manifests"]
+    yield made
 
 
 def _stay(state: State, said: Mapping[str, Any], line: socket.socket, tell: Callable[[str], object]) -> None:

@@ -55,6 +55,8 @@ def place() -> Iterator[SimpleNamespace]:
         stack.tool("api", f"https://{API}", OPERATIONS, upstream=trusted),
         stack.tool("later", f"https://{LATER}", OPERATIONS, upstream=trusted),
         stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
+        stack.tool("paid", "https://paid.tool.test", OPERATIONS, credential={"issuer": "static", "secret": {"file": "paid.txt"}}),
+        stack.tool("named", "https://named.tool.test", OPERATIONS, credential={"issuer": "static", "secret": {"env": "NAMED"}}),
         stack.tool("events", f"https://{EVENTS}", OPERATIONS, upstream=trusted),
         stack.agent("listener", {"events": {"operations": {"items.get": {}}}}),
         stack.agent("coder", {"api": GRANTED, "wiki": GRANTED}),
@@ -63,6 +65,7 @@ def place() -> Iterator[SimpleNamespace]:
         *(stack.agent(name, {"api": GRANTED}) for name in ("learner", "resolver", "flooder")),
     )
     (manifests / "ca.pem").write_text(ca.pem)
+    (manifests / "paid.txt").write_text("nobodys")
     broker = stack.Broker(manifests, folder / "state", within=host.within)
     yield SimpleNamespace(host=host, broker=broker, secure=secure, plain=plain, folder=folder, manifests=manifests)
     broker.stop()
@@ -436,6 +439,19 @@ def test_a_credential_of_the_callers_is_left_out_and_told_unless_it_is_kept(plac
     assert "DATABASE_URL" in line
     assert "OPENAI_API_KEY" in line
     assert "sk-1" not in done.stderr
+
+
+def test_what_the_tools_have_their_credentials_in_is_not_to_be_read(place):
+    script = f"cat {place.manifests}/paid.txt; cat {place.manifests}/ca.pem | head -1; echo $NAMED"
+    within = [*place.host.within[:-2], f"--wd={place.manifests}", "--", "env", f"PYTHONPATH={Path.cwd()}", "NAMED=nobodys"]
+    command = [*within, *verb(place.broker, "coder"), "--", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ("nobodys" in done.stdout, done.stdout.split()[0]) == (False, "-----BEGIN"), done.stderr
+    assert "left out what tools have their credentials in (keep one with --keep NAME): NAMED" in done.stderr
+    kept = subprocess.run(
+        [*command[:-4], "--keep", "NAMED", *command[-4:]], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert kept.stdout.split()[-1] == "nobodys"
 
 
 # Side by side.
