@@ -346,9 +346,9 @@ class Server:
                 log.error("%s", error)  # noqa: TRY400 - it says all there is
 
     def _ledger_changed(self, healthy: bool, why: str) -> None:  # noqa: FBT001 - the ledger's callback
-        changed, self._metrics.ledger_up = healthy is not self._metrics.ledger_up, healthy
-        if self._draining or not changed:
-            return  # it is closed in the end, and answers at the start: neither is anybody's alarm
+        self._metrics.ledger_up = healthy
+        if self._draining:
+            return  # it is closed in the end, and that is nobody's alarm
         passing = ", and reads pass on this broker's own limits" if self._snapshot.unsafe_reads else ""
         what = "limits can be checked again" if healthy else f"limits can't be checked{passing}: {why}"
         self._containment.alert(Alert("ledger", Severity.HIGH, what, "ledger", resolves=healthy))

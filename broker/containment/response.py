@@ -193,7 +193,8 @@ class Containment:
         """Record it, and tell whoever is to hear of it."""
         about = {"agent": dict(alert.agent), "kind": alert.kind, "severity": str(alert.severity), **alert.details}
         record = alert_record(self._around.now(), self._around.mono_ns(), alert.summary, about, alert.decision_ids)
-        log.log(logging.WARNING if alert.severity is not Severity.LOW else logging.INFO, "%s: %s", alert.kind, alert.summary)
+        quiet = alert.resolves or alert.severity is Severity.LOW
+        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", alert.kind, alert.summary)
         try:
             self._around.audit.append(record)
         except AuditUnavailable as error:
