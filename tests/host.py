@@ -236,5 +236,10 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def has_stopped(pid: int) -> bool:
+    """Whether each of its threads has."""
+    return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
 def verb(broker: stack.Broker, agent: str) -> Sequence[str]:
     return [*stack.BROKER, "run", "--agent", agent, "--state", str(broker.state)]

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
-from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, inside, verb
+from host import METADATA, WHY_NOT, WORLD4, Host, Run, has_ended, has_stopped, inside, verb
 from streams import Events
 
 from broker.admin.client import Refused, ask, fetch
@@ -572,10 +572,13 @@ for _ in sys.stdin:
 def without_envoy(broker: stack.Broker) -> Iterator[None]:
     """While the body runs there is none, or until it lets the supervisor go on."""
     os.kill(broker.process.pid, signal.SIGSTOP)
-    envoy = broker.child("envoy")
-    os.kill(envoy, signal.SIGKILL)
-    stack.until(lambda: has_ended(envoy) and len([*Path(f"/proc/{envoy}/task").iterdir()]) == 1)  # its threads hold its sockets
     try:
+        stack.until(lambda: has_stopped(broker.process.pid))  # else it could take in the Envoy that it then starts anew
+        envoy = broker.child("envoy")
+        os.kill(envoy, signal.SIGKILL)
+        stack.until(
+            lambda: has_ended(envoy) and len([*Path(f"/proc/{envoy}/task").iterdir()]) == 1
+        )  # its threads hold its sockets
         yield
     finally:
         os.kill(broker.process.pid, signal.SIGCONT)
