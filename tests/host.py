@@ -238,7 +238,9 @@ def has_ended(pid: int) -> bool:
 
 def has_stopped(pid: int) -> bool:
     """Whether each of its threads has."""
-    return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    with suppress(OSError):  # one has just ended
+        return all(path.read_text().rpartition(")")[2].split()[0] == "T" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return False
 
 
 def verb(broker: stack.Broker, agent: str) -> Sequence[str]:

@@ -10,14 +10,14 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import stack
 from conftest import LOOPBACK, OPERATIONS
-from host import METADATA, WHY_NOT, WORLD4, WORLD6, Host, Packets, Run, has_ended
+from host import METADATA, WHY_NOT, WORLD4, WORLD6, Host, Packets, Run, has_ended, has_stopped
 
 pytestmark = [
     pytest.mark.envoy,
@@ -185,6 +185,8 @@ def broken(place, request):
     try:
         for number, name in request.param:
             os.kill(pids[name], number)
+            if number == signal.SIGSTOP:
+                stack.until(lambda pid=pids[name]: has_stopped(pid))
         killed = {name for number, name in request.param if number == signal.SIGKILL}
         dead = pids if "broker" in killed else killed
         stack.until(lambda: all(has_ended(pids[name]) for name in dead))
@@ -193,7 +195,7 @@ def broken(place, request):
         yield request.param
     finally:
         for pid in pids.values():
-            if not has_ended(pid):
+            with suppress(ProcessLookupError):  # the supervisor goes on first, and may have ended the others by now
                 os.kill(pid, signal.SIGCONT)
         if has_ended(broker.process.pid):
             broker.stop()
