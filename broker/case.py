@@ -54,13 +54,12 @@ class Case:
         host = "[redacted]" if self._must_not_show(about.host) else about.host
         self.note(withheld=True, args_hash=about.args_hash or args_hash(about.params), params={}, operation=operation, host=host)
 
-    def look_where_it_went(self) -> None:
-        """Of a call that is denied for who sends it nothing else is looked through, but its record says where it went."""
-        if self._must_not_show(f"{self.attempt.host}\n{self.attempt.path}"):
-            self.withhold()
-
     def _must_not_show(self, text: str) -> bool:
-        return self.services.containment.must_not_show(self.attempt, text.encode("latin-1", "replace"))
+        try:
+            return self.services.containment.must_not_show(self.attempt, text.encode("latin-1", "replace"))
+        except Exception:
+            log.exception("decision %s: where it went can't be looked through, and is not shown", self.attempt.decision_id)
+            return True
 
     def identify(self, evidence: Evidence) -> tuple[Principal, Agent] | Decision:
         """Who calls and by which manifest, or why nobody may."""
@@ -93,13 +92,19 @@ class Case:
 
     def record(self, decision: Decision, lease: Lease | None = None) -> bool:
         """Write the decision down; False where that failed."""
-        written = self._append(decision_record, decision, lease.described if lease else None)
+        written = self._append(self._described, decision, lease.described if lease else None)
         # An allow that is not in the record is none.
         told = decision if written or not decision.allowed else UNRECORDED
         took = None if self.began is None else self.services.mono_ns() - self.began
         self.services.metrics.decided(told.verdict, told.code or "", took)
         self.services.containment.decided(self.attempt, told)
         return written
+
+    def _described(self, now: float, mono_ns: int, about: Attempt, decision: Decision, credential: Any) -> dict[str, Any]:
+        # What is denied before it is looked through, a tunnel too, leaves a record of where it went.
+        if decision.code and not about.withheld and self._must_not_show(f"{about.host}\n{about.path}"):
+            self.withhold()
+        return decision_record(now, mono_ns, about, decision, credential)
 
     def record_outcome(self, ending: Ending, error: str) -> None:
         """Write down how an allowed call ended; `error` is a word for what failed upstream, empty for nothing."""

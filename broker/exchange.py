@@ -165,7 +165,6 @@ class Exchange:
         # identify
         who = case.identify(head.evidence)
         if isinstance(who, Decision):
-            case.look_where_it_went()
             return _Denied(who)
         _, agent = who
         self._enter(agent.name, case.attempt.run_id)

@@ -29,6 +29,7 @@ from broker.policy.containment import Detector
 from broker.policy.types import Door, Request
 from broker.protocols.base import Reply
 from broker.protocols.registry import ADAPTERS
+from broker.tunnel import authorize
 
 NOW = 1_800_000_000.0
 TOKENS = TokenAuthority(Ed25519PrivateKey.from_private_bytes(b"t" * 32))
@@ -185,7 +186,8 @@ def test_what_no_record_may_show_is_in_none_however_often_it_is_sent_and_whateve
         call(services, "POST", "/bank/refunds", body=json.dumps({"note": value, value: 1}).encode())
         call(services, "GET", f"/bank/{value}")
         call(services, "GET", f"/nothing/{value}")
-    assert len([each for each in services.audit.records if each["event"] == "decision"]) == 6
+        authorize(services, Evidence(Door.PROXY, carried=("bot", "")), f"{value}.evil.example:443")
+    assert len([each for each in services.audit.records if each["event"] == "decision"]) == 8
     assert value not in json.dumps(services.audit.records)
 
 
