@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from broker.admin.api import Act
+from broker.credentials.base import references
 from broker.dataplane.compile import Written, doors_of, shared_by_namespaces
 from broker.dataplane.site import Certificates, Leaf, Namespace
 from broker.errors import BrokerError, UsageError
@@ -301,9 +302,8 @@ class Namespaces:
 
 def _secrets(snapshot: PolicySnapshot) -> Mapping[str, list[str]]:
     """Where the tools' secrets are: the names of variables as `env`, and paths as `file`."""
-    specs = [tool.credential for tool in snapshot.tools.values() if tool.credential]
-    references = [value for spec in specs for value in spec.settings.values() if isinstance(value, Mapping)]
-    return {kind: sorted({value[kind] for value in references if value.keys() == {kind}}) for kind in ("env", "file")}
+    known = [*references(snapshot.tools.values())]
+    return {kind: sorted({where for source, where, _ in known if source == kind}) for kind in ("env", "file")}
 
 
 def _inode(path: Path) -> int:

@@ -178,11 +178,17 @@ def referenced(reference: object, tool: str) -> str:
 
 def unset(tools: Iterable[Tool]) -> Iterator[str]:
     """Of each environment variable that a tool's credential is taken from and that is not set, its name and the tool's."""
+    return (f"{name} of {tool}" for kind, name, tool in references(tools) if kind == "env" and not os.environ.get(name))
+
+
+def references(tools: Iterable[Tool]) -> Iterator[tuple[str, str, str]]:
+    """Where the tools' credentials are taken from: `env` or `file`, its name or path, and the tool's name."""
     for tool in tools:
         for value in tool.credential.settings.values() if tool.credential else ():
-            name = value.get("env") if isinstance(value, Mapping) else None
-            if isinstance(name, str) and not os.environ.get(name):
-                yield f"{name} of {tool.name}"
+            if isinstance(value, Mapping) and len(value) == 1:
+                [(kind, where)] = value.items()
+                if kind in {"env", "file"} and isinstance(where, str):  # scopes can be by operations of these names
+                    yield kind, where, tool.name
 
 
 def _from_environment(name: str, tool: str) -> str:
