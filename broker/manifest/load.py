@@ -110,37 +110,34 @@ def load(directory: Path, words: Vocabulary | None = None, reading: Reading | No
         try:
             texts[path.relative_to(directory).as_posix()] = _bytes(path)
         except OSError as error:
-            problems.append((path, f"the file can't be read ({error.strerror or error}); {_LET}"))
-    findings = []
-    for path, why in problems:
-        message, _, advice = why.rpartition("; ")
-        findings.append(Finding(path.relative_to(directory).as_posix(), 1, 1, "file_unreadable", message, advice))
+            problems.append((path, f"the file can't be read ({error.strerror or error})", _LET))
+    findings = [Finding(path.relative_to(directory).as_posix(), 1, 1, "file_unreadable", *why) for path, *why in problems]
     return load_texts(texts, directory, words, tuple(findings), reading)
 
 
 _LET = "let the broker read it, or remove it"
-_LINKED = "the folder is a link, which is not followed; have the folder itself there, or remove it"
+_LINKED = "the folder is a link, which is not followed", "have the folder itself there, or remove it"
 
 
-def _listed(directory: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """The files, and the folders in which there may be more, each with why that is not known and what to do."""
+def _listed(directory: Path) -> tuple[list[Path], list[tuple[Path, str, str]]]:
+    """The files, and the folders in which there may be more, each with why that is not known, and what to do."""
     if not directory.is_dir():
         advice = "name the folder that holds platform.yaml, tools/ and agents/"
         raise UsageError(f"there is no folder {str(directory)!r}", advice)
     found: list[Path] = []
-    problems: list[tuple[Path, str]] = []
+    problems: list[tuple[Path, str, str]] = []
 
     def unlisted(error: OSError) -> None:
         folder = Path(error.filename or directory)
         if folder == directory:
             raise UsageError(f"{str(directory)!r} can't be listed ({error.strerror})", "let the broker read it") from error
-        problems.append((folder, f"the folder can't be listed ({error.strerror}); {_LET}"))
+        problems.append((folder, f"the folder can't be listed ({error.strerror})", _LET))
 
     for here, below, names in os.walk(directory, onerror=unlisted, followlinks=True):
         folder = Path(here)
         below[:] = [name for name in below if name[0] != "." and (name != "schema" or folder != directory)]
         linked = [name for name in below if (folder / name).is_symlink() and not _is_mounted(folder / name, directory)]
-        problems += [(folder / name, _LINKED) for name in linked]
+        problems += [(folder / name, *_LINKED) for name in linked]
         below[:] = [name for name in below if name not in linked]
         found += [folder / name for name in names if name[0] != "." and name.endswith((".yaml", ".yml"))]
     return sorted(found), problems
