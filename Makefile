@@ -12,10 +12,11 @@ STACK = $(COMPOSE) --file compose/compose.yaml
 run: .venv/run ## the broker on the sample organisation
 	.venv/bin/broker up
 
-# In two processes, which must see the tests in one order: hence the seed. A test that hangs ends its process, and with it the run.
+# What is tried here is the same each time, also what Hypothesis draws: `pytest` alone draws anew. The two processes must see the
+# tests in one order, hence the other seed. A test that hangs ends its process, and with it the run.
 test: .venv/test packages lint ## every check and every test
-	.venv/bin/python -m pytest -q tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
-	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --durations=10
+	.venv/bin/python -m pytest -q --hypothesis-seed=0 tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
+	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --hypothesis-seed=0 --durations=10
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:
