@@ -89,17 +89,16 @@ class Host:
 
     def _count(self, name: str, listening: socket.socket) -> None:
         def work() -> None:
-            with suppress(OSError):
+            if listening.type == socket.SOCK_STREAM:
+                listening.listen()
+            while True:
                 if listening.type == socket.SOCK_STREAM:
-                    listening.listen()
-                while True:
-                    if listening.type == socket.SOCK_STREAM:
-                        connection, _ = listening.accept()
+                    connection, _ = listening.accept()
+                    with connection, suppress(OSError):  # who came is gone
                         connection.sendall(b"hello\n")
-                        connection.close()
-                    else:
-                        listening.recv(2048)
-                    self.reached[name] += 1
+                else:
+                    listening.recv(2048)
+                self.reached[name] += 1
 
         threading.Thread(target=work, daemon=True).start()
 

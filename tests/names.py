@@ -16,12 +16,15 @@ class NameServer:
         self.addresses: dict[str, tuple[str, ...]] = {}
         self.asked: list[str] = []
         self._socket = listening
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                query, who = self._socket.recvfrom(512)
+        while True:
+            query, who = self._socket.recvfrom(512)
+            if not query:
+                return
+            with suppress(OSError):  # who asked is gone
                 self._socket.sendto(self._answer(query), who)
 
     def _answer(self, query: bytes) -> bytes:
@@ -37,4 +40,8 @@ class NameServer:
         return query[:2] + struct.pack("!HHHHH", 0x8180 | code, 1, len(wanted), 0, 0) + query[12 : at + 5] + records
 
     def close(self) -> None:
+        """Ends the thread first: one that waits at a closed socket may go on at whatever gets its number next."""
+        with suppress(OSError):  # it isn't connected; who waits is woken all the same
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._socket.close()

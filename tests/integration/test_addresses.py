@@ -5,6 +5,7 @@ The witnesses listen at each address, in a network namespace in which they all a
 
 import socket
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -70,7 +71,7 @@ class Sink:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, suppress(ConnectionError):
             while connection.recv(65536):
                 connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 

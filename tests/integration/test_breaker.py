@@ -63,6 +63,7 @@ class _Silent:
                 self.taken.append(self._server.accept()[0])
 
     def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)  # so that nobody waits at it
         self._server.close()
         for each in self.taken:
             each.close()

@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,14 +210,23 @@ class Streaming:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._context.wrap_socket(self._listener.accept()[0], server_side=True)
-            except OSError:
-                return
-            while not connection.recv(65536).endswith(b"\r\n\r\n"):
-                pass
+        with suppress(OSError):
+            while True:
+                accepted, _ = self._listener.accept()
+                with suppress(OSError):  # who asked is gone
+                    self._begin(accepted)
+
+    def _begin(self, accepted: socket.socket) -> None:
+        with ExitStack() as unless_open:
+            connection = self._context.wrap_socket(accepted, server_side=True)
+            unless_open.callback(connection.close)
+            heard = b""
+            while not heard.endswith(b"\r\n\r\n"):
+                if not (part := connection.recv(65536)):
+                    return
+                heard += part
             connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            unless_open.pop_all()
             self._open.append(connection)
 
     def push(self, text: str) -> None:
@@ -229,6 +238,7 @@ class Streaming:
         for connection in self._open:
             connection.sendall(b"0\r\n\r\n")
             connection.close()
+        self._listener.shutdown(socket.SHUT_RDWR)  # so that nobody waits at it
         self._listener.close()
 
 
