@@ -20,15 +20,13 @@ from broker.containment.standing import EVERYONE
 from broker.errors import BrokerError, UsageError, counted
 from broker.manifest.diff import diff
 from broker.manifest.findings import FORMATS, printable
-from broker.manifest.load import Loaded, load_texts
 from broker.policy.snapshot import PolicySnapshot
 from broker.review.clusters import attacks, decisions, records, shadowed
-from broker.review.edit import edited
-from broker.review.propose import Edit, Record, Refused, is_sound, proposed, replayed
+from broker.review.draft import Draft, different, drafted, spoiling, wanted
+from broker.review.propose import Record, Refused, is_sound
 from broker.review.pullrequest import Proposal, printable_lines
 
 _YAML = (".yaml", ".yml")
-_OPERATION = 5  # keys from the root to an operation's grant
 _MOST = 200  # different calls of one cluster: more, no list in a manifest should hold
 
 
@@ -72,6 +70,7 @@ def propose(
     """
     if sum((bool(decision_ids), bool(cluster), shadow)) != 1 or shadow != bool(agent):
         raise UsageError("name what to propose for", "write decision IDs, or --cluster ID, or --shadow --agent NAME")
+    now = clock.now()
     snapshot, loaded = options.compiled(manifests)
     with options.index(state) as index:
         if shadow:
@@ -81,15 +80,16 @@ def propose(
         found, broken = _read(named)
         cut = bool(cluster) and len(found) > _MOST
         found = found[:_MOST] if cut else found
-        found = _different(found) if shadow else found
-        hostile = attacks(index, clock.now(), found)
+        found = different(found) if shadow else found
+        hostile = attacks(index, now, found)
     _known(decision_ids, cluster, [*found, *(each.record for each in broken)])
-    contained = _contained(state)
-    edits, refused = _sorted(snapshot, found, contained, hostile)
-    while shadow and (odd := _odd(loaded, manifests, edits)):
+    files = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in _YAML}
+    contained = _contained(state, snapshot.agents)
+    edits, refused = wanted(snapshot, found, contained, hostile, now)
+    while shadow and (odd := spoiling(edits, files, manifests, now)):
         found = [record for record in found if record["decision_id"] not in odd]
         broken += odd.values()
-        edits, refused = _sorted(snapshot, found, contained, hostile)
+        edits, refused = wanted(snapshot, found, contained, hostile, now)
     refused += broken
     for each in refused:
         click.echo(printable(f"{each.record.get('decision_id')}: {each.why}"), err=True)
@@ -98,7 +98,7 @@ def propose(
             "nothing is proposed", f"see why above: {counted(len(refused), 'call')}" if refused else "nothing was denied"
         )
     edits = [replace(edit, notes=(*edit.notes, _CUT)) for edit in edits] if cut else edits
-    made = _proposal(snapshot, loaded, manifests, edits)
+    made = _proposal(snapshot, drafted(edits, files, manifests), manifests, now)
     if as_json:
         shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}
         left_out = [{"decision_id": each.record.get("decision_id"), "why": each.why} for each in refused]
@@ -123,13 +123,6 @@ def _read(named: Iterable[Record]) -> tuple[list[Record], list[Refused]]:
     return found, broken
 
 
-def _different(found: Iterable[Record]) -> list[Record]:
-    """Of calls that are alike the latest."""
-    return list(
-        {(each["tool"], each["operation"], each["host"], each["code"], each["args_hash"]): each for each in found}.values()
-    )
-
-
 def _known(decision_ids: tuple[str, ...], cluster: str, found: list[Record]) -> None:
     """Raise `UsageError` where the log does not hold what was named."""
     missing = set(decision_ids) - {str(record.get("decision_id")) for record in found}
@@ -138,26 +131,10 @@ def _known(decision_ids: tuple[str, ...], cluster: str, found: list[Record]) -> 
         raise UsageError(printable(f"the log does not hold {what}"), "`broker denials` shows what it holds")
 
 
-def _sorted(
-    snapshot: PolicySnapshot, found: list[Record], contained: frozenset[str], hostile: frozenset[str]
-) -> tuple[list[Edit], list[Refused]]:
-    everyone = frozenset(snapshot.agents) if EVERYONE in contained else contained
-    now = clock.now()
-    known = {record["decision_id"] for record in found if _is_permitted(snapshot, record, now)}
-    edits, refused = proposed(snapshot, (each for each in found if each["decision_id"] not in known), everyone, hostile)
-    by_now = "the manifests permit it by now"
-    return edits, [*refused, *(Refused(each, by_now) for each in found if each["decision_id"] in known)]
-
-
-def _is_permitted(snapshot: PolicySnapshot, record: Record, now: float) -> bool:
-    named = (record.get("agent") or {}).get("name") in snapshot.agents
-    known = record["method"] == "CONNECT" or record["tool"] in snapshot.tools
-    return bool(named and known and replayed(snapshot, record, now))
-
-
-def _contained(state: Path) -> frozenset[str]:
-    """The agents under containment, as the log has it."""
-    return frozenset(each.agent for each in options.contained(state / "audit", _Unwritten()).standing.all)
+def _contained(state: Path, agents: Iterable[str]) -> frozenset[str]:
+    """Which agents are under containment, as the log has it."""
+    named = frozenset(each.agent for each in options.contained(state / "audit", _Unwritten()).standing.all)
+    return frozenset(agents) if EVERYONE in named else named
 
 
 class _Unwritten:
@@ -167,60 +144,16 @@ class _Unwritten:
         raise AuditUnavailable("nothing is written by a proposal")
 
 
-_Texts = Mapping[str, tuple[str, str]]
-"""Of each changed file its text before and after."""
-
-
-def _applied(loaded: Loaded, manifests: Path, edits: Iterable[Edit]) -> tuple[_Texts, Loaded]:
-    """The changed files, and what the manifests would then be."""
-    texts = {path.relative_to(manifests).as_posix(): path.read_bytes() for path in loaded.files if path.suffix in _YAML}
-    files = sorted({edit.file for edit in edits})
-    changed = {file: edited(texts[file].decode(), [edit for edit in edits if edit.file == file]) for file in files}
-    fresh = {file: text.encode() for file, text in changed.items()}
-    return {file: (texts[file].decode(), text) for file, text in changed.items()}, load_texts({**texts, **fresh}, manifests)
-
-
-def _lost(after: PolicySnapshot, edits: Iterable[Edit]) -> list[Record]:
-    """The calls that would be denied all the same."""
-    now = clock.now()
-    return [record for edit in edits for record in edit.calls if replayed(after, record, now) is False]
-
-
-def _odd(loaded: Loaded, manifests: Path, edits: list[Edit]) -> Mapping[str, Refused]:
-    """By decision ID the calls that would spoil a draft: no change allows them, or none that passes `broker check`.
-
-    The latter are found by trying the edits of each operation alone.
-    """
-    after = _applied(loaded, manifests, edits)[1].snapshot
-    if after is not None:
-        return {
-            each["decision_id"]: Refused(each, "no change of the manifest allows it; write it by hand")
-            for each in _lost(after, edits)
-        }
-    groups: dict[tuple[str, ...], list[Edit]] = {}
-    for edit in edits:
-        groups.setdefault((edit.agent, *edit.place[:_OPERATION]), []).append(edit)
-    calls = [
-        record
-        for group in groups.values()
-        if _applied(loaded, manifests, group)[1].snapshot is None
-        for edit in group
-        for record in edit.calls
-    ]
-    why = "what would allow it does not pass `broker check`; write the change by hand, or ask the platform team"
-    return {each["decision_id"]: Refused(each, why) for each in calls}
-
-
-def _proposal(snapshot: PolicySnapshot, loaded: Loaded, manifests: Path, edits: list[Edit]) -> Proposal:
+def _proposal(snapshot: PolicySnapshot, draft: Draft, manifests: Path, now: float) -> Proposal:
     """The change, checked. Raises `BrokerError`."""
-    texts, after = _applied(loaded, manifests, edits)
+    after = draft.after
     if after.snapshot is None:
         click.echo(FORMATS["text"](each for each in after.findings if each.severity == "error"), err=True, nl=False)
         raise _Refused("what would allow it does not pass `broker check`", "write the change by hand, or ask the platform team")
-    if lost := [record["decision_id"] for record in _lost(after.snapshot, edits)]:
+    if lost := [record["decision_id"] for record in draft.lost(now)]:
         raise _Refused(f"no change of the manifest allows {', '.join(lost[:3])}", "write it by hand")
-    shown = {(manifests / file).as_posix(): pair for file, pair in texts.items()}
-    return Proposal(tuple(edits), shown, diff(snapshot, after.snapshot))
+    shown = {(manifests / file).as_posix(): pair for file, pair in draft.texts.items()}
+    return Proposal(draft.edits, shown, diff(snapshot, after.snapshot))
 
 
 def _replace(path: Path, text: str) -> None:

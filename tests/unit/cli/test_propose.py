@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from broker import clock
 from broker.audit.log import AuditLog
 from broker.cli import options
-from broker.cli import propose as module
 from broker.cli.main import main
 from broker.containment.response import Containment, Surroundings
 from broker.manifest.load import load
 from broker.rehearsal import Call, Rehearsal
+from broker.review import draft as module
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 NOW = 1_800_000_000.0
