@@ -1,0 +1,1 @@
+"""What is generated and checked in: see `__main__`."""
