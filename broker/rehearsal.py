@@ -14,9 +14,9 @@ import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker.containment.response import Containment, Surroundings
-from broker.credentials import issuers
 from broker.credentials.base import Lease, Occasion, leased
 from broker.credentials.leases import Leases
+from broker.credentials.registry import issuers
 from broker.errors import UsageError
 from broker.events import RequestBody, RequestHead, Send, Services, WantBody
 from broker.exchange import Exchange

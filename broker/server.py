@@ -20,11 +20,11 @@ from broker.canary import Canary
 from broker.containment.alerts import Alert, Alerts
 from broker.containment.ends import ending
 from broker.containment.response import Containment, Surroundings
-from broker.credentials import issuers
 from broker.credentials.base import CredentialUnavailable, referenced, unset
 from broker.credentials.jwt import jwks, key_id
 from broker.credentials.leases import Leases
 from broker.credentials.outbox import Outbox
+from broker.credentials.registry import issuers
 from broker.dataplane.compile import Written, resources
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, counted

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from broker.credentials import issuers
 from broker.credentials.base import CredentialUnavailable, Issuer, Lease, Occasion, Secret
 from broker.credentials.leases import Leases
+from broker.credentials.registry import issuers
 from broker.policy.snapshot import PolicySnapshot
 
 

@@ -46,7 +46,7 @@ class Loaded:
 
 def vocabulary() -> Vocabulary:
     """The protocols and issuers that this broker has, and the time."""
-    from broker.credentials import ISSUERS  # noqa: PLC0415 - what needs no registry (schemas, `findings`) must not import all
+    from broker.credentials.registry import ISSUERS  # noqa: PLC0415 - what needs no registry (schemas, `findings`) must not import all
     from broker.credentials.settings import problems  # noqa: PLC0415 - the same
     from broker.protocols.registry import ADAPTERS  # noqa: PLC0415 - the same
 

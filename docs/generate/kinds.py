@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from broker.credentials import ISSUERS
+from broker.credentials.registry import ISSUERS
 from broker.manifest.models import KINDS
 from docs.generate.page import MADE, cell
 
