@@ -145,8 +145,6 @@ def _view(plan: dict[str, Any]) -> None:
     _restore(keep)
     for path in plan["hidden"]:
         _empty(path, "755")
-    for path in filter(os.path.exists, plan["sockets"]):
-        _mount("/dev/null", path, flags=_BIND)
     _trust(plan["ca"])
     _names()
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,12 @@ class Plan:
 
     def document(self, limits: Mapping[str, int], *, terminal: bool) -> bytes:
         """As the process inside reads it, on one line. With a `terminal`, it tells when the command stops."""
-        said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv"), "sockets": self._sockets()}
+        said = {name: getattr(self, name) for name in self.__slots__} | {"setpriv": _found("setpriv")}
         said |= {"limits": limits, "doors": [DOOR_PORT, *TRANSPARENT_PORTS], "terminal": terminal}
         return json.dumps(said).encode() + b"\n"
 
-    def _sockets(self) -> list[str]:
+    def sockets(self) -> list[str]:
+        """The Unix sockets of others that the command could reach."""
         return _sockets([self.directory, *self.writable, self.environment.get("HOME", ""), *_KEEPING])
 
 
@@ -141,6 +143,8 @@ class Confined:
             self.end()
             raise BrokerError("the command's namespaces can't be made", "see the message above")
         self.pid = int(json.loads(line)["pid"])
+        # Meanwhile the broker opens the doors.
+        self._sockets = ThreadPoolExecutor(1).submit(plan.sockets)
 
     def _say(self, line: bytes) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen by what it answers
@@ -148,8 +152,9 @@ class Confined:
 
     def go(self, readonly: Sequence[str], masked: Sequence[str], without: Sequence[str]) -> None:
         """The doors are open: have the command started, which may not change, nor read, these paths, without these variables."""
+        said = {"readonly": readonly, "masked": [*masked, *self._sockets.result()], "without": without}
         self._terminal.offer(self._process.pid)
-        self._say(json.dumps({"readonly": readonly, "masked": masked, "without": without}).encode() + b"\n")
+        self._say(json.dumps(said).encode() + b"\n")
 
     def wait(self) -> int:
         """Its exit code, once it has ended; signals that come meanwhile are passed on."""
