@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -87,6 +88,11 @@ def without_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def _within_descriptors(site: Site) -> Site:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # Envoy takes all that it may have
+    return site if most == resource.RLIM_INFINITY else replace(site, connections=min(site.connections, most // 2))
+
+
 class NotStarted(BrokerError):
     """The processor could not start, and has said why on stderr. `exit_code` is its own."""
 
@@ -136,7 +142,7 @@ class Supervisor:
     async def _keep_envoy(self) -> None:
         # The socket is bound first: an Envoy that finds it asks at once, instead of after a pause.
         await self._listening.wait()
-        write_private(self._configuration, bootstrap(self._site).to_json(indent=1).encode())
+        write_private(self._configuration, bootstrap(_within_descriptors(self._site)).to_json(indent=1).encode())
         options = ["--disable-hot-restart", "--log-level", "error", "--file-flush-interval-msec", "1000"]
         while True:
             Path(self._site.admin_socket).unlink(missing_ok=True)  # noqa: ASYNC240 - one system call

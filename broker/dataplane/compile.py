@@ -7,7 +7,9 @@ from itertools import chain
 import betterproto2
 import envoy_data_plane.envoy.config.bootstrap.v3 as bootstrap_v3
 import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.config.overload.v3 as overload
 from envoy_data_plane.envoy.extensions.bootstrap.internal_listener.v3 import InternalListener
+from envoy_data_plane.envoy.extensions.resource_monitors.downstream_connections.v3 import DownstreamConnectionsConfig
 
 from broker.dataplane import clusters, listeners, namespaces, routes, site
 from broker.dataplane.proto import ADS, ads_from_processor, extension
@@ -81,10 +83,14 @@ def bootstrap(place: Site) -> bootstrap_v3.Bootstrap:
         set_node_on_first_message_only=True,
     )
     internal = extension(core.TypedExtensionConfig, "envoy.bootstrap.internal_listener", InternalListener())
+    most = DownstreamConnectionsConfig(max_active_downstream_connections=place.connections)
+    flooded = extension(overload.ResourceMonitor, "envoy.resource_monitors.global_downstream_max_connections", most)
+    admin = core.Address(pipe=core.Pipe(path=place.admin_socket, mode=0o600))
     return bootstrap_v3.Bootstrap(
         node=core.Node(id="broker", cluster="broker"),
-        admin=bootstrap_v3.Admin(address=core.Address(pipe=core.Pipe(path=place.admin_socket, mode=0o600))),
+        admin=bootstrap_v3.Admin(address=admin, ignore_global_conn_limit=True),
         static_resources=bootstrap_v3.BootstrapStaticResources(clusters=[clusters.processor(place.processors)]),
         dynamic_resources=bootstrap_v3.BootstrapDynamicResources(ads_config=ads, cds_config=ADS, lds_config=ADS),
         bootstrap_extensions=[internal],
+        overload_manager=overload.OverloadManager(resource_monitors=[flooded]),
     )

@@ -47,13 +47,18 @@ TOKEN_HEADER = "x-broker-token"  # noqa: S105 - a header's name
 DECISION_HEADER = "x-broker-decision-id"
 
 
+MOST_CONNECTIONS = 32_768
+"""With as many to tools 65,536 descriptors. One that is idle takes 8 KB of Envoy's memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One Envoy's surroundings. Addresses are `(host, port)`; paths are absolute.
 
     `processors` are Unix sockets, each of which serves ext_proc, ext_authz, xDS and access logs; `admin_socket` is Envoy's own
     admin API; `system_roots` is a PEM file with the trust roots for tools without their own; `reached_at` is the host at which
-    the processor reaches the doors, empty where that is the address they listen at.
+    the processor reaches the doors, empty where that is the address they listen at. Of `connections` of agents there are at most
+    so many, all together; each may take as many again to tools.
     """
 
     proxy: tuple[str, int]
@@ -62,6 +67,7 @@ class Site:
     admin_socket: str
     system_roots: str
     reached_at: str = ""
+    connections: int = MOST_CONNECTIONS
 
     @property
     def reached(self) -> tuple[tuple[str, int], tuple[str, int]]:
