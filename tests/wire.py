@@ -157,7 +157,7 @@ class Watch:
     def refused(self, code: str, answer: Answer | None = None, status: int | None = None) -> dict[str, Any]:
         """The one denial that the attack got, with this code; its ID is the answer's."""
         try:
-            stack.until(lambda: self.decisions, 3)
+            stack.until(lambda: self.decisions)
         except AssertionError:
             raise AssertionError(f"no decision was recorded; the answer was {answer and answer.raw[:600]!r}") from None
         self.untouched()

@@ -157,7 +157,7 @@ def _assert_refused(place: SimpleNamespace, tool: str, agent: str = "one") -> No
     place.broker.token(agent)
     began = time.monotonic()
     answer = _get(place, tool, agent)
-    assert time.monotonic() - began < AT_ONCE_S
+    assert time.monotonic() - began < OPEN_S / 2
     assert (answer.status_code, answer.json()["code"]) == (503, "upstream_unavailable")
     assert answer.headers["retry-after"] == str(round(OPEN_S))
     outcome = place.broker.outcome(answer.headers["x-broker-decision-id"])

@@ -323,7 +323,7 @@ def _free(place: SimpleNamespace) -> bool:
 
 
 def _comes_back(place: SimpleNamespace) -> None:
-    stack.until(lambda: _free(place), 3, "the place is free again")
+    stack.until(lambda: _free(place), 10, "the place is free again")
     assert len(_ended(place.broker)) == sum(record["event"] == "outcome" for record in place.broker.records()), "each has one"
 
 
@@ -386,7 +386,7 @@ def test_a_place_comes_back_where_there_was_no_record(rough):
 
 def test_ten_clients_that_leave_one_after_the_other_take_no_place_with_them(rough):
     for _ in range(10):
-        stack.until(lambda: _free(rough), 3)
+        stack.until(lambda: _free(rough))
         with _unfinished(rough, "silent"):
             pass
     _comes_back(rough)

@@ -86,7 +86,7 @@ def test_a_bad_change_is_reported_with_its_place_and_the_rules_before_stay_in_fo
             if r["event"] == "config" and r["detail"].startswith("refused: 1 error in the manifests, the first: agent-call")
         ]
 
-    [record] = stack.until(refused, 3, "the audit log says so")
+    [record] = stack.until(refused, 10, "the audit log says so")
     assert record["revision"] == revision
     reported = place.broker.log()
     assert "agent-caller.yaml:" in reported
@@ -98,7 +98,7 @@ def test_a_bad_change_is_reported_with_its_place_and_the_rules_before_stay_in_fo
     assert httpx.get(f"{place.broker.admin}/readyz").status_code == 200
     stack.write_manifest(place.manifests, stack.agent("caller", {"plain": WITHHELD}))
     with place.broker.direct("caller") as client:
-        stack.until(lambda: client.get("/plain/items/a").status_code == 403, 3, "the corrected change is in force")
+        stack.until(lambda: client.get("/plain/items/a").status_code == 403, 10, "the corrected change is in force")
 
 
 def test_a_folder_that_is_gone_for_a_while_is_reported_and_what_comes_in_its_place_is_in_force(place):
@@ -106,11 +106,11 @@ def test_a_folder_that_is_gone_for_a_while_is_reported_and_what_comes_in_its_pla
     shutil.copytree(place.manifests, fresh)
     stack.write_manifest(fresh, stack.agent("caller", {"plain": WITHHELD}))
     place.manifests.rename(aside)
-    stack.until(lambda: any("can't be read" in str(r.get("detail")) for r in place.broker.records()), 3, "it is reported")
+    stack.until(lambda: any("can't be read" in str(r.get("detail")) for r in place.broker.records()), 10, "it is reported")
     with place.broker.direct("caller") as client:
         assert client.get("/plain/items/a").status_code == 200
         fresh.rename(place.manifests)
-        stack.until(lambda: client.get("/plain/items/a").status_code == 403, 3, "the new folder is in force")
+        stack.until(lambda: client.get("/plain/items/a").status_code == 403, 10, "the new folder is in force")
 
 
 def test_a_rule_flipped_a_hundred_times_under_load_fails_no_call_and_each_decision_has_one_revision(place):

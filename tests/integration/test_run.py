@@ -248,12 +248,10 @@ def test_a_flood_of_names_is_a_few_records_and_one_that_says_that_there_are_more
 
 
 def test_dns_over_tcp_is_refused_at_once(place):
-    began = time.monotonic()
     done = run(place, PYTHON, "-c", f"{QUESTIONS}ask('{API}', tcp=True)")
     assert "ConnectionRefusedError" in done.stderr
-    done = run(place, "sh", "-c", f"RES_OPTIONS=use-vc getent hosts {API}")
+    done = run(place, "sh", "-c", f"RES_OPTIONS=use-vc timeout 4 getent hosts {API}")  # which would wait 5 s for an answer
     assert (done.returncode, done.stdout) == (2, "")
-    assert time.monotonic() - began < 4, "a resolver would wait 5 s for an answer"
 
 
 # No way out.

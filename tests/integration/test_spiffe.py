@@ -162,7 +162,7 @@ def test_a_broken_bundle_leaves_the_one_before_in_force_and_is_reported(place, r
         rotating.replace(content(rotating.new))
     else:
         rotating.path.unlink()
-    stack.until(lambda: "stays in force" in place.broker.log()[before:], 3, "it is reported")
+    stack.until(lambda: "stays in force" in place.broker.log()[before:], 10, "it is reported")
     assert re.search(rf"platform-test.yaml:\d+:\d+: .*{code}.*acme.example.pem", place.broker.log()[before:])
     assert rotating.answers() == (200, "refused")
     refused = [r["detail"] for r in place.broker.records() if r["event"] == "config"][-1]

@@ -249,7 +249,7 @@ def test_a_killed_broker_takes_envoy_and_processor_along_and_starts_again_at_onc
         children = [broker.child("envoy"), broker.child("processor")]
         with _load(place):
             broker.process.kill()
-            stack.until(lambda: all(map(_gone, children)), 1, "both die with it")
+            stack.until(lambda: all(map(_gone, children)), 10, "both die with it")
         broker.stop()
         started = time.monotonic()
         broker.start()

@@ -224,12 +224,12 @@ def test_invariant_06_after_a_revocation_nothing_new_passes_and_what_is_open_is_
         assert stack.exchange_bytes(inside, request).startswith(b"HTTP/1.1 200")
         place.plain.seen.clear()
         place.secure.seen.clear()
-        began = time.monotonic()
         _verb("agents", "revoke", "caller", "--reason", "a drill", "--state", broker.state)
+        revoked = time.monotonic()
         inside.settimeout(10)
         with contextlib.suppress(OSError):
             assert inside.recv(1) == b"", "the idle tunnel ends"
-        assert time.monotonic() - began < 2 + 2  # the verb itself takes a while to start
+        assert time.monotonic() - revoked < 2
     with stack.tunnel(broker, target, "caller") as (_, answer):
         assert answer.startswith(b"HTTP/1.1 403")
     headers = {"x-broker-token": old}

@@ -192,9 +192,9 @@ def test_what_costs_too_much_is_changed_and_soon():
     names = [f"n{index}" for index in range(4000)]
     before = {"anyOf": [{"required": [name], "minimum": 1} for name in names]}
     after = {"anyOf": [{"required": [name], "minimum": 2} for name in reversed(names)]}
-    began = time.perf_counter()
+    began = time.process_time()
     assert compare([before], [after]) is CHANGED
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_nested_choices_do_not_multiply_without_end():
@@ -203,9 +203,9 @@ def test_nested_choices_do_not_multiply_without_end():
     for _ in range(12):
         schema = {"anyOf": [props(a=schema), props(b=schema)]}
         other = {"anyOf": [props(b=other), props(a=other)]}
-    began = time.perf_counter()
+    began = time.process_time()
     compare([schema], [other])
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_proof_that_is_deeper_than_the_stack_is_changed():

@@ -53,12 +53,12 @@ def test_a_message_never_quotes_the_value(schema):
 
 def test_a_value_with_a_million_mistakes_holds_up_nobody():
     schema = ParameterSchema({"items": {"type": "object"}}, RULE)
-    began = time.perf_counter()
+    began = time.process_time()
     [violation] = schema.violations([0] * 1_000_000, "body")
     assert (violation.pointer, violation.rule, violation.message) == (
         "/body/0", f"{RULE}/items/type", 'the value is not of type "object"',
     )  # fmt: skip
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_a_hostile_pattern_and_value_take_linear_time():
