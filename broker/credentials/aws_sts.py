@@ -11,20 +11,21 @@ import hashlib
 import re
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, ClassVar, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from urllib.parse import urlencode
 from xml.etree import ElementTree as ET
 
 import orjson
-from botocore.exceptions import BotoCoreError, ClientError
-from botocore.session import Session
 from pydantic import Field, JsonValue, model_validator
 
 from broker.credentials.base import CredentialUnavailable, Lease, Occasion, Outgoing, Secret, referenced
 from broker.credentials.http import Answer, ask
 from broker.credentials.settings import Issued, Lifetime, bare, chosen, lifetime, parsed
-from broker.credentials.sigv4 import Signer
 from broker.manifest.words import Model, Reference, Url, Word, refusal
+
+if TYPE_CHECKING:
+    from broker.credentials.sigv4 import Signer
 
 _SHORTEST_S = 900
 # AWS takes a signature for five minutes; a clock that is off by less needs no second try.
@@ -68,7 +69,8 @@ class AwsStsSource:
 
     def __init__(self) -> None:
         # botocore waits in threads: one of our own, so that nobody else waits with it.
-        self._session, self._thread = Session(), ThreadPoolExecutor(1, "aws-credentials")
+        self._thread = ThreadPoolExecutor(1, "aws-credentials")
+        self._session: Any = None
 
     def narrowed(self, occasion: Occasion) -> tuple[str, ...]:
         """The digest of the policy, and the run that the session is tagged with."""
@@ -80,8 +82,9 @@ class AwsStsSource:
         settings, tool = parsed(AwsStsSettings, occasion.spec.settings), occasion.tool.name
         if occasion.spec.sigv4 is None:
             raise CredentialUnavailable(f"nothing says what the keys of {tool!r} sign", "write as: {sigv4: {service, region}}")
-        wanted = _wanted(settings, occasion)
-        signer = await self._base(settings, occasion)
+        wanted, (service, region) = _wanted(settings, occasion), occasion.spec.sigv4
+        thread = None if settings.access_key else self._thread
+        signer = await asyncio.get_running_loop().run_in_executor(thread, self._base, settings, tool, region)
         answer = await _ask(settings, signer, wanted, now)
         if not answer.ok and answer.date and abs(answer.date - now) > _SKEW_S:
             answer = await _ask(settings, signer, wanted, answer.date)
@@ -91,35 +94,40 @@ class AwsStsSource:
         life = _checked(answer, told, settings, wanted)
         key, token = Secret(bare(told.get("SecretAccessKey"), self.name)), Secret(bare(told.get("SessionToken"), self.name))
         # What is signed later is signed by AWS's clock, as this answer tells it.
-        sign = Signer(bare(told.get("AccessKeyId"), self.name), key, token, *occasion.spec.sigv4, (answer.date or now) - now)
+        access_key, ahead = bare(told.get("AccessKeyId"), self.name), (answer.date or now) - now
+        sign = replace(signer, access_key=access_key, secret_key=key, token=token, service=service, ahead=ahead)
         lease_id, scopes = f"{self.name}-{secrets.token_hex(8)}", self.narrowed(occasion)
         return Lease(lease_id, self.name, "authorization", token, scopes, now + life, (key, token), sign)
 
     async def revoke(self, handle: Secret) -> None:
         """Never asked: no lease has a handle."""
 
-    async def _base(self, settings: AwsStsSettings, occasion: Occasion) -> Signer:
-        """The signer with the broker's own keys."""
-        tool, (_, region) = occasion.tool.name, occasion.spec.sigv4 or ("", "")
+    def _base(self, settings: AwsStsSettings, tool: str, region: str) -> "Signer":
+        """The signer with the broker's own keys. In a thread: who uses AWS first waits a quarter of a second for botocore."""
+        from broker.credentials.sigv4 import Signer  # noqa: PLC0415 - nobody else waits for it when the broker starts
+
         key: tuple[str, str, str | None]
         if settings.access_key:
             key = (referenced(settings.access_key, tool), referenced(settings.secret, tool), None)
         else:
-            key = await asyncio.get_running_loop().run_in_executor(self._thread, _chain, self._session)
+            key = self._chain()
         return Signer(key[0], Secret(key[1]), Secret(key[2]) if key[2] else None, "sts", region)
 
+    def _chain(self) -> tuple[str, str, str | None]:
+        """What AWS's chain finds: environment, files, web identity, container, instance. It refreshes by itself."""
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - as above
+        from botocore.session import Session  # noqa: PLC0415 - as above
 
-def _chain(session: Session) -> tuple[str, str, str | None]:
-    """What AWS's chain finds: environment, files, web identity, container, instance. It refreshes by itself."""
-    try:
-        if found := session.get_credentials():
-            keys = found.get_frozen_credentials()
-            return keys.access_key, keys.secret_key, keys.token
-    except (BotoCoreError, ClientError) as error:
-        what = f"AWS's chain of credentials failed ({type(error).__name__})"
-        raise CredentialUnavailable(what, "see the broker's AWS configuration") from None
-    what = "AWS's chain has no credentials for the broker"
-    raise CredentialUnavailable(what, "give the broker a role, or write access_key and secret")
+        try:
+            self._session = self._session or Session()
+            if found := self._session.get_credentials():
+                keys = found.get_frozen_credentials()
+                return keys.access_key, keys.secret_key, keys.token
+        except (BotoCoreError, ClientError) as error:
+            what = f"AWS's chain of credentials failed ({type(error).__name__})"
+            raise CredentialUnavailable(what, "see the broker's AWS configuration") from None
+        what = "AWS's chain has no credentials for the broker"
+        raise CredentialUnavailable(what, "give the broker a role, or write access_key and secret")
 
 
 def _policy(occasion: Occasion) -> bytes:
@@ -147,7 +155,7 @@ def _wanted(settings: AwsStsSettings, occasion: Occasion) -> dict[str, str]:
     return wanted | ({"ExternalId": settings.external_id} if settings.external_id else {})
 
 
-async def _ask(settings: AwsStsSettings, signer: Signer, wanted: dict[str, str], at: float) -> Answer:
+async def _ask(settings: AwsStsSettings, signer: "Signer", wanted: dict[str, str], at: float) -> Answer:
     domain = "amazonaws.com.cn" if signer.region.startswith("cn-") else "amazonaws.com"
     url = f"{(settings.sts or f'https://sts.{signer.region}.{domain}').rstrip('/')}/"
     content = urlencode(wanted).encode()
