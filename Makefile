@@ -13,10 +13,13 @@ run: .venv/run ## the broker on the sample organisation
 	.venv/bin/broker up
 
 # What is tried here is the same each time, also what Hypothesis draws: `pytest` alone draws anew. The two processes must see the
-# tests in one order, hence the other seed. A test that hangs ends its process, and with it the run.
+# tests in one order, hence the other seed. A test that hangs ends its process, and with it the run. What failed is tried once more,
+# alone: most tests wait for real processes, on a machine that may be busy. Both outputs stay; see tests/README.md.
+PYTEST = PYTHONHASHSEED=0 .venv/bin/python -m pytest --hypothesis-seed=0
 test: .venv/test packages lint ## every check and every test
-	.venv/bin/python -m pytest -q --hypothesis-seed=0 tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
-	PYTHONHASHSEED=0 .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --hypothesis-seed=0 --durations=10
+	$(PYTEST) -q tests/unit/policy --cov=broker.policy --cov-branch --cov-fail-under=100
+	$(PYTEST) -n 2 --dist loadfile --max-worker-restart 0 --durations=10 || \
+	  { test $$? = 1 && echo "what failed, once more and alone:" && $(PYTEST) --last-failed --last-failed-no-failures none; }
 
 # What tests use from Debian, where root can install it; without it they skip, and say what is missing.
 packages:

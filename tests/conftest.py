@@ -12,6 +12,22 @@ from redis_server import RedisServer
 # A shell that starts the tests in the background makes them ignore SIGINT, and with them all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_ended: list[object] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Remember a process of tests (pytest-xdist) that ended before its last test."""
+    if error:
+        _ended.append(node)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that nobody ran are not only failures: `make test` tries no failure again then."""
+    if _ended:
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
+
+
 SECRET = "sk_live_upstream-secret-0123456789"
 
 TITLE = {"type": "string", "maxLength": 20}
