@@ -23,7 +23,6 @@ from pathlib import Path
 import orjson
 
 from broker.admin.client import fetch
-from broker.dataplane.compile import bootstrap
 from broker.dataplane.site import Site
 from broker.errors import BrokerError, UsageError
 from broker.keys import write_private
@@ -140,9 +139,12 @@ class Supervisor:
             await self._child("the processor", self._serve, self._hear)
 
     async def _keep_envoy(self) -> None:
+        # It takes half a second to import Envoy's configuration, and the processor, which has begun, longer to listen.
+        from broker.dataplane.compile import bootstrap  # noqa: PLC0415
+
+        write_private(self._configuration, bootstrap(_within_descriptors(self._site)).to_json(indent=1).encode())
         # The socket is bound first: an Envoy that finds it asks at once, instead of after a pause.
         await self._listening.wait()
-        write_private(self._configuration, bootstrap(_within_descriptors(self._site)).to_json(indent=1).encode())
         options = ["--disable-hot-restart", "--log-level", "error", "--file-flush-interval-msec", "1000"]
         while True:
             Path(self._site.admin_socket).unlink(missing_ok=True)  # noqa: ASYNC240 - one system call
