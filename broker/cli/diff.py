@@ -136,18 +136,30 @@ def _place(name: str, manifests: Path) -> tuple[Path, PurePosixPath]:
     return root, PurePosixPath(Path(os.path.realpath(near), manifests.absolute().relative_to(near)).relative_to(root).as_posix())
 
 
-class _Entry(NamedTuple):
-    """A file as git lists it: whether it is one (no link or submodule), its object, and its path below the manifests folder."""
+_SUBMODULE = "160000"
 
-    plain: bool
+
+class _Entry(NamedTuple):
+    """A file as git lists it: its mode, its object, and its path below the manifests folder."""
+
+    mode: str
     blob: str
     path: PurePosixPath
+
+    @property
+    def plain(self) -> bool:
+        return self.mode.startswith("100")
+
+    @property
+    def taken(self) -> bool:
+        """Whether reading a folder takes it, or what is in it, for manifests."""
+        return self.mode == _SUBMODULE or self.path.suffix in (".yaml", ".yml")
 
 
 def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Path) -> None:
     """Write the folder as it was. Raises `UsageError` where there was none, or a manifest that is no plain file.
 
-    Other links and submodules are left out: reading a folder does not follow them to manifests either.
+    Other links are left out: reading a folder does not follow them to manifests either.
     """
     below = ["--", f"{inside}/"] if inside.parts else []
     listed = _git(top, "git can't list the files", "ls-tree", "-r", "-z", "--full-tree", commit, *below)
@@ -155,9 +167,9 @@ def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Pa
     if not entries:
         raise _Absent(f"{name} has no folder {str(inside)!r}", "name the folder that it has with --manifests, or another ref")
     for entry in entries:
-        if (not entry.plain and entry.path.suffix in (".yaml", ".yml")) or ".." in entry.path.parts:
-            advice = "have the file itself there, or compare folders"
-            raise UsageError(f"{name}:{inside / entry.path} is no plain file", advice)
+        if (not entry.plain and entry.taken) or ".." in entry.path.parts:
+            what = "a submodule, which git has no files of" if entry.mode == _SUBMODULE else "no plain file"
+            raise UsageError(f"{name}:{inside / entry.path} is {what}", "have the file itself there, or compare folders")
     entries = [entry for entry in entries if entry.plain]
     asked = "".join(f"{entry.blob}\n" for entry in entries).encode()
     contents = _git(top, "git can't read the files", "cat-file", "--batch", given=asked)
@@ -175,7 +187,7 @@ def _checkout(top: Path, name: str, commit: str, inside: PurePosixPath, into: Pa
 def _entry(line: str, inside: PurePosixPath) -> _Entry:
     about, _, path = line.partition("\t")
     mode, _, blob = about.split()
-    return _Entry(mode.startswith("100"), blob, PurePosixPath(path).relative_to(inside))
+    return _Entry(mode, blob, PurePosixPath(path).relative_to(inside))
 
 
 def _git(top: Path, problem: str, *arguments: str, given: bytes = b"") -> bytes:
@@ -189,6 +201,9 @@ def _git(top: Path, problem: str, *arguments: str, given: bytes = b"") -> bytes:
 
 def _ran(top: Path, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     environment = {**os.environ, "LC_ALL": "C"}
+    if "GIT_WORK_TREE" not in environment:
+        # Hooks of linked worktrees have it alone; git then takes the folder that it is started in for the whole repository.
+        environment.pop("GIT_DIR", None)
     try:
         return subprocess.run(  # noqa: S603
             ["git", "-C", str(top), *arguments],  # noqa: S607

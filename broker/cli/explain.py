@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 
 from broker import clock
 from broker.cli import options
@@ -31,7 +30,7 @@ def explain(*, agent: str, method: str, url: str, data: str, headers: tuple[str,
     found = Rehearsal(snapshot, now).call(agent, Call(method, url, _headers(headers, data), os.fsencode(data)))
     document = _document(snapshot, agent, found, now)
     if as_json:
-        click.echo(orjson.dumps(document))
+        click.echo(options.ascii_json(document))
     else:
         for line in _lines(document):
             click.echo(printable(line))

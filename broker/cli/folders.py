@@ -9,7 +9,7 @@ import click
 from broker.errors import UsageError
 from broker.state import State
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False, readable=False)  # whoever reads it says why it can't
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pwd
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,7 +84,6 @@ def run(
         if place:
             join(place, confined.pid)
         known = held.enter_context(joined(folder, agent, confined.pid, _warn))
-        _warn_of_rights(who, Path(known["manifests"]))
         if secrets := sorted({*known["secrets"]["env"]} & os.environ.keys() - {*keep, *made.cleared}):
             _warn(f"left out what tools have their credentials in (keep one with --keep NAME): {', '.join(secrets)}")
         # Else an agent that works beside the manifests could write its own, or read the tools' secrets.
@@ -95,15 +93,6 @@ def run(
 
 def _warn(what: str) -> None:
     click.echo(f"broker: {what}", err=True)
-
-
-def _warn_of_rights(who: pwd.struct_passwd, manifests: Path) -> None:
-    """Where the user may exchange a folder above the manifests, nothing that is done to these helps."""
-    for path in (manifests, *manifests.parents) if who.pw_uid else ():
-        status = path.stat()
-        if status.st_uid == who.pw_uid or status.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
-            _warn(f"{who.pw_name} may change {path}, and so what {manifests} is; keep manifests where only root may write")
-            return
 
 
 def _user(name: str | None) -> pwd.struct_passwd:

@@ -98,10 +98,12 @@ def main() -> int:
     if not (word := told.readline()):
         return _FAULT  # whoever would have said that the doors are open has ended
     known = json.loads(word)
+    for path in (*plan["hidden"], *known["readonly"], *known["masked"]):
+        _pin(path, plan["user"][0])
     for path in filter(os.path.exists, known["readonly"]):
         _mount(path, path, flags=_BIND | _REC)
         _set_readonly(path, on=True)
-    for path in filter(os.path.exists, known["masked"]):
+    for path in filter(os.path.exists, (*known["masked"], *known["sockets"])):
         _mount("/dev/null", path, flags=_BIND)
     for name in known["without"]:
         plan["environment"].pop(name, None)
@@ -147,6 +149,20 @@ def _view(plan: dict[str, Any]) -> None:
         _empty(path, "755")
     _trust(plan["ca"])
     _names()
+
+
+def _pin(path: str, uid: int) -> None:
+    """No folder on the way to it may be renamed, and another put in its place: what is mounted on can't be (rename(2): EBUSY)."""
+    for folder in list(Path(path).parents)[-2::-1]:  # from the root on
+        if folder.is_dir() and not folder.is_mount() and _may_write(folder.parent, uid):
+            _mount(str(folder), str(folder), flags=_BIND | _REC)
+
+
+def _may_write(folder: Path, uid: int) -> bool:
+    """Whether the command may, or others beside the owner; where there is an ACL, the group's bits are its mask (acl(5))."""
+    status = folder.stat()
+    written = uid in (0, status.st_uid) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return bool(written) and not os.statvfs(folder).f_flag & os.ST_RDONLY
 
 
 def _restore(kept: dict[str, int]) -> None:

@@ -152,7 +152,7 @@ class Confined:
 
     def go(self, readonly: Sequence[str], masked: Sequence[str], without: Sequence[str]) -> None:
         """The doors are open: have the command started, which may not change, nor read, these paths, without these variables."""
-        said = {"readonly": readonly, "masked": [*masked, *self._sockets.result()], "without": without}
+        said = {"readonly": readonly, "masked": masked, "sockets": self._sockets.result(), "without": without}
         self._terminal.offer(self._process.pid)
         self._say(json.dumps(said).encode() + b"\n")
 

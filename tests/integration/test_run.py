@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -334,6 +335,43 @@ def test_an_agent_that_works_beside_the_manifests_can_not_change_them(place):
     assert done.stdout.split()[-1] == "written", done.stderr
     assert int(done.stdout.split()[0]) >= 7
     assert "Read-only file system" in done.stderr
+
+
+RENAMES = (
+    r'mkdir "a"; print(rename($_, "$_.gone") ? "moved\n" : 0 + $!, "\n") for @ARGV'  # a Python may lie where not all may look
+)
+WAYS = ("w", "w/conf", "w/conf/manifests", "w/var", "w/var/state", "w/var/keys", "w/var/keys/paid.txt")
+
+
+@pytest.mark.parametrize(
+    ("user", "mode"), [("root", 0o755), ("nobody", 0o755), ("nobody", 0o775)], ids=["root", "owner", "group"]
+)
+def test_an_agent_can_not_exchange_a_folder_above_the_manifests_the_state_or_a_secret(place, user, mode):
+    """Else it could grant itself anything, and have the broker start again with keys that it has."""
+    outer = place.folder / f"outer-{user}-{mode:o}"
+    folders = [outer, outer / "w", outer / "w/conf", outer / "w/var", outer / "w/var/keys"]
+    for each in folders:
+        each.mkdir(parents=True)
+    (outer / "w/var/keys/paid.txt").write_text("nobodys")
+    secret = {"issuer": "static", "secret": {"file": str(outer / "w/var/keys/paid.txt")}}
+    stack.write_manifests(
+        outer / "w/conf/manifests",
+        stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK, credential=secret),
+        stack.agent("coder", {"wiki": GRANTED}),
+    )
+    for each in folders:
+        group = mode == 0o775
+        if user != "root":
+            os.chown(each, 0 if group else 65534, 65534 if group else 0)
+        each.chmod(mode)
+    broker = stack.Broker(outer / "w/conf/manifests", outer / "w/var/state", within=place.host.within)
+    try:
+        within = [*place.host.within[:-2], f"--wd={outer}", "--", "env", f"PYTHONPATH={Path.cwd()}"]
+        command = [*verb(broker, "coder"), "--user", user, "--", "perl", "-e", RENAMES, "a", *WAYS]
+        done = subprocess.run([*within, *command], capture_output=True, text=True, timeout=60, check=False)
+        assert done.stdout.split() == ["moved", *[str(errno.EBUSY)] * len(WAYS)], done.stderr
+    finally:
+        broker.stop()
 
 
 CALLS = r"""
