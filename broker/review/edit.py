@@ -1,13 +1,16 @@
 """Changes in a manifest's text: what is to stand where, and nothing else moves.
 
 Laws: comments, order and every line that the change does not need stay as they are; where that can't be done, the file is written
-anew by the same library, with its comments and order. The text is whole or there is none.
+anew by the same library, with its comments and order. No comment is lost. The text is whole or there is none.
 """
 
 import difflib
 import io
+import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -15,6 +18,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from broker.errors import UsageError
+from broker.manifest.findings import printable
 from broker.manifest.strict_yaml import RESERVED
 from broker.review.propose import Edit
 
@@ -23,19 +28,53 @@ _WORD = re.compile(r"[A-Za-z$][A-Za-z0-9_.-]*")
 _SCHEMA = 7  # keys from the root to a schema of a grant's parameters
 
 
-def edited(text: str, edits: Iterable[Edit]) -> str:
-    """The file's text with these edits in the document of each one's agent."""
+def edited(text: str, edits: Sequence[Edit]) -> str:
+    """The file's text with these edits in the document of each one's agent. Raises `UsageError` where a comment would be lost."""
+    if 0 < text.count("\n") == text.count("\r\n"):
+        return edited(text.replace("\r\n", "\n"), edits).replace("\n", "\r\n")
     yaml = YAML()
     yaml.width, yaml.preserve_quotes, yaml.brace_single_entry_mapping_in_flow_sequence = _WIDE, True, True
-    yaml.allow_unicode = False  # what can't be seen is written as an escape
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    said = json.dumps([edit.value for edit in edits], ensure_ascii=False)
+    yaml.allow_unicode = printable(said) == said  # what can't be seen is written as an escape
+    mapping, offset = _indents(text)
+    yaml.indent(mapping=mapping, sequence=offset + 2, offset=offset)
     documents = list(yaml.load_all(text))
     before = _written(yaml, documents)
     for edit in edits:
         _put(next(each for each in documents if each["kind"] == "Agent" and each["metadata"]["name"] == edit.agent), edit)
     after = _written(yaml, documents)
     made = _moved(text, before, after)
-    return made if made != after and _says(yaml, made, documents) else _headed(text, after)
+    if made == after or not _says(yaml, made, documents):
+        made = _headed(text, after)
+    if lost := _comments(text) - _comments(made):
+        what = f"the change would take a comment out of the manifest of {edits[0].agent!r}: {printable(min(lost))}"
+        raise UsageError(what, "put it on a line of its own above the grant, or make the change by hand")
+    return made
+
+
+_OPENS = re.compile(r" *[^\s#-][^#]*:[ \t]*(?:#.*)?")
+_COMMENT = re.compile(r"(?:^|[ \t])#.*")
+
+
+def _indents(text: str) -> tuple[int, int]:
+    """How far the text indents mappings, and its sequences' dashes."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    found: dict[bool, int] = {}
+    for line, inner in pairwise(lines):
+        if _OPENS.fullmatch(line):
+            by, dashed = _indent(inner) - _indent(line), inner.lstrip().startswith("- ")
+            if by > 0 or dashed:
+                found.setdefault(dashed, by)
+    return found.get(False, 2), max(found.get(True, 2), 0)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _comments(text: str) -> Counter[str]:
+    """The comments, and what looks like one within a text: that no change takes out either."""
+    return Counter(found[0].strip() for line in text.splitlines() if (found := _COMMENT.search(line)))
 
 
 _HEAD = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*---[ \t]*\n")
@@ -121,6 +160,31 @@ def _moved(text: str, before: str, after: str) -> str:
             continue
         if i not in places or j not in places or places[j] - places[i] != j - i:
             return after
-        made += lines[at : places[i]] + new[k:m]
+        made += lines[at : places[i]] + _commented(lines[places[i] : places[j]], new[k:m])
         at = places[j]
     return "".join(made + lines[at:])
+
+
+def _commented(old: list[str], new: list[str]) -> list[str]:
+    """The new lines with the comments of the old ones: at what still stands there, else on lines of their own."""
+    made, rest, after = list[str](), list(new), list[str]()
+    for line in old:
+        body, comment = _parted(line)
+        same = next((index for index, each in enumerate(rest) if each.rstrip() == body.rstrip()), None) if body.strip() else None
+        if same is not None:
+            made += [*rest[:same], line]
+            rest = rest[same + 1 :]
+        elif comment:
+            # One that is less indented than what is written belongs to what follows.
+            alone = f"{' ' * _indent(line)}{comment}\n"
+            (after if rest and _indent(line) < _indent(rest[0]) else made).append(alone)
+    return [*made, *rest, *after]
+
+
+def _parted(line: str) -> tuple[str, str]:
+    """A line before its comment, and that; a sign between quotes begins none."""
+    for found in re.finditer(r"(?:^|[ \t])#", line):
+        body = line[: found.start()]
+        if body.count('"') % 2 == body.count("'") % 2 == 0:
+            return body, line[found.start() :].strip()
+    return line, ""

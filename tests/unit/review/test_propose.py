@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from broker.errors import UsageError
 from broker.manifest.load import load, load_texts
 from broker.rehearsal import Call, Rehearsal, call_of
 from broker.review.edit import edited
@@ -330,18 +331,89 @@ def test_a_body_that_is_too_long_for_the_record_is_left_to_the_catalog(grant):
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        "spec:\n    tools:\n        box:\n            operations:\n                a: {}\n",
-        "spec:\n    tools:\n    box: {operations: {a: {}}}\n",
-    ],
+    ["spec:\n  tools:\n     box:\n      operations:\n         a: {}\n", "spec:\n  tools:\n  box: {operations: {a: {}}}\n"],
     ids=["whose lines fit nowhere", "whose places are not found"],
 )
 def test_comments_before_the_first_document_stay_where_a_file_is_written_anew(spec):
     head = "# ours\n\n---\n# the bot\n"
     text = f"{head}kind: Agent\nmetadata:\n    name: bot\n{spec}"
     made = edited(text, [Edit("bot", "f", ("spec", "tools", "box", "operations", "do"), {}, ())])
-    assert made.startswith(f"{head}kind: Agent\nmetadata:\n  name: bot\n"), "indented as we write it"
+    assert made.startswith(f"{head}kind: Agent\nmetadata:\n    name: bot\nspec:\n    tools:\n"), "indented as it begins"
     assert edited(made, [Edit("bot", "f", ("spec", "tools", "box", "operations", "do"), {}, ())]) == made
+
+
+GRANT = """# the bot
+kind: Agent
+metadata: {name: bot, description: für alle}
+spec:
+  tools:
+    box:
+      operations:
+        do:
+          params:
+            path:
+              properties:
+                repo:
+                  enum:
+                    - web        # the shop
+                    # infra stays out: "it" holds keys
+                    - payments
+    # ask security before adding a channel
+    chat: {operations: {}}
+"""
+GROWN = Edit(
+    "bot", "f", ("spec", "tools", "box", "operations", "do", "params", "path", "properties", "repo"),
+    {"enum": ["web", "payments", "mobile"]}, (),
+)  # fmt: skip
+CONST = GRANT.replace("enum:\n", "const: web # the one\n").replace("                    - web        # the shop\n", "")
+
+
+def wider(text, by):
+    """The text with every indentation so many times as wide."""
+    return "".join(f"{' ' * (by - 1) * (len(line) - len(line.lstrip(' ')))}{line}" for line in text.splitlines(keepends=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "added", "taken"),
+    [
+        (GRANT, ["                    - mobile"], []),
+        (GRANT.replace("\n", "\r\n"), ["                    - mobile\r"], []),
+        (wider(GRANT, 2), [f"{' ' * 40}- mobile"], []),
+        (GRANT.replace("                    ", "                  "), ["                  - mobile"], []),
+        (f"# ours\n%YAML 1.2\n---\n{GRANT}", ["                    - mobile"], []),
+        (
+            CONST.replace("                    - payments\n", ""),
+            [
+                "                  # the one",
+                "                  enum:",
+                *(f"{' ' * 20}- {each}" for each in ("web", "payments", "mobile")),
+            ],
+            ["                  const: web # the one"],
+        ),
+    ],
+    ids=["a list", "CRLF", "four spaces", "dashes below their key", "a directive", "a value that becomes a list"],
+)
+def test_a_change_touches_no_other_line_and_no_comment(text, added, taken):
+    before, after = text.split("\n"), edited(text, [GROWN]).split("\n")
+    assert [line for line in after if line not in before] == added
+    assert [line for line in before if line not in after] == taken
+    at = after.index(added[-1])
+    assert "ask security" in after[at + 1], "what stands above the next tool stays there"
+
+
+def test_a_comment_that_can_not_be_kept_is_named_and_nothing_is_made():
+    text = GRANT.replace("enum:\n                    - web        # the shop\n", "enum: [web,  # the shop\n").replace(
+        "- payments", "payments]"
+    )
+    with pytest.raises(UsageError, match="would take a comment out of the manifest of 'bot': # "):
+        edited(text, [GROWN])
+
+
+def test_what_can_not_be_seen_is_written_as_an_escape_and_the_rest_as_it_is():
+    hidden = replace(GROWN, value={"enum": ["web\u202e"]})
+    assert "\\u202e" in edited(GRANT, [hidden]).lower()
+    mixed = GRANT.replace("spec:\n  tools:\n    box", "spec:\n   tools:\n     box")
+    assert "für alle" in edited(mixed, [GROWN])
 
 
 @pytest.mark.parametrize(
