@@ -44,8 +44,8 @@ def edited(text: str, edits: Sequence[Edit]) -> str:
         _put(next(each for each in documents if each["kind"] == "Agent" and each["metadata"]["name"] == edit.agent), edit)
     after = _written(yaml, documents)
     made = _moved(text, before, after)
-    if made == after or not _says(yaml, made, documents):
-        made = _headed(text, after)
+    if not made or not _says(yaml, made, documents):
+        made = _headed(text, _moved(before, before, after))
     if lost := _comments(text) - _comments(made):
         what = f"the change would take a comment out of the manifest of {edits[0].agent!r}: {printable(min(lost))}"
         raise UsageError(what, "put it on a line of its own above the grant, or make the change by hand")
@@ -149,7 +149,7 @@ def _text(value: str) -> str:
 
 
 def _moved(text: str, before: str, after: str) -> str:
-    """The lines that differ between `before` and `after`, in the text that `before` says the same as."""
+    """The lines that differ between `before` and `after`, in a text that says the same as `before`; empty where they don't fit."""
     lines, old, new = (each.splitlines(keepends=True) for each in (text, before, after))
     places: dict[int, int] = {}
     for start, other, size in difflib.SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():
@@ -159,7 +159,7 @@ def _moved(text: str, before: str, after: str) -> str:
         if tag == "equal":
             continue
         if i not in places or j not in places or places[j] - places[i] != j - i:
-            return after
+            return ""
         made += lines[at : places[i]] + _commented(lines[places[i] : places[j]], new[k:m])
         at = places[j]
     return "".join(made + lines[at:])

@@ -250,6 +250,29 @@ def test_a_files_name_ends_no_line_of_an_error(repository, run, git):
     )
 
 
+def test_a_submodule_below_the_manifests_is_refused_for_its_files_are_not_there_to_compare(repository, run, git):
+    """Reading a folder takes them for manifests, so without them a wider grant would be none."""
+    inner = repository / "manifests/more"
+    inner.mkdir()
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        git("-C", str(inner), *command)
+    git("add", "-A")
+    git("commit", "-qm", "submodule")
+    result = run("main", "HEAD", "--fail-on", "wider")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("broker: HEAD:manifests/more is a submodule, which git has no files of; have the file itself")
+
+
+def test_in_a_hook_of_a_linked_worktree_the_base_is_the_manifests_folder_alone(repository, run, git, monkeypatch):
+    (repository / "compose.yaml").write_text("services: {}\n")
+    git("add", "-A")
+    git("commit", "-qm", "no manifest")
+    git("worktree", "add", "-q", "linked", "-b", "linked")
+    monkeypatch.chdir(repository / "linked")
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git/worktrees/linked"))  # as git does for hooks, and no GIT_WORK_TREE
+    assert run("HEAD", "./manifests").stdout == "**Nothing changes** in what agents may do.\n"
+
+
 def test_the_folder_may_be_the_repository_itself_and_hold_other_links(tmp_path, run, git):
     write(tmp_path)
     (tmp_path / "README").symlink_to("/etc/passwd")

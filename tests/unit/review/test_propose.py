@@ -412,7 +412,7 @@ def test_a_comment_that_can_not_be_kept_is_named_and_nothing_is_made():
 def test_what_can_not_be_seen_is_written_as_an_escape_and_the_rest_as_it_is():
     hidden = replace(GROWN, value={"enum": ["web\u202e"]})
     assert "\\u202e" in edited(GRANT, [hidden]).lower()
-    mixed = GRANT.replace("spec:\n  tools:\n    box", "spec:\n   tools:\n     box")
+    mixed = GRANT.replace("metadata: {name: bot, description: für alle}", "metadata:\n    name: bot\n    description: für alle")
     assert "für alle" in edited(mixed, [GROWN])
 
 
