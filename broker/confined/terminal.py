@@ -27,7 +27,7 @@ class Terminal:
 
     def offer(self, group: int) -> None:
         """Lend it to a group that has not asked for it, unless this process is part of a pipeline."""
-        if not any(stat.S_ISFIFO(os.fstat(number).st_mode) for number in _PIPED):
+        if self and not any(stat.S_ISFIFO(os.fstat(number).st_mode) for number in _PIPED):
             self._lend(group)
 
     def stopped(self, group: int, number: int) -> None:

@@ -149,7 +149,7 @@ def _text(value: str) -> str:
 
 
 def _moved(text: str, before: str, after: str) -> str:
-    """The lines that differ between `before` and `after`, in a text that says the same as `before`; empty where they don't fit."""
+    """The lines that differ between `before` and `after`, in a text that says what `before` says; empty where they don't fit."""
     lines, old, new = (each.splitlines(keepends=True) for each in (text, before, after))
     places: dict[int, int] = {}
     for start, other, size in difflib.SequenceMatcher(None, old, lines, autojunk=False).get_matching_blocks():

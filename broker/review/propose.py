@@ -138,6 +138,17 @@ def _beyond(snapshot: PolicySnapshot, record: Record) -> str:
             return f"the catalog refuses {violation['pointer']} ({violation['rule']}); ask the tool's owner"
         if record.get("model") and violation["pointer"] != "/body/model":
             return f"{violation['message']}; the record keeps no prompts, so change {violation['rule']} by hand"
+    return _refused_by_catalog(snapshot, record)
+
+
+def _refused_by_catalog(snapshot: PolicySnapshot, record: Record) -> str:
+    """The same for an operation that the agent's manifest does not list, whose parameters nobody has judged."""
+    if record["method"] == "CONNECT" or record.get("model"):
+        return ""
+    seen = _seen(record)
+    for where, schema in snapshot.tools[record["tool"]].operations[record["operation"]].schemas.items():
+        for found in schema.violations(seen[where], where) if where in seen and is_whole(seen[where]) else ():
+            return f"the catalog refuses {found.pointer} ({found.rule}); ask the tool's owner"
     return ""
 
 
@@ -206,9 +217,9 @@ def _notes(
     if loose - known:
         many = ", ".join(sorted(loose - known))
         yield f"narrow by hand, for only the catalog's schema bounds it: over {MOST} different values were seen of {many}"
-    # A request always has a path and a query, of which nothing need be named.
-    said = [where for where, found in values.items() if where not in ("path", "query") or any(found)]
-    if granted and len(said) > 1:
+    # A request always has a path and a query, of which nothing need be named, nor does the catalog name any.
+    said = {where for where, found in values.items() if where not in ("path", "query") or any(found)}
+    if granted and len(said | tool.operations[operation].schemas.keys()) > 1:
         yield "a manifest can't tie one location's values to another's, so these may be mixed, also with what is granted already"
     elif sum(len({repr(value) for value in found}) > 1 for found in values.values()) > 1:
         yield "a manifest can't tie one location's values to another's, so these calls' values may also be mixed"

@@ -143,7 +143,8 @@ def test_a_call_of_which_nothing_can_come_spoils_no_draft(run, monkeypatch):
     assert code == 0
     assert out.startswith("# Let refund-bot call github/issues.get\n")
     assert err.splitlines()[1:] == [
-        "d-2: what would allow it does not pass `broker check`; write the change by hand, or ask the platform team",
+        "d-2: the catalog refuses /body/body (tools/github.yaml#/spec/operations/issues.comment/params/body/properties/body/type); "
+        "ask the tool's owner",
         "d-3: what would allow it does not pass `broker check`; write the change by hand, or ask the platform team",
         "d-4: no change of the manifest allows it; write it by hand",
     ]

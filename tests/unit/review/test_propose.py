@@ -461,6 +461,17 @@ def test_that_what_is_granted_may_be_mixed_with_what_was_seen_is_told():
     assert all("also with what is granted already" in edit.notes[0] for edit in edits)
 
 
+def test_that_what_is_granted_may_be_mixed_is_told_also_of_a_call_that_named_none_of_it():
+    _, (edit,), _ = propose("refund-bot", [get(f"{GITHUB}/acme/mobile/issues")])
+    assert "also with what is granted already" in edit.notes[0], "every query that is granted, of the new repository as well"
+
+
+def test_what_the_catalog_refuses_is_named_also_where_the_agent_lists_no_such_operation():
+    _, edits, (refused,) = propose("refund-bot", [get(f"{GITHUB}/acme/web/pulls/0")])
+    assert edits == []
+    assert refused.why.startswith("the catalog refuses /path/pull_number (tools/github.yaml#/spec/operations/pulls.get/params/path")
+
+
 def test_nothing_is_proposed_for_a_decoy():
     platform = json.dumps(
         {
