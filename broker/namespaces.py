@@ -301,9 +301,10 @@ class Namespaces:
 
 
 def _secrets(snapshot: PolicySnapshot) -> Mapping[str, list[str]]:
-    """Where the tools' secrets are: the names of variables as `env`, and paths as `file`."""
-    known = [*references(snapshot.tools.values())]
-    return {kind: sorted({where for source, where, _ in known if source == kind}) for kind in ("env", "file")}
+    """Where the secrets of tools and alerts are: the names of variables as `env`, and paths as `file`."""
+    known = {(kind, where) for kind, where, _ in references(snapshot.tools.values())}
+    known |= {pair for sink in snapshot.alerting.sinks.values() for each in sink.references for pair in each.items()}
+    return {kind: sorted(where for source, where in known if source == kind) for kind in ("env", "file")}
 
 
 def _inode(path: Path) -> int:

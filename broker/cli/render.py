@@ -138,6 +138,7 @@ def nftables(*, manifests: Path, proxy: options.Address, base_url: options.Addre
 
 
 _USER = re.compile(r"[1-9][0-9]{0,9}|[a-z_][a-z0-9_-]{0,31}")  # useradd(8): what is a name everywhere
+_NOBODY = 2**32 - 1  # (uid_t) -1, and what fits in none
 
 
 def _users(snapshot: PolicySnapshot, written: Iterable[str]) -> Mapping[str, str]:
@@ -148,7 +149,7 @@ def _users(snapshot: PolicySnapshot, written: Iterable[str]) -> Mapping[str, str
             raise UsageError(f"--user {text} names no agent of the manifests", f"write one of {', '.join(sorted(users))}")
         users[name] = user
     for name, user in users.items():
-        if not _USER.fullmatch(user) or user == "root":
+        if not _USER.fullmatch(user) or user == "root" or (user.isdecimal() and int(user) >= _NOBODY):
             raise UsageError(f"{user!r} can't be the user of {name}", f"write --user {name}=UID, of a user that only it has")
     if twice := {user for user in users.values() if [*users.values()].count(user) > 1}:
         raise UsageError(f"two agents would share the user {min(twice)}", "give each its own with --user NAME=UID")

@@ -12,13 +12,22 @@ import click
 from broker.cli import folders
 from broker.confined.ceilings import Ceilings, NoGroups, group, join, mounted
 from broker.confined.environment import environment
-from broker.confined.launch import Confined, Plan, check_tools, hold_signals, joined
+from broker.confined.launch import Confined, Plan, check_tools, hold_signals, hold_streams, joined
 from broker.errors import UsageError
 from broker.state import State
 
 _SIZE = re.compile(r"([0-9]{1,9})(KiB|MiB|GiB)?")
 _UNITS = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_FEWEST_CPUS, _MOST_CPUS = 0.01, 100_000
+_MOST_PIDS = 4_194_304  # the kernel's own (proc(5), pid_max)
 _EXISTING = click.Path(exists=True, file_okay=False, resolve_path=True)
+
+
+def _cpus(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if _FEWEST_CPUS <= (number := float(text)) <= _MOST_CPUS:
+            return number
+    raise UsageError(f"{text!r} is no number of processors", f"write one of {_FEWEST_CPUS} to {_MOST_CPUS}")
 
 
 def _bytes(text: str) -> int:
@@ -36,11 +45,14 @@ def _bytes(text: str) -> int:
 @click.option("--keep", multiple=True, metavar="NAME", help="Leave it this variable, though it looks like a credential.")
 @click.option("--writable", multiple=True, type=_EXISTING, help="A folder that root may write to beside the working directory.")
 @click.option("--memory", type=_bytes, metavar="SIZE", default="2GiB", show_default=True, help="The most memory that it may use.")
+@click.option("--cpus", type=_cpus, metavar="NUMBER", default=2.0, show_default=True, help="The most processors.")
 @click.option(
-    "--cpus", type=click.FloatRange(0.01), metavar="NUMBER", default=2.0, show_default=True, help="The most processors."
-)
-@click.option(
-    "--pids", type=click.IntRange(1), metavar="NUMBER", default=512, show_default=True, help="The most processes and threads."
+    "--pids",
+    type=click.IntRange(1, _MOST_PIDS),
+    metavar="NUMBER",
+    default=512,
+    show_default=True,
+    help="The most processes and threads.",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -63,14 +75,16 @@ def run(
     all else leads nowhere. It sees no /run and /tmp of the host's, trusts the broker's CA alone, and ends when this ends, which
     ends with its code.
     """
+    hold_streams()
     check_tools()
+    here = _here()
     folder = folders.broker_state(state)
     made = environment(os.environ, keep)
     if made.cleared:
         _warn(f"left out what looks like a credential (keep one with --keep NAME): {', '.join(made.cleared)}")
     who = _user(user)
     variables = made.variables | ({"HOME": who.pw_dir, "USER": who.pw_name, "LOGNAME": who.pw_name} if who.pw_uid else {})
-    plan = Plan(command, variables, _ids(who), str(Path.cwd()), folder.ca.read_text(), _hidden(folder), _writable(writable))
+    plan = Plan(command, variables, _ids(who), str(here), folder.ca.read_text(), _hidden(folder, here), _writable(here, writable))
     hold_signals()
     with contextlib.ExitStack() as held:
         ceilings = Ceilings(memory, cpus, pids)
@@ -85,7 +99,7 @@ def run(
             join(place, confined.pid)
         known = held.enter_context(joined(folder, agent, confined.pid, _warn))
         if secrets := sorted({*known["secrets"]["env"]} & os.environ.keys() - {*keep, *made.cleared}):
-            _warn(f"left out what tools have their credentials in (keep one with --keep NAME): {', '.join(secrets)}")
+            _warn(f"left out what the broker has secrets in (keep one with --keep NAME): {', '.join(secrets)}")
         # Else an agent that works beside the manifests could write its own, or read the tools' secrets.
         confined.go([known["manifests"]], known["secrets"]["file"], secrets)
         return confined.wait()
@@ -108,12 +122,18 @@ def _ids(who: pwd.struct_passwd) -> tuple[int, int, str]:
     return who.pw_uid, who.pw_gid, ",".join(map(str, groups))
 
 
-def _hidden(state: State) -> Sequence[str]:
-    here = Path.cwd()
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the working directory is gone", "start it in one that is there") from None
+
+
+def _hidden(state: State, here: Path) -> Sequence[str]:
     if here.is_relative_to(state.root):
         raise UsageError(f"{here} is in the broker's state folder, which no agent sees", "start it somewhere else")
     return [str(state.root), str(state.run)]
 
 
-def _writable(more: Sequence[str]) -> Sequence[str]:
-    return [path for path in dict.fromkeys([str(Path.cwd()), *more]) if path != "/"]
+def _writable(here: Path, more: Sequence[str]) -> Sequence[str]:
+    return [path for path in dict.fromkeys([str(here), *more]) if path != "/"]

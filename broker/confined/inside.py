@@ -13,6 +13,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -139,6 +140,8 @@ def _view(plan: dict[str, Any]) -> None:
             _set_readonly(path, on=False)
     _devices()
     _mount("proc", "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+    for path in _processes():
+        _empty(path, "755")
     for path in filter(os.path.exists, _KERNEL):
         _mount(path, path, flags=_BIND | _REC)
         _set_readonly(path, on=True)
@@ -163,6 +166,13 @@ def _may_write(folder: Path, uid: int) -> bool:
     status = folder.stat()
     written = uid in (0, status.st_uid) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return bool(written) and not os.statvfs(folder).f_flag & os.ST_RDONLY
+
+
+def _processes() -> list[str]:
+    """Where else the host's processes are shown (a chroot's proc): by their `root` there is a way to all that is hidden."""
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())  # proc(5)
+    shown = (fields[4] for fields in mounts if fields[fields.index("-") + 1] == "proc" and fields[4] != "/proc")
+    return [re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path) for path in shown]
 
 
 def _restore(kept: dict[str, int]) -> None:

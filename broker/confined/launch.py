@@ -191,6 +191,15 @@ class Confined:
         os.close(self._tell)
 
 
+def hold_streams() -> None:
+    """Have standard input, output and error lead nowhere where the caller closed them: else pipes of ours took their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the library's
+
+
 def hold_signals() -> None:
     """From now on signals wait for `Confined.wait`. Threads and children that are started later inherit this."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_WATCHED, signal.SIGCHLD})

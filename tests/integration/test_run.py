@@ -53,6 +53,12 @@ def place() -> Iterator[SimpleNamespace]:
     trusted = {"ca": "ca.pem", **LOOPBACK}
     manifests = stack.write_manifests(
         folder / "manifests",
+        stack.platform(
+            alerts={
+                "routes": [{"to": "hook"}],
+                "webhooks": {"hook": {"url": "https://hook.tool.test/", "secret": {"file": "hook.txt"}}},
+            }
+        ),
         stack.tool("api", f"https://{API}", OPERATIONS, upstream=trusted),
         stack.tool("later", f"https://{LATER}", OPERATIONS, upstream=trusted),
         stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK),
@@ -67,6 +73,7 @@ def place() -> Iterator[SimpleNamespace]:
     )
     (manifests / "ca.pem").write_text(ca.pem)
     (manifests / "paid.txt").write_text("nobodys")
+    (manifests / "hook.txt").write_text("nobodys")
     broker = stack.Broker(manifests, folder / "state", within=host.within)
     yield SimpleNamespace(host=host, broker=broker, secure=secure, plain=plain, folder=folder, manifests=manifests)
     broker.stop()
@@ -477,17 +484,66 @@ def test_a_credential_of_the_callers_is_left_out_and_told_unless_it_is_kept(plac
     assert "sk-1" not in done.stderr
 
 
-def test_what_the_tools_have_their_credentials_in_is_not_to_be_read(place):
-    script = f"cat {place.manifests}/paid.txt; cat {place.manifests}/ca.pem | head -1; echo $NAMED"
+def test_what_tools_and_alerts_have_their_secrets_in_is_not_to_be_read(place):
+    script = f"cat {place.manifests}/paid.txt {place.manifests}/hook.txt; cat {place.manifests}/ca.pem | head -1; echo $NAMED"
     within = [*place.host.within[:-2], f"--wd={place.manifests}", "--", "env", f"PYTHONPATH={Path.cwd()}", "NAMED=nobodys"]
     command = [*within, *verb(place.broker, "coder"), "--", "sh", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ("nobodys" in done.stdout, done.stdout.split()[0]) == (False, "-----BEGIN"), done.stderr
-    assert "left out what tools have their credentials in (keep one with --keep NAME): NAMED" in done.stderr
+    assert "left out what the broker has secrets in (keep one with --keep NAME): NAMED" in done.stderr
     kept = subprocess.run(
         [*command[:-4], "--keep", "NAMED", *command[-4:]], capture_output=True, text=True, timeout=60, check=False
     )
     assert kept.stdout.split()[-1] == "nobodys"
+
+
+def test_the_hosts_processes_are_not_shown_by_another_proc(place):
+    elsewhere = place.folder / "chroot/proc"
+    elsewhere.mkdir(parents=True)
+    command = shlex.join([*verb(place.broker, "coder"), "--", "sh", "-c", f"ls {elsewhere} | wc -l; ls -d /proc/1"])
+    script = f"mount -t proc proc {elsewhere} && cd {elsewhere.parent} && ls {elsewhere} | grep -c . && {command}"
+    within = [*place.host.within, "env", f"PYTHONPATH={Path.cwd()}", "unshare", "--mount", "--", "sh", "-c", script]
+    done = subprocess.run(within, capture_output=True, text=True, timeout=60, check=False)
+    shown, left, own = done.stdout.split()
+    assert int(shown) > 10, done.stderr
+    assert (left, own) == ("0", "/proc/1"), done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_a_standard_stream_that_the_caller_closed_leads_nowhere(place, closed):
+    command = f"{shlex.join([*verb(place.broker, 'coder'), '--', 'true'])} {closed}"
+    done = subprocess.run(
+        [*place.host.within, "setsid", "sh", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--cpus", "nan"), "'nan' is no number of processors; write one of 0.01 to 100000"),
+        (("--cpus", "inf"), "'inf' is no number of processors"),
+        (("--pids", "99999999999"), "not in the range"),
+    ],
+)
+def test_a_ceiling_that_no_kernel_takes_is_refused(place, options, told):
+    done = run(place, "true", options=options)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_a_working_directory_that_is_gone_is_told(place):
+    script = f"mkdir {place.folder}/gone && cd {place.folder}/gone && rmdir {place.folder}/gone && "
+    command = [
+        *place.host.within,
+        "env",
+        f"PYTHONPATH={Path.cwd()}",
+        "sh",
+        "-c",
+        script + shlex.join([*verb(place.broker, "coder"), "--", "true"]),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "the working directory is gone" in done.stderr) == (2, True), done.stderr
 
 
 # Side by side.

@@ -142,9 +142,9 @@ def test_a_call_of_which_nothing_can_come_spoils_no_draft(run, monkeypatch):
     code, out, err = run("propose", "--shadow", "--agent", "refund-bot")
     assert code == 0
     assert out.startswith("# Let refund-bot call github/issues.get\n")
+    rule = "tools/github.yaml#/spec/operations/issues.comment/params/body/properties/body/type"
     assert err.splitlines()[1:] == [
-        "d-2: the catalog refuses /body/body (tools/github.yaml#/spec/operations/issues.comment/params/body/properties/body/type); "
-        "ask the tool's owner",
+        f"d-2: the catalog refuses /body/body ({rule}); ask the tool's owner",
         "d-3: what would allow it does not pass `broker check`; write the change by hand, or ask the platform team",
         "d-4: no change of the manifest allows it; write it by hand",
     ]

@@ -469,7 +469,9 @@ def test_that_what_is_granted_may_be_mixed_is_told_also_of_a_call_that_named_non
 def test_what_the_catalog_refuses_is_named_also_where_the_agent_lists_no_such_operation():
     _, edits, (refused,) = propose("refund-bot", [get(f"{GITHUB}/acme/web/pulls/0")])
     assert edits == []
-    assert refused.why.startswith("the catalog refuses /path/pull_number (tools/github.yaml#/spec/operations/pulls.get/params/path")
+    assert refused.why.startswith(
+        "the catalog refuses /path/pull_number (tools/github.yaml#/spec/operations/pulls.get/params/path"
+    )
 
 
 def test_nothing_is_proposed_for_a_decoy():
