@@ -10,6 +10,7 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -242,7 +243,9 @@ def compiled(manifests: Path) -> tuple[PolicySnapshot, Loaded]:
     Raises `ManifestErrors`, and `UsageError` without a folder.
     """
     loaded = load(manifests)
-    errors = [finding for finding in loaded.findings if finding.severity == "error"]
+    errors = [
+        replace(finding, file=(manifests / finding.file).as_posix()) for finding in loaded.findings if finding.severity == "error"
+    ]
     click.echo(FORMATS["text"](errors), err=True, nl=False)
     if warnings := len(loaded.findings) - len(errors):
         click.echo(f"{counted(warnings, 'warning')} in the manifests; `broker check {manifests}` shows them", err=True)

@@ -4,9 +4,11 @@ Laws: the log and the manifests are read; only --write changes something, and th
 not at all. What is proposed passes `broker check` and permits those calls, or nothing is proposed.
 """
 
+import contextlib
+import fcntl
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +108,8 @@ def propose(
     else:
         click.echo(printable_lines(made.markdown), nl=False)
     if write:
-        for path, (_, text) in made.texts.items():
-            _replace(Path(path), text)
+        for path, (before, after) in made.texts.items():
+            _replace(Path(path), before, after)
             click.echo(printable(f"{path} is changed; review it with git diff"), err=True)
     return 0
 
@@ -156,18 +158,36 @@ def _proposal(snapshot: PolicySnapshot, draft: Draft, manifests: Path, now: floa
     return Proposal(draft.edits, shown, diff(snapshot, after.snapshot))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all; it keeps its mode, and where it is a link, stays one."""
+def _replace(path: Path, before: str, after: str) -> None:
+    """Write a file whole or not at all; it keeps its mode, and stays a link. What others wrote meanwhile stays too."""
     try:
         place = path.resolve(strict=True)
-        number, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        fresh = Path(name)
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(text.encode())
-            fresh.chmod(place.stat().st_mode)
-            fresh.replace(place)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with _alone_in(place.parent):
+            if place.read_bytes() != before.encode():
+                raise UsageError(f"{path} was changed meanwhile, and is left as it is", "run this again")
+            _write(place, after)
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}", "make the folder writable, or apply the patch") from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other proposal is written there while the body runs."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _write(place: Path, text: str) -> None:
+    number, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    fresh = Path(name)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(text.encode())
+        fresh.chmod(place.stat().st_mode)
+        fresh.replace(place)
+    finally:
+        fresh.unlink(missing_ok=True)

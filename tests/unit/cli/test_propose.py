@@ -1,5 +1,6 @@
 """`broker propose` as an agent's team runs it: on the log that a broker wrote, in the folder that it will commit."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -318,3 +319,20 @@ def test_a_shadow_record_that_somebody_changed_is_left_out(run):
     assert code == 0
     assert out.startswith("# Let refund-bot call github/issues.list\n")
     assert "d-2: this is no record as this broker writes it" in err
+
+
+def test_what_another_wrote_meanwhile_is_not_overwritten(run, monkeypatch):
+    happened(get("/acme/mobile/issues"))
+    propose = importlib.import_module("broker.cli.propose")
+    path, drafted = Path("manifests/agents/refund-bot.yaml"), propose.drafted
+
+    def slow(*given):
+        made = drafted(*given)
+        path.write_text(path.read_text() + "# another's\n")
+        return made
+
+    monkeypatch.setattr(propose, "drafted", slow)
+    code, _, err = run("propose", "d-1", "--write")
+    assert (code, "was changed meanwhile, and is left as it is; run this again" in err) == (2, True), err
+    assert path.read_text().endswith("# another's\n")
+    assert "mobile" not in path.read_text()
