@@ -114,6 +114,8 @@ def kubernetes(*, manifests: Path, output: Path | None, agents_namespace: str, m
     if cluster.namespace == cluster.agents:
         raise UsageError("agents would run among the broker's own pods", "name two namespaces")
     if output:
+        if output.resolve().is_relative_to(manifests.resolve()):
+            raise UsageError(f"{output} is in the manifests folder, where it would be read as manifests", "name one beside it")
         _write(output, base(snapshot, loaded, manifests, cluster, output))
         click.echo(f"wrote {output}; what to do with it: netpol/README.md", err=True)
     else:

@@ -1,5 +1,6 @@
 """`broker render kubernetes` and `nftables`: what may be asked for, and how a folder is written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,10 @@ def test_a_fault_leaves_the_old_folder_or_none(capsys, tmp_path, monkeypatch, fa
     assert ({path.name: path.read_text() for path in output.iterdir()} if there else None) == before
     assert output.exists() is there
     assert [path.name for path in tmp_path.iterdir()] == (["base"] if there else [])
+
+
+def test_nothing_is_rendered_into_the_manifests_which_would_be_read_there(capsys, tmp_path):
+    shutil.copytree(MANIFESTS, tmp_path / "manifests")
+    code, _, err = _rendered(capsys, "kubernetes", str(tmp_path / "manifests"), "--output", str(tmp_path / "manifests/base"))
+    assert (code, (tmp_path / "manifests/base").exists()) == (2, False)
+    assert "is in the manifests folder, where it would be read as manifests; name one beside it" in err
