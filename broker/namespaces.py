@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from broker.admin.api import Act
+from broker.containment.sinks import sink_references
 from broker.credentials.base import references
 from broker.dataplane.compile import Written, doors_of, shared_by_namespaces
 from broker.dataplane.site import Certificates, Leaf, Namespace
@@ -303,7 +304,7 @@ class Namespaces:
 def _secrets(snapshot: PolicySnapshot) -> Mapping[str, list[str]]:
     """Where the secrets of tools and alerts are: the names of variables as `env`, and paths as `file`."""
     known = {(kind, where) for kind, where, _ in references(snapshot.tools.values())}
-    known |= {pair for sink in snapshot.alerting.sinks.values() for each in sink.references for pair in each.items()}
+    known |= {pair for reference in sink_references(snapshot.alerting) for pair in reference.items()}
     return {kind: sorted(where for source, where in known if source == kind) for kind in ("env", "file")}
 
 

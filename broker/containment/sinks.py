@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from broker.credentials.base import CredentialUnavailable, referenced
 from broker.credentials.http import Answer, ask
 from broker.errors import BrokerError, counted
-from broker.policy.containment import PagerDutySink, Severity, WebhookSink
+from broker.policy.containment import Alerting, PagerDutySink, Severity, WebhookSink
 from broker.policy.types import Json
 from broker.redaction import redacted
 
@@ -119,6 +119,12 @@ async def deliver(notice: Notice, sink: PagerDutySink | WebhookSink | None, sour
         what, advice = f"{notice.sink} answers {answer.status}", "see whether its URL and its secret are right"
         final = 400 <= answer.status < 500 and answer.status not in _PASSING  # noqa: PLR2004 - RFC 9110 section 15.5
         raise Refused(what, advice) if final else CredentialUnavailable(what, "see whether it is up")
+
+
+def sink_references(alerting: Alerting) -> Iterator[Mapping[str, str]]:
+    """References to what the sinks are told with."""
+    for sink in alerting.sinks.values():
+        yield from (sink.routing_key, *sink.oncall.values()) if isinstance(sink, PagerDutySink) else (sink.secret,)
 
 
 def _event(notice: Notice, routing_key: str, source: str) -> dict[str, Any]:

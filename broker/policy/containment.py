@@ -139,11 +139,6 @@ class PagerDutySink:
     routing_key: Mapping[str, str] = field(hash=False)
     oncall: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
 
-    @property
-    def references(self) -> tuple[Mapping[str, str], ...]:
-        """Where its secrets are."""
-        return (self.routing_key, *self.oncall.values())
-
 
 @dataclass(frozen=True, slots=True)
 class WebhookSink:
@@ -152,11 +147,6 @@ class WebhookSink:
     url: str
     secret: Mapping[str, str] = field(hash=False)
     ca: str = ""
-
-    @property
-    def references(self) -> tuple[Mapping[str, str], ...]:
-        """Where its secrets are."""
-        return (self.secret,)
 
 
 PAGERDUTY = "pagerduty"
