@@ -372,7 +372,7 @@ sys.path.insert(0, "/")
 import agent
 agent.equip()
 came = []
-for _ in range(100):
+for _ in range(60):
     came.append(agent.call("GET", agent.PAYMENTS + "/v1/charges/ch_1"))
     time.sleep(0.05)
 print(json.dumps(came))
@@ -380,14 +380,18 @@ print(json.dumps(came))
 
 
 def test_calls_go_on_when_a_processor_is_killed(running, sitting):
+    def calls() -> list[str]:
+        told: list[str] = json.loads(sitting.exec_run(["/usr/bin/python3", "-c", _CALLS]).output)
+        return told
+
     with ThreadPoolExecutor() as pool:
-        calling = pool.submit(sitting.exec_run, ["/usr/bin/python3", "-c", _CALLS])
+        calling = pool.submit(calls)
         time.sleep(1)
         running.container("processor-2").kill()
-        came = json.loads(calling.result().output)
+        came = calling.result()
     # What the processor that died was asked is denied, never let through unasked; from then on the others are asked.
-    assert came[-50:] == ["allowed"] * 50
     assert came.count("allowed") >= len(came) - 5, came
+    assert set(calls()) == {"allowed"}
     for name in ("processor-1", "processor-3"):
         verified = running.container(name).exec_run(["broker", "audit", "verify", "--state", "/var/lib/broker", "--json"])
         assert verified.exit_code == 0, verified.output

@@ -305,7 +305,8 @@ def test_one_that_is_cut_off_from_the_ledger_judges_nothing_and_the_limit_holds(
     known = cut_off.decided
     with counting.load(CALLERS) as after:
         stack.until(lambda: cut_off.decided > known + 20, 10, "it judges again")
-    assert after.statuses[200] == 0
+    # What a call gave back that failed meanwhile may be spent.
+    assert load.statuses[200] + after.statuses[200] <= LIMIT
     counting.redis.stop()
     with counting.client() as client:
         answers = [client.get("/plain/items") for _ in range(30)]
