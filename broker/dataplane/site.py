@@ -48,7 +48,7 @@ DECISION_HEADER = "x-broker-decision-id"
 
 
 MOST_CONNECTIONS = 32_768
-"""With as many to tools 65,536 descriptors. One that is idle takes 8 KB of Envoy's memory."""
+"""With as many to tools, 65,536 descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
