@@ -101,17 +101,18 @@ def propose(
         )
     edits = [replace(edit, notes=(*edit.notes, _CUT)) for edit in edits] if cut else edits
     made = _proposal(snapshot, drafted(edits, files, manifests), manifests, now)
-    if as_json:
-        shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}
-        left_out = [{"decision_id": each.record.get("decision_id"), "why": each.why} for each in refused]
-        click.echo(options.ascii_json({**shown, "left_out": left_out}))
-    else:
-        click.echo(printable_lines(made.markdown), nl=False)
+    click.echo(_in_json(made, refused) if as_json else printable_lines(made.markdown), nl=as_json)
     if write:
         for path, (before, after) in made.texts.items():
             _replace(Path(path), before, after)
             click.echo(printable(f"{path} is changed; review it with git diff"), err=True)
     return 0
+
+
+def _in_json(made: Proposal, refused: list[Refused]) -> str:
+    shown = {"title": made.title, "markdown": made.markdown, "patch": made.patch, "files": sorted(made.texts)}
+    left_out = [{"decision_id": each.record.get("decision_id"), "why": each.why} for each in refused]
+    return options.ascii_json({**shown, "left_out": left_out})
 
 
 def _read(named: Iterable[Record]) -> tuple[list[Record], list[Refused]]:
