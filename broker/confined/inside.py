@@ -99,8 +99,7 @@ def main() -> int:
     if not (word := told.readline()):
         return _FAULT  # whoever would have said that the doors are open has ended
     known = json.loads(word)
-    for path in (*plan["hidden"], *known["readonly"], *known["masked"]):
-        _pin(path, plan["user"][0])
+    _pin([*plan["hidden"], *known["readonly"], *known["masked"]], plan["user"][0])
     for path in filter(os.path.exists, known["readonly"]):
         _mount(path, path, flags=_BIND | _REC)
         _set_readonly(path, on=True)
@@ -154,10 +153,12 @@ def _view(plan: dict[str, Any]) -> None:
     _names()
 
 
-def _pin(path: str, uid: int) -> None:
-    """No folder on the way to it may be renamed, and another put in its place: what is mounted on can't be (rename(2): EBUSY)."""
-    for folder in list(Path(path).parents)[-2::-1]:  # from the root on
-        if folder.is_dir() and not folder.is_mount() and _may_write(folder.parent, uid):
+def _pin(paths: list[str], uid: int) -> None:
+    """No folder on the way to these may be renamed and another put in its place: what is mounted on can not be (rename(2): EBUSY)."""
+    # Each once, from the root on: with it all that is mounted below is mounted again.
+    above = {folder for path in paths for folder in Path(path).parents}
+    for folder in sorted(above, key=lambda folder: len(folder.parts))[1:]:
+        if folder.is_dir() and _may_write(folder.parent, uid):
             _mount(str(folder), str(folder), flags=_BIND | _REC)
 
 

@@ -359,13 +359,14 @@ def test_an_agent_can_not_exchange_a_folder_above_the_manifests_the_state_or_a_s
     folders = [outer, outer / "w", outer / "w/conf", outer / "w/var", outer / "w/var/keys"]
     for each in folders:
         each.mkdir(parents=True)
-    (outer / "w/var/keys/paid.txt").write_text("nobodys")
-    secret = {"issuer": "static", "secret": {"file": str(outer / "w/var/keys/paid.txt")}}
-    stack.write_manifests(
-        outer / "w/conf/manifests",
-        stack.tool("wiki", f"http://{WIKI}", OPERATIONS, upstream=LOOPBACK, credential=secret),
-        stack.agent("coder", {"wiki": GRANTED}),
-    )
+    secrets = [outer / "w/var/keys/paid.txt", *(outer / f"w/var/keys/{number}.txt" for number in range(20))]
+    tools = []
+    for number, path in enumerate(secrets):
+        path.write_text("nobodys")
+        name = f"wiki-{number}" if number else "wiki"
+        credential = {"issuer": "static", "secret": {"file": str(path)}}
+        tools.append(stack.tool(name, f"http://{name}.{WIKI}", OPERATIONS, upstream=LOOPBACK, credential=credential))
+    stack.write_manifests(outer / "w/conf/manifests", *tools, stack.agent("coder", {"wiki": GRANTED}))
     for each in folders:
         group = mode == 0o775
         if user != "root":
@@ -374,9 +375,12 @@ def test_an_agent_can_not_exchange_a_folder_above_the_manifests_the_state_or_a_s
     broker = stack.Broker(outer / "w/conf/manifests", outer / "w/var/state", within=place.host.within)
     try:
         within = [*place.host.within[:-2], f"--wd={outer}", "--", "env", f"PYTHONPATH={Path.cwd()}"]
-        command = [*verb(broker, "coder"), "--user", user, "--", "perl", "-e", RENAMES, "a", *WAYS]
+        mounts = f'open(M, "/proc/self/mountinfo"); print(scalar(grep {{ m!{outer}! }} <M>), "\\n"); '
+        command = [*verb(broker, "coder"), "--user", user, "--", "perl", "-e", mounts + RENAMES, "a", *WAYS]
         done = subprocess.run([*within, *command], capture_output=True, text=True, timeout=60, check=False)
-        assert done.stdout.split() == ["moved", *[str(errno.EBUSY)] * len(WAYS)], done.stderr
+        mounted, *moves = done.stdout.split()
+        assert moves == ["moved", *[str(errno.EBUSY)] * len(WAYS)], done.stderr
+        assert int(mounted) < len(secrets) + 20, "no more for each secret than what hides it"
     finally:
         broker.stop()
 
