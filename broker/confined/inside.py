@@ -154,7 +154,7 @@ def _view(plan: dict[str, Any]) -> None:
 
 
 def _pin(paths: list[str], uid: int) -> None:
-    """No folder on the way to these may be renamed and another put in its place: what is mounted on can not be (rename(2): EBUSY)."""
+    """No folder on the way to these may be renamed and another put there: what is mounted on can't be (rename(2): EBUSY)."""
     # Each once, from the root on: with it all that is mounted below is mounted again.
     above = {folder for path in paths for folder in Path(path).parents}
     for folder in sorted(above, key=lambda folder: len(folder.parts))[1:]:
